@@ -16,8 +16,10 @@ from torch import nn
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_traces
+from onellm_dist.modalities.io.damage import note_damage
 from onellm_dist.modalities.io.imu import UNIT_KEYS, ImuFault, ImuRecording, read_recording
 from onellm_dist.modalities.io.imu_columns import CHANNELS
+from onellm_dist.modalities.io.imu_times import measure_gaps
 from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.resample import resample
 
@@ -101,7 +103,10 @@ class ImuModality(Modality):
     windows that begin earlier count from the start of the recording.
 
     *Faults.* A row that cannot be read, NaN, or a time that runs backwards costs the windows around
-    it. If more than a quarter of the samples are out of order, the recording is refused.
+    it. If more than a quarter of the samples are out of order, the recording is refused. Where the
+    times jump (over 0.1 s, and over the rhythm of a sensor that hands over bursts), nothing was
+    measured: a window with gaps of more than a quarter is refused. Shorter gaps are noted, and so
+    are missing samples at the ends of a window, which are filled with zeros.
     """
 
     name = "imu"
@@ -126,7 +131,11 @@ class ImuModality(Modality):
         if recording.times is None:
             return _use_all(recording, RATE)
         if "window_start" not in meta and "window_end" not in meta:
-            return _use_all(recording, _compute_mean_rate(recording.times))
+            whole = _use_all(recording, _compute_mean_rate(recording.times))
+            if len(recording.times):
+                ends = recording.times[0], recording.times[-1]
+                _note_gaps("the recording", recording.times, *ends)
+            return whole
         return cut_window(recording, recording.times, meta)
 
     def transform(self, raw: ImuWindow, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
@@ -240,7 +249,31 @@ def cut_window(recording: ImuRecording, times: np.ndarray, meta: Mapping[str, An
         raise _window_error(
             f"the samples of the window {start:g} to {end:g} s all have the same time"
         )
+    _note_gaps(f"the window {start:g} to {end:g} s", times[first:last], start * 1000, end * 1000)
     return ImuWindow(recording.signal[:, first:last], rate)
+
+
+def _note_gaps(what: str, times: np.ndarray, start: float, end: float) -> None:
+    """Note how much of a window was not measured.
+
+    Samples on both sides of a gap are stretched over it, so that a long one is refused; what is
+    missing at the ends is filled with zeros, as in the reference.
+
+    Args:
+        what: what errors call it.
+        times: [M] of its samples, in milliseconds.
+        start: its beginning in milliseconds.
+        end: its end in milliseconds.
+
+    Raises:
+        SampleError: the gaps are too long.
+    """
+    between, ends = measure_gaps(times, start, end)
+    if between:
+        shown = f"{between / 1000:.2g} s of its {SECONDS} s have no samples"
+        note_damage(f"{what} has gaps: {shown}", between / (SECONDS * 1000))
+    if ends:
+        note_damage(f"{what}: {ends / 1000:.2g} s at its ends have no samples", 0.0)
 
 
 def _get_seconds(meta: Mapping[str, Any], key: str) -> float:

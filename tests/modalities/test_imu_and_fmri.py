@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities.io.damage import collect_damage
 from onellm_dist.modalities.limits import check_input
 
 PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
@@ -103,6 +104,57 @@ def test_gaps_are_refused() -> None:
         values(timed(motion(200), times), {"window_start": 8.0, "window_end": 10.0})
     with pytest.raises(SampleError, match="samples"):
         values(timed(motion(200), times), {"window_start": 17.5, "window_end": 19.5})
+
+
+def window_with_gap(gap: float, at: float = 1.8, rate: float = 200.0) -> list[str]:
+    """What is noted of a window of 1 to 3 s of whose recording a piece is missing."""
+    times = np.arange(0, 5000, 1000 / rate)
+    kept = (times < at * 1000) | (times >= (at + gap) * 1000)
+    with collect_damage() as notes:
+        IMU.read_value(
+            timed(motion(len(times), rate)[:, kept], times[kept]), WINDOW, train=False, rng=RNG
+        )
+    return notes
+
+
+@pytest.mark.parametrize("at", [0.65, 1.0, 1.8, 2.8], ids=["before", "start", "middle", "end"])
+@pytest.mark.parametrize("rate", [20.0, 50.0, 200.0, 1000.0])
+def test_a_gap_in_a_window_is_noted_or_too_much(at: float, rate: float) -> None:
+    """Else the samples around it would be stretched over it."""
+    assert window_with_gap(0.04, at, rate) == []
+    notes = window_with_gap(0.4, at, rate)
+    if at == 0.65:  # 0.05 s reach into the window
+        assert notes == []
+    elif at == 1.8:
+        assert len(notes) == 1 and "of its 2 s have no samples" in notes[0]
+        with pytest.raises(SampleError, match=r"window 1 to 3 s has gaps: 0\.\d+ s of its 2 s"):
+            window_with_gap(0.6, at, rate)
+    else:  # filled with zeros, as in the reference
+        assert len(notes) == 1 and "at its ends have no samples" in notes[0]
+        assert len(window_with_gap(0.6, at, rate)) == 1
+
+
+def test_a_gap_in_a_recording_without_a_window_is_noted() -> None:
+    for missing, is_used in ((80, True), (160, False)):
+        times = np.delete(np.arange(400), slice(100, 100 + missing)) * 5.0
+        parts = timed(np.delete(motion(400), slice(100, 100 + missing), axis=1), times)
+        with collect_damage() as notes:
+            if is_used:
+                IMU.read_value(parts, {}, train=False, rng=RNG)
+                assert len(notes) == 1 and "the recording has gaps: 0.4" in notes[0]
+            else:
+                with pytest.raises(SampleError, match="has gaps: 0"):
+                    IMU.read_value(parts, {}, train=False, rng=RNG)
+
+
+@pytest.mark.parametrize("burst", [8, 32, 64])
+def test_the_rhythm_of_bursts_is_no_gap(burst: int) -> None:
+    """A sensor at 200 Hz that hands over many samples at once."""
+    at = np.arange(2000)
+    times = at // burst * burst * 5.0 + at % burst * 0.01
+    with collect_damage() as notes:
+        IMU.read_value(timed(motion(2000), times), WINDOW, train=False, rng=RNG)
+    assert notes == []
 
 
 @pytest.mark.parametrize(

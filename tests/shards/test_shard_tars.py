@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from shard_worlds import all_bytes, array, contents, foreign_tar, picture, text_dataset
+from shard_worlds import (
+    all_bytes,
+    array,
+    contents,
+    foreign_tar,
+    picture,
+    text_dataset,
+    write_tree,
+)
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.html.page import write_page
@@ -299,6 +307,19 @@ def test_tars_whose_index_fits_are_not_read_again(
     )
     assert all_bytes(tmp_path) == before
     assert index_existing_shards(tmp_path).kept == 0
+
+
+def test_what_looks_like_a_tar_and_is_not_read_is_named(tmp_path: Path) -> None:
+    foreign_tar(tmp_path / "0.tar", IMG2DATASET)
+    others = ("1.zip", "2.tar.part", "3.TAR", "4.7z", "5.tar.gz.001", "6.tar.aria2")
+    packed = ("a/1.tgz", "a/2.txz", "a/3.tar.lz4", "a/4.TAR.BZ2")
+    write_tree(tmp_path, dict.fromkeys((*others, *packed, "0.tar.idx", "0.parquet"), b"x"))
+    done = index_existing_shards(tmp_path)
+    assert done.tars == 1
+    assert [note.split(": ")[0] for note in done.notes] == [
+        "4 compressed tars not read (a/1.tgz, a/2.txz, a/3.tar.lz4, a/4.TAR.BZ2)",
+        "6 other archives not read (1.zip, 2.tar.part, 3.TAR, 4.7z, 5.tar.gz.001, ...)",
+    ]
 
 
 def test_nothing_to_index(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_worlds import write_tree
+from shard_worlds import picture, write_tree
 from source_checks import (
     build_source,
     decode_sample,
@@ -78,6 +78,31 @@ def test_llavas_mix(tmp_path: Path) -> None:
     assert [q.reason for q in report.quarantined] == [
         "unreadable row: the conversation has no answer"
     ]
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("jpg", "gif"), ("gif", "webp"), ("jpg", "png")])
+def test_a_picture_is_found_under_another_extension(
+    tmp_path: Path, listed: str, stored: str
+) -> None:
+    rows = [
+        {"id": "a", "image": f"ocr_vqa/images/{i}.{listed}", "conversations": make_turns("Q", "A")}
+        for i in range(2)
+    ]
+    form = {"gif": "GIF", "webp": "WEBP", "png": "PNG"}[stored]
+    inputs = write_tree(
+        tmp_path / "in",
+        {
+            "llava_v1_5_mix665k.json": json.dumps(rows),
+            f"ocr_vqa/images/0.{stored}": picture(0, form),
+            f"ocr_vqa/images/1.{listed}": picture(1),
+            f"ocr_vqa/images/1.{stored}": picture(2, form),
+        },
+    )
+    report, dataset = build_source("llava665k", inputs, tmp_path / "out")
+    assert report.failures == 0
+    found = read_samples(dataset)
+    assert found["000000"][stored] == picture(0, form)
+    assert found["000001"][listed] == picture(1), "the name as it is listed goes first"
 
 
 def test_pointllm(tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ recording exactly one unit gives a rate in this range."""
 _STRETCH = 1000
 """Samples over which the mean distance is taken, at most; bursts are much shorter."""
 _SHOWN = ("s", "ms", "us", "ns")
+_SHORTEST_GAP = 100.0
+"""Milliseconds up to which nothing is called a gap."""
+_FEW = 5
+"""Steps as long as this many others are the rhythm of bursts, and no gaps."""
 
 
 def scale_times(times: np.ndarray, scale: float | None, usual: float | None = None) -> np.ndarray:
@@ -126,3 +130,21 @@ def find_ascending(times: np.ndarray) -> np.ndarray:
     out = np.zeros(len(times), bool)
     out[np.flatnonzero(kept)[chosen]] = True
     return out
+
+
+def measure_gaps(times: np.ndarray, start: float, end: float) -> tuple[float, float]:
+    """Measure how long nothing was measured between two moments.
+
+    Args:
+        times: [M] ascending, in milliseconds, from `start` on and before `end`; M > 0.
+        start: the first moment in milliseconds.
+        end: the last moment.
+
+    Returns:
+        Milliseconds without samples between the samples, and at the two ends; 0: no gap.
+    """
+    steps = np.diff(times)
+    rhythm = float(np.sort(steps)[-_FEW]) if len(steps) >= _FEW else 0.0
+    longest = max(_SHORTEST_GAP, 2 * rhythm)
+    ends = np.array([times[0] - start, end - times[-1]])
+    return float(steps[steps > longest].sum()), float(ends[ends > longest].sum())

@@ -112,11 +112,13 @@ def _read_sample(
             parts["json"] = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
     if (reason := filter_by_meta(meta, settings)) is not None:
         raise _SkippedError(reason)
-    for extension, media in raw_sample.parts.items():
-        if extension not in parts:
-            parts[extension] = _read(media)
-    with decoding():
-        return _finish_sample(raw_sample, parts, meta, modalities, settings)
+    with collect_damage() as damage:  # a source may decode, and cut, as it reads
+        for extension, media in raw_sample.parts.items():
+            if extension not in parts:
+                parts[extension] = _read(media)
+        with decoding():
+            prepared = _finish_sample(raw_sample, parts, meta, modalities, settings)
+    return prepared._replace(damage=tuple(dict.fromkeys(damage)))
 
 
 def _finish_sample(
@@ -134,16 +136,14 @@ def _finish_sample(
     where = f"dataset {settings.name}, key {raw_sample.key!r}"
     check_names(where, raw_sample.key, parts)
     check_parts(where, (get_modality(m) for m in modalities), parts)
-    with collect_damage() as damage:
-        for name in modalities if settings.check else ():
-            _check_media(name, parts, meta)
+    for name in modalities if settings.check else ():
+        _check_media(name, parts, meta)
     return PreparedSample(
         raw_sample.key,
         raw_sample.where,
         parts,
         content_hash=content_hash,
         picture_hash=picture_hash,
-        damage=tuple(dict.fromkeys(damage)),
     )
 
 

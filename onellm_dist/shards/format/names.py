@@ -19,6 +19,15 @@ from onellm_dist.shards.storage.paths import StoragePath
 
 TEXT_ONLY = "text"
 """`modality=text`: samples of text alone."""
+_COMPRESSED_TAR = re.compile(
+    r"\.(?:tar\.(?:gz|z|bz2?|xz|lzma|lz4?|lzo|zstd?|sz|br)|t(?:gz|az|bz2?|b2|xz|lz|lzma|zst))$",
+    re.IGNORECASE,
+)
+
+
+def is_compressed_tar(name: str) -> bool:
+    """Check by its name whether a file is a compressed tar, whose samples have no byte ranges."""
+    return _COMPRESSED_TAR.search(name) is not None
 
 
 @cache

@@ -8,7 +8,7 @@ gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K, vg/VG_100K_2.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
@@ -28,7 +28,11 @@ from onellm_dist.shards.sources.readers.annotations import (
 from onellm_dist.shards.sources.readers.conversations import clean_turns, require_conversation
 from onellm_dist.shards.sources.readers.json_scanner import JsonRow
 from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows, split_rows
-from onellm_dist.shards.sources.readers.media_files import require_file, require_one_file
+from onellm_dist.shards.sources.readers.media_files import (
+    list_picture_names,
+    require_file,
+    require_one_file,
+)
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _ROWS = 1000
@@ -107,13 +111,11 @@ def read_conversation(
             AnnotatedSample(key, {}, clean_turns(require_conversation(row), tags=False), meta=meta)
         ]
     name = require_one_file(row["image"], "image")
-    stem = str(PurePosixPath(name).with_suffix(""))
-    # OCR-VQA's .gif are .jpg on most users' disks.
-    names = dict.fromkeys((name, f"{stem}.jpg", f"{stem}.png"))
+    # OCR-VQA's .gif are .jpg on most users' disks, and the list calls all of them .jpg.
     return [
         AnnotatedSample(
             key,
-            context.find_media("image", *names),
+            context.find_media("image", *list_picture_names(name)),
             clean_turns(require_conversation(row)),
             meta={**meta, "image": name},
         )

@@ -40,7 +40,10 @@ from onellm_dist.shards.sources.readers.conversations import (
     make_turns,
 )
 from onellm_dist.shards.sources.readers.json_stream import JsonItem
-from onellm_dist.shards.sources.readers.media_files import get_write_stamp
+from onellm_dist.shards.sources.readers.media_files import (
+    get_write_stamp,
+    list_picture_names,
+)
 
 _BOOK_SPLITS = {1: "train", 2: "val", 3: "test"}
 
@@ -140,8 +143,7 @@ def _read_ocrvqa(context: AnnotationContext, item: JsonItem) -> Sequence[Annotat
         for q, a in zip(questions, answers, strict=True)
     ]
     suffix = PurePosixPath(str(row.get("imageURL", ""))).suffix or ".jpg"
-    # LLaVA's users converted the .gif to .jpg.
-    names = dict.fromkeys((f"{key}{suffix}", f"{key}.jpg", f"{key}.png"))
+    names = list_picture_names(f"{key}{suffix}")  # LLaVA's users converted the .gif to .jpg
     meta = {k: row[k] for k in ("title", "authorName", "genre") if row.get(k)}
     return [
         AnnotatedSample(key, context.find_media("image", *names), make_turns(*pairs), meta=meta)

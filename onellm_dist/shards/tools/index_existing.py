@@ -5,6 +5,7 @@ They may come from img2dataset, video2dataset, or webdataset's ShardWriter.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,14 +33,21 @@ from onellm_dist.shards.format.dataset import (
 from onellm_dist.shards.format.energon import read_energon_splits
 from onellm_dist.shards.format.index import ShardIndex, get_index_path
 from onellm_dist.shards.format.index_tar import SkippedMembers, try_index_tar
-from onellm_dist.shards.format.names import infer_modalities, make_dataset_name
+from onellm_dist.shards.format.names import (
+    infer_modalities,
+    is_compressed_tar,
+    make_dataset_name,
+)
 from onellm_dist.shards.format.valid_names import check_name, find_bad_shard_path
 
 SOURCE_NAME = "index"
 """The `source` of a manifest that was made for existing tars."""
 _SPLITS = re.compile(r"(?:^|[/_.-])(train|val|validation|test)(?=[/_.-])")
-_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
-"""Ends of the names of compressed tars."""
+_ARCHIVE = re.compile(
+    r"\.(?:zip|rar|7z|tar|tar\.(?:part|partial|tmp|temp|download|crdownload|aria2|[0-9]+|gz\.[^/]*))$",
+    re.IGNORECASE,
+)
+"""Names of other archives, and of tars that are incomplete, cut into pieces or in capitals."""
 _SHOWN = 5
 """Errors that a message shows."""
 
@@ -142,19 +150,22 @@ def _list_tars(root: Path, *, follow_links: bool) -> tuple[list[Path], tuple[str
     Raises:
         UsageError: there is none, a path is not one that a manifest can name, or leads out.
     """
-    found = sorted(p for end in ("*.tar*", "*.tgz") for p in root.rglob(end) if p.is_file())
+    found = sorted(
+        Path(folder, name)
+        for folder, _, names in os.walk(root)
+        for name in names
+        if is_compressed_tar(name) or _ARCHIVE.search(name)
+    )
     paths = [p.relative_to(root).as_posix() for p in found]
     visible = [p for p in paths if not has_hidden_part(p)]
-    tars = [p for p in visible if p.endswith(".tar")]
-    packed = [p for p in visible if p.endswith(_PACKED)]
-    hidden = sum(p.endswith(".tar") for p in paths) - len(tars)
+    tars = [p for p in visible if p.endswith(".tar") and (root / p).is_file()]
+    packed = [p for p in visible if is_compressed_tar(p)]
+    others = [p for p in visible if not p.endswith(".tar") and not is_compressed_tar(p)]
+    hidden = sum(p.endswith(".tar") and has_hidden_part(p) for p in paths)
     notes = _describe_hidden(hidden, "beside the tars")
-    if packed:
-        notes += (
-            f"{len(packed)} compressed tar{'s' if len(packed) > 1 else ''} not read "
-            f"({', '.join(packed[:3])}{', ...' if len(packed) > 3 else ''}): samples cannot be "
-            "reached by byte range; unpack to .tar first",
-        )
+    why = "samples cannot be reached by byte range; unpack to .tar first"
+    notes += _describe_unread(packed, "compressed tar", why)
+    notes += _describe_unread(others, "other archive", "only files called .tar are")
     if not tars:
         raise UsageError(
             f"{root}: there is no .tar below it{f' ({notes[0]})' if notes else ''}.",
@@ -171,6 +182,13 @@ def _list_tars(root: Path, *, follow_links: bool) -> tuple[list[Path], tuple[str
     if not follow_links:
         refuse_outside_links(root, list_files(root, tars)[1])
     return [root / tar for tar in tars], notes
+
+
+def _describe_unread(paths: Sequence[str], what: str, why: str) -> tuple[str, ...]:
+    if not paths:
+        return ()
+    named = ", ".join(paths[:_SHOWN]) + (", ..." if len(paths) > _SHOWN else "")
+    return (f"{len(paths)} {what}{'s' if len(paths) > 1 else ''} not read ({named}): {why}",)
 
 
 def _describe_hidden(count: int, where: str) -> tuple[str, ...]:

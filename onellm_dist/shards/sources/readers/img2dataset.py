@@ -28,7 +28,7 @@ from onellm_dist.shards.sources.base import (
     SplitDescription,
 )
 from onellm_dist.shards.sources.readers.arrow_files import count_parquet_rows, read_rows
-from onellm_dist.shards.sources.readers.listing import COMPRESSED_TARS, list_files
+from onellm_dist.shards.sources.readers.listing import list_files
 
 UNFINISHED = ("refuse", "skip", "take")
 UNFINISHED_OPTION = Option(
@@ -59,7 +59,7 @@ def find_tars(inputs: Path) -> list[str]:
     listed = list_files(inputs, recursive=True)
     tars = sorted(p.relative_to(inputs).as_posix() for p in listed.files if p.suffix == ".tar")
     if not tars:
-        packed = listed.select(COMPRESSED_TARS)
+        packed = listed.select_compressed_tars()
         there = f", but {len(packed)} compressed: {_name_some(packed, inputs)}" if packed else ""
         raise UsageError(
             f"{inputs} has no tar{there}.",
@@ -97,7 +97,7 @@ def split_tars(
             "choose one.",
         )
     listed = list_files(inputs, recursive=True)
-    _check_compressed(inputs, listed.select(COMPRESSED_TARS), unfinished)
+    _check_compressed(inputs, listed.select_compressed_tars(), unfinished)
     names = {p.relative_to(inputs).as_posix() for p in listed.files}
     complete = {n.removesuffix(_STATS) for n in names if n.endswith(_STATS)}
     parquets = {n.removesuffix(".parquet") for n in names if n.endswith(".parquet")}

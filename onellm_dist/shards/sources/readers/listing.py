@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from onellm_dist.common.hidden_files import has_hidden_part
+from onellm_dist.shards.format.names import is_compressed_tar
 from onellm_dist.shards.storage.paths import RemotePath
 
-COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tbz2")
 _SHOWN = 8
 
 
@@ -25,6 +25,10 @@ class ListedFiles:
     def select(self, suffixes: Collection[str]) -> list[Path]:
         """Return the files with one of these suffixes (lower case, with the dot)."""
         return [p for p in self.files if get_shown_suffix(p.name) in suffixes]
+
+    def select_compressed_tars(self) -> list[Path]:
+        """Return the tars that are compressed, by their names."""
+        return [p for p in self.files if is_compressed_tar(p.name)]
 
     def make_notes(self, used: Collection[str]) -> tuple[str, ...]:
         """Say which files are passed over.

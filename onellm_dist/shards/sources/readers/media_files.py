@@ -104,6 +104,13 @@ def get_picture_extension(name: str) -> str | None:
     return get_extension("image", name)
 
 
+def list_picture_names(name: str) -> tuple[str, ...]:
+    """List the names that a fetched picture may have: the given one, then other extensions'."""
+    stem = str(PurePosixPath(name).with_suffix(""))
+    accepted = next(iter(get_modality("image").required_parts.values()))
+    return tuple(dict.fromkeys((name, *(f"{stem}.{extension}" for extension in accepted))))
+
+
 def find_first_file(folders: Iterable[Path], names: Iterable[str]) -> Path | None:
     """Find the first of these names that is a file in one of these folders.
 
