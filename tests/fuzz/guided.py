@@ -11,6 +11,7 @@ import faulthandler
 import gc
 import importlib.util
 import json
+import mmap
 import os
 import resource
 import signal
@@ -67,15 +68,37 @@ def fuzz_guided(
         (folder / "failures.jsonl").touch()
         for number, seed in enumerate(seeds):
             (folder / "seeds" / str(number)).write_bytes(seed)
+        counts = Counts()
         sys.stdout.flush()
         sys.stderr.flush()
         child = os.fork()
         if not child:
-            _be_child(folder, run, allowed, duration, seconds, megabytes)
+            _be_child(folder, counts, run, allowed, duration, seconds, megabytes)
         status = _wait(child, duration + _PATIENCE_S)
-        _collect(report, folder, status)
+        _collect(report, folder, counts, status)
     report.seconds += duration
     return report
+
+
+class Counts:
+    """How many inputs were fine or refused, in memory that outlives a child that ends anyhow."""
+
+    _OUTCOMES = (FINE, REFUSED)
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8 * len(self._OUTCOMES))
+        self._numbers = memoryview(self._memory).cast("Q")
+
+    def add(self, outcome: str) -> bool:
+        """Count an outcome; False: it is a failure."""
+        if outcome not in self._OUTCOMES:
+            return False
+        self._numbers[self._OUTCOMES.index(outcome)] += 1
+        return True
+
+    def read(self) -> dict[str, int]:
+        """Outcome -> its number of inputs, of those that occurred."""
+        return {o: n for o, n in zip(self._OUTCOMES, self._numbers, strict=True) if n}
 
 
 def _wait(child: int, seconds: float) -> int | None:
@@ -91,10 +114,8 @@ def _wait(child: int, seconds: float) -> int | None:
     return None
 
 
-def _collect(report: FuzzReport, folder: Path, status: int | None) -> None:
-    counts = folder / "counts.json"
-    if counts.exists():
-        report.counts.update(json.loads(counts.read_text()))
+def _collect(report: FuzzReport, folder: Path, counts: Counts, status: int | None) -> None:
+    report.counts.update(counts.read())
     for line in (folder / "failures.jsonl").read_text().splitlines():
         outcome, detail, text = json.loads(line)
         report.failures.append(FuzzFailure(-1, outcome, detail, base64.b64decode(text)))
@@ -108,6 +129,7 @@ def _collect(report: FuzzReport, folder: Path, status: int | None) -> None:
 
 def _be_child(
     folder: Path,
+    counts: Counts,
     run: Surface,
     allowed: tuple[type[BaseException], ...],
     duration: int,
@@ -127,19 +149,14 @@ def _be_child(
         resource.setrlimit(resource.RLIMIT_DATA, (used + (megabytes << 20),) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         faulthandler.disable()
-        counts = {FINE: 0, REFUSED: 0}
         kinds = set[str]()
 
         def try_one(data: bytes) -> None:
             outcome, detail = classify(run, data, allowed)
-            if outcome in counts:
-                counts[outcome] += 1
-            elif f"{outcome} {detail}" not in kinds:
+            if not counts.add(outcome) and f"{outcome} {detail}" not in kinds:
                 kinds.add(f"{outcome} {detail}")
                 line = [outcome, detail, base64.b64encode(data).decode()]
                 failures.write(json.dumps(line) + "\n")
-            if sum(counts.values()) % 100 == 0 or len(kinds) == _MOST_KINDS:
-                (folder / "counts.json").write_text(json.dumps(counts))
             if len(kinds) == _MOST_KINDS:
                 os._exit(0)
 

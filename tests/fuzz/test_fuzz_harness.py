@@ -71,10 +71,12 @@ def test_cases_repeat_and_differ(mutate: object) -> None:
 
 
 def stumble(data: bytes) -> None:
-    """Fails at one of four billion beginnings."""
+    """Fail at one of four billion beginnings."""
     for place, right in enumerate(b"DEEP"):
-        if place >= len(data) or data[place] != right:
-            raise UsageError(f"byte {place} is wrong")
+        if place >= len(data):
+            raise UsageError(f"there is no byte {place}")
+        if data[place] != right:
+            return
     raise KeyError("found")
 
 
