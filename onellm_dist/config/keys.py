@@ -1,20 +1,22 @@
-"""Every key of a recipe as data: for the documentation, for editors, and for error messages."""
+"""Every key of a recipe as data: for documentation, editors, `--keys` and error messages."""
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from pydantic.fields import FieldInfo
 
+from onellm_dist.common.text_table import format_table
+from onellm_dist.config.recipe_files import BASE
 from onellm_dist.config.schema import RunConfig, Section
+from onellm_dist.config.yaml_text import dump_inline
 
 REQUIRED = "required"
 """Shown in place of a default where a key must be set."""
-_JSON_SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 _TYPE_NAMES: Mapping[Any, str] = {
     bool: "true or false",
     int: "integer",
@@ -41,18 +43,36 @@ class KeyDescription(NamedTuple):
     """What the key does; the field's docstring, on one line."""
 
 
+BASE_KEY = KeyDescription(
+    BASE,
+    "name or path",
+    "null",
+    "The recipe on which this one is built: the name of one that ships, or a path relative to this "
+    "file. Sections merge key by key; any other value, lists included, replaces the base's. "
+    "Default: the recipe is complete by itself.",
+)
+"""The key that only a recipe's file has: the loader replaces it by the values of the base."""
+
+
 def describe_keys() -> list[KeyDescription]:
     """Return every key of a recipe, section by section, in the order of the schema."""
     return [
-        key
-        for name, field in RunConfig.model_fields.items()
-        for key in _describe_section(name, _get_section(field.annotation))
+        BASE_KEY,
+        *(
+            key
+            for name, field in RunConfig.model_fields.items()
+            for key in _describe_section(name, _get_section(field.annotation))
+        ),
     ]
 
 
-def build_json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a recipe, for editors that complete and check YAML files."""
-    return {"$schema": _JSON_SCHEMA, **RunConfig.model_json_schema(by_alias=True)}
+def format_key_list() -> str:
+    """Format every key for a terminal, one line each: key, type, default, what it does."""
+    rows = [
+        (key.name, key.type, key.default, _get_first_sentence(key.description))
+        for key in describe_keys()
+    ]
+    return "\n".join(format_table(rows))
 
 
 def list_key_names(section: type[Section]) -> list[str]:
@@ -71,6 +91,10 @@ def find_section(path: list[str]) -> type[Section] | None:
         fields = {field.alias or name: field for name, field in section.model_fields.items()}
         section = _find_section(fields[part].annotation) if part in fields else None
     return section
+
+
+def _get_first_sentence(text: str) -> str:
+    return re.split(r"(?<=[^.]\.)\s+(?=[A-Z`])", text)[0]
 
 
 def _describe_section(prefix: str, section: type[Section]) -> Iterator[KeyDescription]:
@@ -150,5 +174,4 @@ def _describe_default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     plain = list(default) if isinstance(default, tuple) else default
     plain = str(plain) if isinstance(plain, Path) else plain
-    text = yaml.safe_dump(plain, default_flow_style=True, width=1000)
-    return text.removesuffix("\n").removesuffix("\n...")
+    return dump_inline(plain)

@@ -32,18 +32,28 @@ def expand_variables(text: str) -> str:
     return _VARIABLE.sub(get, text)
 
 
-def _expand_path(value: Any) -> Any:
-    if not isinstance(value, (str, Path)):
-        return value
-    text = expand_variables(str(value))
+def expand_path(text: str) -> Path:
+    """Expand `~` and environment variables in a path.
+
+    Raises:
+        ValueError: a variable in braces is not set, or the result cannot be a path.
+    """
+    text = expand_variables(text)
     if not text.strip():
         raise ValueError("an empty path")
-    expanded = Path(text).expanduser() if text.startswith("~") else Path(text)
     if "\0" in text:
         raise ValueError("a path with a NUL")
+    try:
+        expanded = Path(text).expanduser() if text.startswith("~") else Path(text)
+    except RuntimeError:
+        raise ValueError(f"{Path(text).parts[0]} is no user with a home directory") from None
     if not _can_be_a_path(expanded):
         raise ValueError("longer than a path or a name can be, or not text")
     return expanded
+
+
+def _to_path(value: Any) -> Any:
+    return expand_path(str(value)) if isinstance(value, (str, Path)) else value
 
 
 def _can_be_a_path(path: Path) -> bool:
@@ -60,10 +70,10 @@ def _can_be_a_path(path: Path) -> bool:
 def _to_location(value: Any) -> Any:
     if isinstance(value, str) and "://" in value:
         return expand_variables(value)
-    return _expand_path(value)
+    return _to_path(value)
 
 
-LocalPath = Annotated[Path, BeforeValidator(_expand_path)]
+LocalPath = Annotated[Path, BeforeValidator(_to_path)]
 """A local path; `~` and environment variables are expanded."""
 Location = Annotated[Path | str, BeforeValidator(_to_location)]
 """A local path, or a URL that fsspec can read (`s3://bucket/folder`), which is kept as written."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -31,6 +32,8 @@ _FREE_CONSTANTS: dict[str, bool | None] = {
     **dict.fromkeys(("null", "Null", "NULL", "~", ""), None),
 }
 _TWO_MEANINGS = ("yes", "no", "on", "off")
+MERGE = "tag:yaml.org,2002:merge"
+"""The tag of the key `<<`."""
 _SPECIAL = {".inf": float("inf"), ".nan": float("nan")}
 _CONSTANTS: dict[str, bool | None] = {
     **dict.fromkeys(("true", "yes", "on"), True),
@@ -152,6 +155,44 @@ def parse_yaml(text: str) -> Any:
     return value
 
 
+def find_key_line(text: str, names: Sequence[str]) -> int | None:
+    """Return the line of a key in mappings of mappings; the first line is 1.
+
+    Args:
+        text: what `parse_yaml` has read.
+        names: the keys that lead to it, and its own.
+
+    Returns:
+        None if there is no such key.
+    """
+    node, line = _compose(text), None
+    for name in names:
+        pair = _find_pair(node, name)
+        if pair is None:
+            return None
+        line, node = pair[0].start_mark.line + 1, pair[1]
+    return line
+
+
+@lru_cache(maxsize=16)
+def _compose(text: str) -> yaml.Node | None:
+    return yaml.compose(text, Loader=_Loader)
+
+
+def _find_pair(node: yaml.Node | None, name: str) -> tuple[yaml.Node, yaml.Node] | None:
+    """Find a key of a mapping with its value, else in the mappings that are merged into it."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    for key, value in pairs:
+        if key.value == name:
+            return key, value
+    for key, value in pairs:
+        if key.tag == MERGE:
+            merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            found = (_find_pair(inner, name) for inner in merged if inner is not node)
+            return next((pair for pair in found if pair is not None), None)
+    return None
+
+
 class _Dumper(yaml.SafeDumper):
     """Puts quotes around texts that would be read as something else without them."""
 
@@ -168,3 +209,11 @@ _Dumper.add_representer(str, _represent_text)
 def dump_yaml(value: Any) -> str:
     """Write mappings, lists, texts, numbers, truth values and null as YAML."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
+def dump_inline(value: Any) -> str:
+    """Write a value as YAML on one line: `[a, {b: 1}]`."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf
+    )
+    return text.removesuffix("\n").removesuffix("\n...")

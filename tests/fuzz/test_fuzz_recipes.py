@@ -125,7 +125,9 @@ def mutate_override(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
 
 def run_recipes(tmp_path: Path, recipe: dict[str, Any], cases: int) -> None:
     surface = make_recipe_surface(tmp_path)
-    seeds = [yaml.safe_dump(recipe).encode(), json.dumps(recipe).encode()]
+    based = {**recipe, "base": "toy/align_image"}
+    seeds = [yaml.safe_dump(r, sort_keys=False).encode() for r in (recipe, based)]
+    seeds.append(json.dumps(recipe).encode())
     mutate = mutate_any(mutate_yaml, mutate_yaml, mutate_lines, mutate_bytes)
     fuzz("recipe", surface, seeds, mutate, cases=cases).require_clean()
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from onellm_dist.common.resources import recipes_dir
-from onellm_dist.config.load import find_recipe, load_config
+from onellm_dist.config.load import load_config
+from onellm_dist.config.recipe_files import find_recipe
 from onellm_dist.launch.slurm.job import SlurmJob, check_job
 from onellm_dist.launch.slurm.script import render
 

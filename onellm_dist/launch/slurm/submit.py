@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.config.load import find_recipe, load_config
+from onellm_dist.config.load import load_config
+from onellm_dist.config.recipe_files import find_recipe
 from onellm_dist.launch.slurm.job import SlurmJob, check_job, parse_nodes
 
 COMMAND_S = 60

@@ -12,7 +12,8 @@ from pathlib import Path
 from onellm_dist.common import run_files
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, UsageError
 from onellm_dist.common.logging import get_logger
-from onellm_dist.config.load import find_recipe, load_config
+from onellm_dist.config.load import load_config
+from onellm_dist.config.recipe_files import find_recipe
 from onellm_dist.launch.slurm.script import render
 from onellm_dist.launch.slurm.submit import make_job
 from onellm_dist.testing.slurm_cluster.cluster import Cluster

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from onellm_dist.common.run_files import EXCLUDE_LIST
-from onellm_dist.config.load import find_recipe, load_config
+from onellm_dist.config.load import load_config
+from onellm_dist.config.recipe_files import find_recipe
 from onellm_dist.data.plan import Plan
 from onellm_dist.launch.slurm.script import render
 from onellm_dist.launch.slurm.submit import make_job
