@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -34,13 +35,18 @@ def demo(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
     epilog=format_examples(
         "onellm train toy/align_image data.root=toy launch.ranks=2 run.dir=runs/first",
+        "onellm train my_recipe.yaml optim.lr=1e-4 --show",
         "deepspeed --module onellm_dist.train stage1_image run.dir=/scratch/stage1",
     ),
 )
 def train(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe file, or the name of one that ships (toy/align_image).")
-    ],
+        Path | None,
+        typer.Argument(
+            help="A recipe file, or the name of one that ships (toy/align_image).",
+            metavar="RECIPE",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -48,15 +54,63 @@ def train(
             metavar="KEY=VALUE",
         ),
     ] = None,
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--show",
+            help="Start nothing: print every key with its value and where that comes from, the "
+            "table of parameters, and the samples of the first steps.",
+        ),
+    ] = False,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Print every key with its type, default and meaning.")
+    ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema", help="Print the JSON schema of recipes, with which editors check them."
+        ),
+    ] = False,
 ) -> None:
     """Train a recipe. A restarted run resumes from its latest complete checkpoint.
 
     Under deepspeed, torchrun or srun, this process is one rank. Without a
     launcher it starts `launch.ranks` local ranks (default: one per GPU).
     """
+    if keys or schema:
+        if recipe is not None or show or (keys and schema):
+            raise UsageError(
+                "--keys and --schema are about all recipes",
+                "they take no recipe and no other option.",
+                "give one of them alone.",
+            )
+        print(_format_keys() if keys else _format_schema())
+        return
+    if recipe is None:
+        raise UsageError(
+            "no RECIPE was given",
+            "there is nothing to train.",
+            "give a file or the name of a recipe that ships: onellm train toy/align_image.",
+        )
+    if show:
+        from onellm_dist.train.recipe_summary.command import show_recipe
+
+        raise typer.Exit(show_recipe(recipe, overrides or []))
     from onellm_dist.train.run import main as train_main
 
     raise typer.Exit(train_main(recipe, overrides or []))
+
+
+def _format_keys() -> str:
+    from onellm_dist.config.keys import format_key_list
+
+    return format_key_list()
+
+
+def _format_schema() -> str:
+    from onellm_dist.config.json_schema import build_json_schema
+
+    return json.dumps(build_json_schema(), indent=2, ensure_ascii=False)
 
 
 @app.command(epilog=format_examples("onellm report runs/stage1_image"))

@@ -148,6 +148,11 @@ class Plan:
         """Return the global batch of a step in stream order; the same for any number of ranks."""
         return self._table(step).refs()
 
+    def count_samples(self, step: int) -> tuple[int, ...]:
+        """Return the samples of a step by dataset; no token count is needed."""
+        dataset, _ = self._locate_in_mixture(step)
+        return tuple(np.bincount(dataset, minlength=len(self.corpus.datasets)).tolist())
+
     def step(self, step: int, world_size: int) -> StepPlan:
         """Return the global batch of a step, packed and assigned to `world_size` ranks.
 
@@ -194,16 +199,20 @@ class Plan:
             self._drop_oldest(self._tables)
         return known
 
-    def _locate(self, step: int) -> SampleTable:
+    def _locate_in_mixture(self, step: int) -> tuple[Ints, Ints]:
         first = self.data_phases[-1].start
         if step < first:
             raise ValueError(
                 f"step {step} lies before {first}, where this plan's data phase begins"
             )
         n = self.config.global_batch
-        dataset, index = self.mixture.locate(
+        return self.mixture.locate(
             np.arange((step - first) * n, (step - first + 1) * n, dtype=np.int64)
         )
+
+    def _locate(self, step: int) -> SampleTable:
+        n = self.config.global_batch
+        dataset, index = self._locate_in_mixture(step)
         index += self._offsets[dataset]
         epoch, shard, row = (np.empty(n, dtype=np.int64) for _ in range(3))
         for number in np.unique(dataset).tolist():

@@ -82,27 +82,42 @@ def open_model(
         UsageError: not exactly one of path and preset, or no OneLLM directory at `path`.
         OneLLMError: the directory's weights do not fit its config.
     """
+    model, processor = open_empty_model(path=path, preset=preset)
+    if path is not None:
+        return model, processor, InitialWeights(_open_directory(path, model))
+    llm: RowSource | None = None
+    if preset == "smollm2-135m":
+        llm = InMemoryWeights({f"llm.{key}": t for key, t in load_smollm2_weights().items()})
+    return model, processor, InitialWeights(RandomWeights(model, seed), llm)
+
+
+def open_empty_model(
+    *, path: Path | None, preset: str | None
+) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
+    """Open a model with every parameter on the meta device; no file of weights is opened.
+
+    Args:
+        path: a model directory; or
+        preset: a name of `presets.PRESETS`.
+
+    Raises:
+        UsageError: not exactly one of path and preset, or no OneLLM directory at `path`.
+    """
     if (path is None) == (preset is None):
         raise UsageError(
             "give exactly one of path and preset",
             "the model has one source.",
             "set model.path or model.preset.",
         )
-    if path is not None:
-        check_directory(path)
-        model = build_empty_model(OneLLMConfig.from_pretrained(path))
-        set_generation(model, path)
-        weights = InitialWeights(_open_directory(path, model))
-        processor = load_processor(path)
-        check_vocabulary(path, model, processor)
-        return model, processor, weights
-    name = str(preset)
-    model = build_empty_model(build_config(name))
-    llm: RowSource | None = None
-    if name == "smollm2-135m":
-        llm = InMemoryWeights({f"llm.{key}": t for key, t in load_smollm2_weights().items()})
-    weights = InitialWeights(RandomWeights(model, seed), llm)
-    return model, load_preset_processor(name), weights
+    if path is None:
+        model = build_empty_model(build_config(str(preset)))
+        return model, load_preset_processor(str(preset))
+    check_directory(path)
+    model = build_empty_model(OneLLMConfig.from_pretrained(path))
+    set_generation(model, path)
+    processor = load_processor(path)
+    check_vocabulary(path, model, processor)
+    return model, processor
 
 
 def build_empty_model(config: OneLLMConfig) -> OneLLMForConditionalGeneration:
