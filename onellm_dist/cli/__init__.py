@@ -12,14 +12,14 @@ from typing import NoReturn
 
 import typer
 
-from onellm_dist.cli import cluster, convert, runs, shards
+from onellm_dist.cli import cluster, convert, plan, runs, shards
 from onellm_dist.cli.generate import add_modality_options, generate
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError
 from onellm_dist.common.logging import configure_logging
 
 app = typer.Typer(name="onellm", no_args_is_help=True, pretty_exceptions_enable=False)
 
-for _commands in (runs, cluster):
+for _commands in (runs, cluster, plan):
     app.add_typer(_commands.app)
 app.add_typer(shards.app, name="shards")
 app.add_typer(convert.app, name="convert")

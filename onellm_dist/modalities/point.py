@@ -23,8 +23,10 @@ from onellm_dist.modalities.transforms.cloud_sampling import (
 POINTS = 8192
 CENTRES = 1024
 NEIGHBOURS = 32
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""How many values of the wide intermediate exist at a time, by kind of device."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26, "meta": 1 << 26}
+"""How many values of the wide intermediate exist at a time, by kind of device.
+
+The planner counts on the meta device what a GPU would do."""
 
 
 class _MaxOverGroup(torch.autograd.Function):

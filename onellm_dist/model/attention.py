@@ -47,7 +47,8 @@ def packed_attention(
     Raises:
         ValueError: `causal` with query lengths that differ from key lengths.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    # The meta device has no autocast.
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if window is not None and window >= seq_lengths.max_seqlen_k:

@@ -53,6 +53,14 @@ def find_problems(sections: Sections) -> list[str]:
     ]
 
 
+def find_shape_problems(sections: Sections) -> list[str]:
+    """`find_problems` of the parts that decide shapes alone: data and earlier runs may be absent.
+
+    A plan is made before there is data, often on another machine.
+    """
+    return [_format(error) for check in (_check_model, _check_parts) for error in check(sections)]
+
+
 def _format(error: UsageError) -> str:
     """The first line of an error and its remedy, as the other problems of a recipe."""
     what = error.what.rstrip(".")

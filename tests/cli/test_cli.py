@@ -16,6 +16,7 @@ COMMANDS = [
     "samples",
     "doctor",
     "launch",
+    "plan",
     "rehearse",
     "generate",
     "shards build",

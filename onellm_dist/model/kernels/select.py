@@ -29,8 +29,12 @@ def select_kernel(q: torch.Tensor, *, softcap: float | None = None) -> VarlenKer
     """The variable-length kernel for queries [T, H, D/H]; None: scaled-dot-product attention.
 
     Variable-length kernels take 16-bit CUDA tensors whose head width is a multiple of 8 up to 256.
-    torch's own has no soft cap.
+    torch's own has no soft cap. On the meta device `counted.py` has the shapes of such a kernel.
     """
+    if q.is_meta:
+        from onellm_dist.model.kernels.counted import compute_counted
+
+        return compute_counted
     name = _select_name(q.device.type, q.dtype, q.shape[-1])
     if name == "sdpa" or (name == "varlen" and softcap is not None):
         return None

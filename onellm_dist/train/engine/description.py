@@ -30,6 +30,58 @@ class ParameterBytes:
     """In host memory, per trainable parameter, where the optimizer is offloaded."""
 
 
+@dataclass(frozen=True)
+class WeightUses:
+    """How many weights one micro-batch reads, in parameters.
+
+    A module counts each time it runs: the encoder, for example, may run twice.
+    """
+
+    frozen_forward: float
+    """Frozen weights of the modules that run in forward."""
+    frozen_backward: float
+    """Frozen weights of the modules that gradients pass through."""
+    frozen_recomputed: float
+    """Frozen weights of the modules whose forward runs again in backward."""
+    trained_forward: float
+    """Trainable weights of the modules that run in forward."""
+    trained_backward: float
+    """Trainable weights of the modules that gradients pass through."""
+    trained_recomputed: float
+    """Trainable weights of the modules whose forward runs again in backward."""
+
+
+@dataclass(frozen=True)
+class StepTraffic:
+    """Bytes that collectives give to (gathers) or take from (reductions) each rank.
+
+    A ring moves (ranks - 1) / ranks of them over each link.
+    """
+
+    gather_micro_batch: float
+    """Weights gathered in each micro-batch."""
+    reduce_micro_batch: float
+    """Gradients reduced in each micro-batch."""
+    gather_step: float
+    """Weights gathered once a step."""
+    reduce_step: float
+    """Gradients reduced once a step."""
+    gather_ranks: int
+    """Ranks that gather together; neighbours."""
+    reduce_ranks: int
+    """Ranks that reduce together in each micro-batch; neighbours."""
+    step_ranks: int
+    """Ranks that take part in the collectives of `gather_step` and `reduce_step`."""
+
+
+@dataclass(frozen=True)
+class HostFactors:
+    """Host time of a micro-batch under an engine, divided by that of the model alone."""
+
+    forward: float
+    backward: float
+
+
 class EngineDescription(ABC):
     """One engine, described for planner, watchdog, doctor, preflight and configuration check.
 
@@ -98,4 +150,68 @@ class EngineDescription(ABC):
 
         Raises:
             UsageError: the section is wrong.
+        """
+
+    @abstractmethod
+    def describe(self, section: EngineSection) -> str:
+        """Name this engine and its mode for people.
+
+        Raises:
+            UsageError: the section is wrong.
+        """
+
+    @abstractmethod
+    def traffic(
+        self,
+        section: EngineSection,
+        *,
+        world_size: int,
+        compute_bytes: int,
+        trainable: int,
+        uses: WeightUses,
+    ) -> StepTraffic:
+        """Say what its collectives move in a micro-batch and in a step.
+
+        Args:
+            section: the recipe's `engine` section.
+            world_size: number of ranks.
+            compute_bytes: as of `parameter_bytes`.
+            trainable: number of trainable parameters.
+            uses: weights that one micro-batch reads.
+
+        Raises:
+            UsageError: the section is wrong.
+        """
+
+    @abstractmethod
+    def buffer_bytes(
+        self, section: EngineSection, *, compute_bytes: int, parameters: int, largest_unit: int
+    ) -> float:
+        """Estimate what the engine's library holds on the device for its collectives.
+
+        Args:
+            section: the recipe's `engine` section.
+            compute_bytes: as of `parameter_bytes`.
+            parameters: parameters of the whole model.
+            largest_unit: parameters of the largest module that is gathered at once.
+
+        Raises:
+            UsageError: the section is wrong.
+        """
+
+    @abstractmethod
+    def host_factors(self, section: EngineSection) -> HostFactors:
+        """What the engine's hooks cost on the host.
+
+        Raises:
+            UsageError: the section is wrong.
+        """
+
+    @abstractmethod
+    def list_choices(self, *, world_size: int, gpus_per_node: int) -> list[dict[str, Any]]:
+        """List `engine` sections that the planner's search tries, as keys and values.
+
+        Args:
+            world_size: number of ranks.
+            gpus_per_node: ranks on a node.
         """

@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import engines
 import pytest
+
+from onellm_dist.config.schema import EngineSection
+from onellm_dist.planner.memory import ParameterCounts, compute_state
+from onellm_dist.train.engine.select import get_engine
 
 pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "engines.py"
@@ -56,3 +61,27 @@ def test_a_checkpoint_that_training_waits_for_is_no_copy(
 def test_four_ranks_hold_a_quarter_of_the_state_each(found: dict[str, Any], engine: str) -> None:
     assert found[engine]["4"]["state"] < 0.35 * found[engine]["1"]["state"]
     assert found[engine]["1"]["state"] > 12 * found[engine]["1"]["trained_weights"]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_planner_predicts_what_a_rank_holds(
+    found: dict[str, Any], engine: str, ranks: int, tmp_path: Path
+) -> None:
+    """After a step, in fp32; DeepSpeed keeps the memory of gradients then, FSDP2 does not."""
+    given = engines.ENGINES[engine]
+    config = tmp_path / "deepspeed.json"
+    config.write_text(json.dumps(given))
+    section = EngineSection(name="fsdp") if given is None else EngineSection(config=config)
+    measured = found[engine][str(ranks)]
+    trained = int(measured["trained_weights"])
+    state = compute_state(
+        get_engine(section.name),
+        section,
+        ParameterCounts(int(measured["model_bytes"]) // 4 - trained, trained, 0),
+        world_size=ranks,
+        compute_bytes=4,
+        state_bytes=12,
+    )
+    held = state.device - (state.gradients if given is None else 0)
+    assert measured["state"] == pytest.approx(held, rel=0.1)

@@ -11,14 +11,30 @@ from onellm_dist.train.engine.deepspeed.config import (
     is_optimizer_offloaded,
     load_ds_config,
 )
-from onellm_dist.train.engine.description import EngineDescription, ParameterBytes
+from onellm_dist.train.engine.description import (
+    EngineDescription,
+    HostFactors,
+    ParameterBytes,
+    StepTraffic,
+    WeightUses,
+)
 
 if TYPE_CHECKING:
     from onellm_dist.config.schema import EngineSection
     from onellm_dist.train.engine.deepspeed.engine import DeepSpeedEngine
 
 GRADIENT_BYTES = 4
-"""Gradients accumulate in fp32."""
+"""Gradients accumulate in fp32, and are reduced in fp32."""
+REDUCE_BUCKET = 500_000_000
+"""DeepSpeed's default of `reduce_bucket_size` and `allgather_bucket_size`, in elements."""
+PREFETCH_BUCKET = 50_000_000
+"""DeepSpeed's default of `stage3_prefetch_bucket_size`, in elements."""
+MAX_LIVE = 1_000_000_000
+"""DeepSpeed's default of `stage3_max_live_parameters`."""
+HOST_FACTORS = {0: HostFactors(1, 1), 1: HostFactors(1, 1.24), 2: HostFactors(1, 1.24)}
+"""ZeRO stage to host time over that of the model alone: 45 + 38 ms alone, 45 + 47 ms under ZeRO-2,
+293 + 145 ms under ZeRO-3 (onellm-7b, one CPU rank, torch 2.15, DeepSpeed 0.19.8, 2026-11-28)."""
+HOST_FACTORS_ZERO3 = HostFactors(6.5, 3.8)
 
 
 class DeepSpeedDescription(EngineDescription):
@@ -67,6 +83,83 @@ class DeepSpeedDescription(EngineDescription):
         if is_optimizer_offloaded(config):
             return ParameterBytes(weight, weight, gradient + state)
         return ParameterBytes(weight, weight + gradient + state)
+
+    def describe(self, section: EngineSection) -> str:
+        config = load_ds_config(section.config)
+        name = f"DeepSpeed ZeRO-{get_zero_stage(config)}"
+        return f"{name}, optimizer offloaded" if is_optimizer_offloaded(config) else name
+
+    def traffic(
+        self,
+        section: EngineSection,
+        *,
+        world_size: int,
+        compute_bytes: int,
+        trainable: int,
+        uses: WeightUses,
+    ) -> StepTraffic:
+        config = load_ds_config(section.config)
+        stage = get_zero_stage(config)
+        zero = config.get("zero_optimization", {})
+        gradients = GRADIENT_BYTES * trainable
+        if stage < 3:
+            # ZeRO-1 reduces what has accumulated once a step, ZeRO-2 after each micro-batch.
+            # Stage 0 reduces and keeps whole weights.
+            return StepTraffic(
+                gather_micro_batch=0,
+                reduce_micro_batch=gradients if stage == 2 else 0,
+                gather_step=compute_bytes * trainable if stage else 0,
+                reduce_step=gradients if stage < 2 else 0,
+                gather_ranks=world_size,
+                reduce_ranks=world_size,
+                step_ranks=world_size,
+            )
+        # Each module's weights are gathered in forward, again where it is recomputed, and again in
+        # backward.
+        read = (
+            uses.frozen_forward
+            + uses.frozen_recomputed
+            + uses.frozen_backward
+            + uses.trained_forward
+            + uses.trained_recomputed
+            + uses.trained_backward
+        )
+        return StepTraffic(
+            gather_micro_batch=compute_bytes * read,
+            reduce_micro_batch=gradients,
+            gather_step=0,
+            reduce_step=0,
+            gather_ranks=min(world_size, int(zero.get("zero_hpz_partition_size", world_size))),
+            reduce_ranks=world_size,
+            step_ranks=world_size,
+        )
+
+    def buffer_bytes(
+        self, section: EngineSection, *, compute_bytes: int, parameters: int, largest_unit: int
+    ) -> float:
+        config = load_ds_config(section.config)
+        zero = config.get("zero_optimization", {})
+        stage = get_zero_stage(config)
+        buckets = 2 if zero.get("overlap_comm") else 1
+        reduce = GRADIENT_BYTES * buckets * int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
+        if stage == 0:
+            return float(reduce)
+        if stage < 3:
+            return float(
+                reduce + compute_bytes * int(zero.get("allgather_bucket_size", REDUCE_BUCKET))
+            )
+        # Gathered weights that are soon read again stay, up to the limit.
+        live = min(parameters, int(zero.get("stage3_max_live_parameters", MAX_LIVE)))
+        prefetch = int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET))
+        gathered = compute_bytes * max(largest_unit + prefetch, live)
+        return float(reduce + gathered)
+
+    def host_factors(self, section: EngineSection) -> HostFactors:
+        stage = get_zero_stage(load_ds_config(section.config))
+        return HOST_FACTORS.get(stage, HOST_FACTORS_ZERO3)
+
+    def list_choices(self, *, world_size: int, gpus_per_node: int) -> list[dict[str, Any]]:
+        return [{"name": self.name, "config": f"zero{stage}"} for stage in (1, 2, 3)]
 
 
 DESCRIPTION = DeepSpeedDescription()

@@ -1,0 +1,92 @@
+"""The command that predicts a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onellm_dist.cli.help import format_examples
+
+app = typer.Typer(no_args_is_help=True)
+"""Holds a command of `onellm` itself: it is added to the main app without a name."""
+
+
+Recipe = Annotated[
+    Path, typer.Argument(help="A recipe file, or the name of one that ships (stage1_image).")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Keys of the recipe to change.", metavar="KEY=VALUE")
+]
+Nodes = Annotated[int, typer.Option(min=1, help="Nodes of the job.")]
+GpusPerNode = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="GPUs of a node.", show_default="8; with --here: those of this machine"
+    ),
+]
+Gpu = Annotated[
+    str | None, typer.Option(help="Kind of GPU: a100-80, h100-80, h200.", show_default=False)
+]
+Here = Annotated[bool, typer.Option("--here", help="Plan for the GPUs of this machine.")]
+Network = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        help="GB/s of a node's network links together (100 Gb/s Ethernet: 12.5).",
+        show_default="8 NICs of the GPU's generation",
+    ),
+]
+TextTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Mean text tokens of a sample.", show_default="17 captions, 224 conversations"
+    ),
+]
+Modalities = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What the samples of a dataset that is not there have (repeatable).",
+        metavar="DATASET=MODALITY",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")]
+
+
+@app.command(
+    epilog=format_examples(
+        "onellm plan stage1_image --nodes 2 --gpus-per-node 8 --gpu h100 model.preset=onellm-7b",
+        "onellm plan tune --here --json train.activation_checkpointing=selective",
+    )
+)
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    gpu: Gpu = None,
+    here: Here = False,
+    network: Network = None,
+    text_tokens: TextTokens = None,
+    modalities: Modalities = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict what a run needs and takes: memory by part, samples/s, MFU, traffic, hours.
+
+    Nothing is started, and neither data nor a GPU is needed. The exit code is
+    1 if the run would not fit into the memory of its GPUs.
+    """
+    from onellm_dist.planner.command import PlanOptions, run_plan
+
+    options = PlanOptions(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+        here=here,
+        network_gb_s=network,
+        text_tokens=text_tokens,
+        modalities=tuple(modalities or ()),
+        as_json=as_json,
+    )
+    raise typer.Exit(run_plan(recipe, overrides or [], options))

@@ -1,0 +1,1 @@
+"""Predicts a run before it is queued: memory, speed, traffic, hours."""

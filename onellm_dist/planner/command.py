@@ -1,0 +1,158 @@
+"""`onellm plan`: says what a run needs and takes before it is queued."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from onellm_dist.config.load import load_config
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.modalities import all_modalities
+from onellm_dist.planner.hardware import find_gpus_here, get_gpu_kind
+from onellm_dist.planner.memory import MemoryPlan
+from onellm_dist.planner.run_plan import Planner, get_modalities, load_model_config
+from onellm_dist.planner.show import format_gb, format_plan, make_json
+from onellm_dist.planner.time import GpuCluster
+from onellm_dist.planner.workload import describe_data
+from onellm_dist.train.engine.select import get_engine
+from onellm_dist.train.recipe_check import find_shape_problems
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the command line says beside the recipe."""
+
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    """Default: 8, or with `here` the GPUs of this machine."""
+    gpu: str | None = None
+    here: bool = False
+    network_gb_s: float | None = None
+    text_tokens: int | None = None
+    modalities: tuple[str, ...] = ()
+    """`DATASET=MODALITY+MODALITY` each."""
+    as_json: bool = False
+
+
+def make_planner(recipe: Path | str, overrides: Sequence[str], options: PlanOptions) -> Planner:
+    """The planner of a recipe.
+
+    Raises:
+        UsageError: the recipe or an option is wrong, or something that is needed is not known.
+    """
+    known = parse_modalities(options.modalities)
+    cluster = make_cluster(options)
+    config = load_planned_config(recipe, overrides)
+    get_engine(config.engine.name).read_options(config.engine, world_size=cluster.world_size)
+    modalities = get_modalities(load_model_config(config))
+    data = describe_data(config.data, modalities, text_tokens=options.text_tokens, known=known)
+    return Planner(config, cluster, data)
+
+
+def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions) -> int:
+    """Print the plan of a recipe.
+
+    Returns:
+        The exit code: failed if the run would not fit.
+
+    Raises:
+        UsageError: the recipe or an option is wrong, or something that is needed is not known.
+    """
+    planner = make_planner(recipe, overrides, options)
+    plan, notes = planner.plan(), planner.data.notes
+    if options.as_json:
+        print(json.dumps(make_json(plan, planner.config, planner.cluster, notes), indent=2))
+    else:
+        print("\n".join(format_plan(plan, planner.config, planner.cluster, notes)))
+        if not plan.memory.fits:
+            print("\n".join(explain_shortage(plan.memory, planner.config)))
+    return EXIT_DONE if plan.memory.fits else EXIT_FAILED
+
+
+def load_planned_config(recipe: Path | str, overrides: Sequence[str]) -> RunConfig:
+    """The recipe; a model folder that is missing is explained, data may be missing.
+
+    Raises:
+        UsageError: the recipe is wrong; all problems are listed.
+    """
+    try:
+        return load_config(recipe, overrides, find_problems=find_shape_problems)
+    except UsageError as error:
+        if "model.path=" not in error.what:
+            raise
+        raise UsageError(
+            error.what,
+            "a plan needs the model's config.json, and none of its weights.",
+            "copy config.json and tokenizer files there, or plan with the shapes of a preset: "
+            "add model.preset=onellm-7b.",
+        ) from None
+
+
+def make_cluster(options: PlanOptions) -> GpuCluster:
+    """The machine that the options describe.
+
+    Raises:
+        UsageError: both or neither of `gpu` and `here`, or an unknown GPU.
+    """
+    if (options.gpu is None) == (not options.here):
+        raise UsageError(
+            "give exactly one of --gpu and --here",
+            "memory and speed depend on the GPU.",
+            "name one, such as --gpu h100, or use --here on the machine itself.",
+        )
+    gpu, count = find_gpus_here() if options.here else (get_gpu_kind(str(options.gpu)), 8)
+    return GpuCluster(
+        gpu=gpu,
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node or count,
+        network_gb_s=options.network_gb_s or gpu.node_network_gb_s,
+    )
+
+
+def parse_modalities(items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+    """`DATASET=MODALITY+MODALITY` items as a mapping.
+
+    Raises:
+        UsageError: an item has another form, or names a modality that does not exist.
+    """
+    found = {}
+    for item in items:
+        name, sep, text = item.partition("=")
+        spans = tuple(filter(None, text.split("+")))
+        unknown = [x for x in spans if x not in all_modalities()]
+        if not sep or not name or unknown:
+            raise UsageError(
+                f"--modalities {item}: "
+                + (f"no modality {', '.join(unknown)}" if unknown else "not DATASET=MODALITY"),
+                "what a sample costs depends on its modalities.",
+                f"write DATASET=MODALITY, with + between several; "
+                f"there are {', '.join(all_modalities())}.",
+            )
+        found[name] = spans
+    return found
+
+
+def explain_shortage(memory: MemoryPlan, config: RunConfig) -> list[str]:
+    """What a run that does not fit would need."""
+    missing = memory.total - memory.capacity
+    fixed = memory.total - sum(memory.activations.values()) - memory.working - memory.inputs
+    lines = ["", f"does not fit: {format_gb(missing)} too much on each device"]
+    if fixed > memory.capacity:
+        lines.append(
+            f"weights, optimizer and buffers alone take {format_gb(fixed)}: more GPUs, or an "
+            "engine that shards more, are needed (docs/howto/engines.md)"
+        )
+        return lines
+    room = memory.capacity - fixed
+    share = room / max(1.0, memory.total - fixed)
+    lines.append(
+        f"activations may take {format_gb(room)}: budgets of about "
+        f"data.pack_llm_tokens={int(config.data.pack_llm_tokens * share)} "
+        f"data.pack_encoder_tokens={int(config.data.pack_encoder_tokens * share)}"
+    )
+    if config.train.activation_checkpointing != "full":
+        lines.append("or more recomputation: train.activation_checkpointing=selective, then full")
+    return lines

@@ -1,0 +1,199 @@
+"""What a rank holds on its device at the fullest moment of a step, by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from onellm_dist.config.schema import EngineSection
+from onellm_dist.planner.counting import PackCount
+from onellm_dist.planner.hardware import GIGA, GpuKind, load_assumptions
+from onellm_dist.planner.module_labels import GLUE
+from onellm_dist.train.engine.description import EngineDescription
+
+PRECISION_BYTES = {"bf16": 2, "fp32": 4}
+"""`train.precision` to bytes of a weight that the model computes with."""
+SHOWN_PARTS = {
+    "encoder": "encoder", "modality": "tokenizers and projections", "upm": "UPM", "llm": "LLM",
+    "embedding": "LLM", "head": "head and loss", GLUE: "between modules",
+}  # fmt: skip
+"""First word of a part's label to what the plan calls it."""
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model that is prepared for its stage."""
+
+    frozen: int
+    trainable: int
+    largest_unit: int
+    """Those of the largest module that engines gather at once."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.frozen + self.trainable
+
+
+def count_parameters(model: Any) -> ParameterCounts:
+    """Count the parameters of a model that is prepared for its stage; tied ones count once."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    units: list[nn.Module] = [
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
+    units += [model.get_input_embeddings(), model.get_output_embeddings()]
+    units += [m for m in model.modules() if not any(m.children())]
+    largest = max(sum(p.numel() for p in unit.parameters()) for unit in units)
+    return ParameterCounts(total - trainable, trainable, largest)
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What a rank holds between steps."""
+
+    frozen_weights: float
+    trained_weights: float
+    gradients: float
+    optimizer: float
+    """The optimizer's state and the fp32 weights."""
+    host: float
+    """In host memory, where the optimizer is offloaded."""
+
+    @property
+    def device(self) -> float:
+        """On the device."""
+        return self.frozen_weights + self.trained_weights + self.gradients + self.optimizer
+
+
+def compute_state(
+    engine: EngineDescription,
+    section: EngineSection,
+    counts: ParameterCounts,
+    *,
+    world_size: int,
+    compute_bytes: int,
+    state_bytes: int,
+) -> StateBytes:
+    """Weights, gradients and optimizer state of a rank.
+
+    Args:
+        engine: the engine.
+        section: the recipe's `engine` section.
+        counts: parameters of the model.
+        world_size: number of ranks.
+        compute_bytes: size of a weight that the model computes with.
+        state_bytes: size of the fp32 weight and the optimizer state of a parameter.
+    """
+
+    def ask(compute: int, state: int) -> Any:
+        return engine.parameter_bytes(
+            section, world_size=world_size, compute_bytes=compute, state_bytes=state
+        )
+
+    whole, state, gradient = ask(compute_bytes, state_bytes), ask(0, state_bytes), ask(0, 0)
+    n = counts.trainable
+    return StateBytes(
+        frozen_weights=counts.frozen * whole.frozen,
+        trained_weights=n * (whole.trainable - state.trainable),
+        gradients=n * gradient.trainable,
+        optimizer=n * (state.trainable - gradient.trainable),
+        host=n * whole.trainable_host,
+    )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on a device, and whether they fit."""
+
+    state: StateBytes
+    activations: Mapping[str, float]
+    """What the largest micro-batch keeps for backward, by part of the model."""
+    working: float
+    """What else lives at the fullest moment: gradients of activations, temporary results."""
+    inputs: float
+    """The micro-batch itself, and the next one."""
+    buffers: float
+    """What the engine's library holds."""
+    context: float
+    """CUDA context, NCCL, library workspaces."""
+    fragmentation: float
+    """What the allocator cannot use."""
+    capacity: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return (
+            self.state.device
+            + sum(self.activations.values())
+            + self.working
+            + self.inputs
+            + self.buffers
+            + self.context
+            + self.fragmentation
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has room for it."""
+        return self.total <= self.capacity
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan's numbers, in bytes."""
+        state = self.state
+        return {
+            "frozen_weights": state.frozen_weights,
+            "trained_weights": state.trained_weights,
+            "gradients": state.gradients,
+            "optimizer": state.optimizer,
+            "activations": dict(self.activations),
+            "working": self.working,
+            "inputs": self.inputs,
+            "engine_buffers": self.buffers,
+            "context": self.context,
+            "fragmentation": self.fragmentation,
+            "total": self.total,
+            "capacity": self.capacity,
+            "fits": self.fits,
+            "host": state.host,
+        }
+
+
+def join_parts(kept: Mapping[str, float]) -> dict[str, float]:
+    """Bytes by part of the model, under the names that people read."""
+    found: dict[str, float] = {}
+    for label, size in kept.items():
+        name = SHOWN_PARTS[label.split(".")[0]]
+        found[name] = found.get(name, 0.0) + size
+    return found
+
+
+def compute_memory(
+    state: StateBytes, count: PackCount, gpu: GpuKind, *, inputs: float, buffers: float
+) -> MemoryPlan:
+    """Memory of a rank in its largest micro-batch.
+
+    Args:
+        state: what it holds between steps.
+        count: the micro-batch, as counted.
+        gpu: the device.
+        inputs: bytes of the micro-batch's own tensors.
+        buffers: bytes of the engine's buffers.
+    """
+    kept = {part: float(size) for part, size in count.kept.items()}
+    allocated = state.device + count.peak + 2 * inputs + buffers
+    return MemoryPlan(
+        state=state,
+        activations=join_parts(kept),
+        working=max(0.0, count.peak - sum(kept.values())),
+        inputs=2 * inputs,
+        buffers=buffers,
+        context=gpu.context_gb * GIGA,
+        fragmentation=load_assumptions().fragmentation * allocated,
+        capacity=gpu.memory_gb * GIGA,
+    )

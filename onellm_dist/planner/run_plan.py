@@ -1,0 +1,352 @@
+"""The plan of a run: memory, speed, traffic, loading, checkpoints and hours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.data.packing import TokenBudget
+from onellm_dist.modalities import Modality, get_modality
+from onellm_dist.model.configuration import OneLLMConfig
+from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+from onellm_dist.model.presets import build_config
+from onellm_dist.model.recompute import enable_activation_checkpointing
+from onellm_dist.planner.cost_model import PackCostModel, build_cost_model
+from onellm_dist.planner.counting import PackCount, count_pack
+from onellm_dist.planner.hardware import GIGA, load_assumptions
+from onellm_dist.planner.memory import (
+    PRECISION_BYTES,
+    MemoryPlan,
+    ParameterCounts,
+    StateBytes,
+    compute_memory,
+    compute_state,
+    count_parameters,
+)
+from onellm_dist.planner.pack_shapes import (
+    PackShape,
+    count_batch_bytes,
+    make_meta_batch,
+    measure_sizes,
+)
+from onellm_dist.planner.time import (
+    DeviceClock,
+    DeviceTime,
+    GpuCluster,
+    StepTime,
+    compute_host,
+    compute_step,
+)
+from onellm_dist.planner.workload import DataShape, StepShape, pack_step
+from onellm_dist.train.engine.description import StepTraffic
+from onellm_dist.train.engine.select import get_engine
+from onellm_dist.train.optim.optimizers import make_optimizer
+from onellm_dist.train.optim.stages import freeze_for_stage
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LoadingPlan:
+    """What the loader has to keep up with."""
+
+    samples_per_second: float
+    """Of a node."""
+    cores_per_gpu: float
+    """Cores that decode for one GPU."""
+    read_mb_s: float
+    """Megabytes per second that a node reads from disk or network."""
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Checkpoints of the run."""
+
+    bytes: float
+    """Of one of them: trainable weights and optimizer state, fp32."""
+    stall: float
+    """Seconds that training waits for one: the copy to the host."""
+    count: int
+    asynchronous: bool
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run needs and takes."""
+
+    parameters: ParameterCounts
+    memory: MemoryPlan
+    micro_batches: int
+    """Of each rank, in a step."""
+    largest: PackShape
+    """The micro-batch that keeps most activations."""
+    time: StepTime
+    traffic: StepTraffic
+    samples_per_second: float
+    """Of all ranks."""
+    flops: float
+    """Of a step on all ranks, without recomputation."""
+    mfu: float
+    """Model FLOP/s over the peak. Attention counts; recomputation does not."""
+    loading: LoadingPlan
+    checkpoint: CheckpointPlan
+    hours: float
+    gpu_hours: float
+    engine: str
+    """What the engine calls itself."""
+
+
+def build_model(config: OneLLMConfig) -> OneLLMForConditionalGeneration:
+    """A model whose parameters and buffers are on the meta device."""
+    with torch.device("meta"):
+        return OneLLMForConditionalGeneration(config)
+
+
+@dataclass
+class Planner:
+    """Plans a recipe, and variations of it in budgets, recomputation and engine.
+
+    The model is built once, and counted once for each mode of recomputation.
+
+    Args:
+        config: the recipe.
+        cluster: the machine.
+        data: the shape of the recipe's data.
+    """
+
+    config: RunConfig
+    cluster: GpuCluster
+    data: DataShape
+    _models: dict[str, Any] = field(default_factory=dict)
+    _costs: dict[str, PackCostModel] = field(default_factory=dict)
+    _clocks: dict[str, DeviceClock] = field(default_factory=dict)
+    _counts: dict[tuple[str, PackShape], PackCount] = field(default_factory=dict)
+    _steps: dict[TokenBudget, StepShape] = field(default_factory=dict)
+
+    @cached_property
+    def modalities(self) -> dict[str, Modality]:
+        """The model's modalities with the token counts of its encoder, in span order."""
+        return get_modalities(load_model_config(self.config))
+
+    def get_model(self, mode: str) -> Any:
+        """The model, prepared as a run prepares it.
+
+        Args:
+            mode: `train.activation_checkpointing`.
+        """
+        if mode not in self._models:
+            train = self.config.train
+            dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+            model: Any = build_model(load_model_config(self.config))
+            model.to(dtype)
+            present = {name for kind in self.data.kinds for name in kind}
+            freeze_for_stage(model, train.stage, present, encoder=train.encoder == "trainable")
+            model.set_loss(train.loss)
+            enable_activation_checkpointing(model, mode)
+            self._models[mode] = model.train()
+        return self._models[mode]
+
+    def get_costs(self, mode: str) -> PackCostModel:
+        """What micro-batches do with a mode of recomputation."""
+        if mode not in self._costs:
+            self._costs[mode] = build_cost_model(
+                self.get_model(mode), self.data.kinds, self.modalities
+            )
+        return self._costs[mode]
+
+    def get_clock(self, mode: str) -> DeviceClock:
+        """How long micro-batches take on the device with a mode of recomputation."""
+        if mode not in self._clocks:
+            self._clocks[mode] = DeviceClock(
+                self.get_costs(mode), self.cluster.gpu, self.config.train.precision
+            )
+        return self._clocks[mode]
+
+    def get_step(self, config: RunConfig) -> StepShape:
+        """The first step under a recipe's token budgets."""
+        budget = TokenBudget(config.data.pack_llm_tokens, config.data.pack_encoder_tokens)
+        if budget not in self._steps:
+            self._steps[budget] = pack_step(
+                config.data, self.data, self.modalities, world_size=self.cluster.world_size
+            )
+        return self._steps[budget]
+
+    def find_largest(self, config: RunConfig) -> PackShape:
+        """The micro-batch of the first step that keeps most activations."""
+        costs = self.get_costs(config.train.activation_checkpointing)
+
+        def count(shape: PackShape) -> float:
+            return sum(costs.count_kept(measure_sizes(shape, self.modalities)).values())
+
+        return max(dict.fromkeys(self.get_step(config).packs), key=count)
+
+    def compute_state(self, config: RunConfig) -> StateBytes:
+        """What a rank holds between steps."""
+        return compute_state(
+            get_engine(config.engine.name),
+            config.engine,
+            self.parameters,
+            world_size=self.cluster.world_size,
+            compute_bytes=PRECISION_BYTES[config.train.precision],
+            state_bytes=self._state_bytes,
+        )
+
+    @property
+    def parameters(self) -> ParameterCounts:
+        """Parameters of the model."""
+        return count_parameters(self.get_model(self.config.train.activation_checkpointing))
+
+    @property
+    def _state_bytes(self) -> int:
+        return FLOAT_BYTES * (1 + len(make_optimizer(self.config.optim).state_keys))
+
+    def compute_memory(self, config: RunConfig) -> MemoryPlan:
+        """Memory of a rank; its largest micro-batch is counted on the meta device."""
+        mode, largest = config.train.activation_checkpointing, self.find_largest(config)
+        batch = make_meta_batch(largest, list(self.modalities.values()))
+        if (mode, largest) not in self._counts:
+            self._counts[mode, largest] = count_pack(self.get_model(mode), batch)
+        counts = self.parameters
+        buffers = get_engine(config.engine.name).buffer_bytes(
+            config.engine,
+            compute_bytes=PRECISION_BYTES[config.train.precision],
+            parameters=counts.total,
+            largest_unit=counts.largest_unit,
+        )
+        return compute_memory(
+            self.compute_state(config),
+            self._counts[mode, largest],
+            self.cluster.gpu,
+            inputs=count_batch_bytes(batch),
+            buffers=buffers,
+        )
+
+    def compute_traffic(self, config: RunConfig) -> StepTraffic:
+        """What the engine's collectives move."""
+        return get_engine(config.engine.name).traffic(
+            config.engine,
+            world_size=self.cluster.world_size,
+            compute_bytes=PRECISION_BYTES[config.train.precision],
+            trainable=self.parameters.trainable,
+            uses=self.get_costs(config.train.activation_checkpointing).uses,
+        )
+
+    def compute_time(self, config: RunConfig) -> StepTime:
+        """Time of a step."""
+        mode = config.train.activation_checkpointing
+        clock, assumptions = self.get_clock(mode), load_assumptions()
+        times = [
+            [clock.measure(measure_sizes(shape, self.modalities)) for shape in rank]
+            for rank in self.get_step(config).ranks
+        ]
+        slowest = [
+            DeviceTime(max(t.forward for t in column), max(t.backward for t in column))
+            for column in zip(*times, strict=True)
+        ]
+        factors = get_engine(config.engine.name).host_factors(config.engine)
+        state = self.compute_state(config)
+        return compute_step(
+            slowest,
+            compute_host(self.get_costs(mode), factors, assumptions),
+            self.compute_traffic(config),
+            self.cluster,
+            assumptions,
+            # Gradient, weights and state are read, weights and state are written.
+            optimizer_bytes=state.gradients + 2 * (state.optimizer + state.trained_weights),
+        )
+
+    def plan(self, config: RunConfig | None = None) -> RunPlan:
+        """Plan the recipe, or a variation of it.
+
+        Args:
+            config: a recipe that differs in budgets, recomputation or engine alone.
+        """
+        config = config or self.config
+        time, step = self.compute_time(config), self.get_step(config)
+        costs = self.get_costs(config.train.activation_checkpointing)
+        flops = sum(
+            costs.count_flops(measure_sizes(shape, self.modalities), recompute=False)
+            for shape in step.packs
+        )
+        peak = self.cluster.gpu.peak_tflops[config.train.precision] * 1e12
+        world_size, rate = self.cluster.world_size, config.data.global_batch / time.total
+        checkpoint = self._plan_checkpoint(config)
+        seconds = config.train.steps * time.total + checkpoint.count * checkpoint.stall
+        return RunPlan(
+            parameters=self.parameters,
+            memory=self.compute_memory(config),
+            micro_batches=step.micro_batches,
+            largest=self.find_largest(config),
+            time=time,
+            traffic=self.compute_traffic(config),
+            samples_per_second=rate,
+            flops=flops,
+            mfu=flops / time.total / (peak * world_size),
+            loading=self._plan_loading(rate),
+            checkpoint=checkpoint,
+            hours=seconds / 3600,
+            gpu_hours=seconds / 3600 * world_size,
+            engine=get_engine(config.engine.name).describe(config.engine),
+        )
+
+    def _plan_loading(self, rate: float) -> LoadingPlan:
+        assumptions = load_assumptions()
+        decode = [
+            sum(assumptions.media.get(x, assumptions.unknown_media).decode_ms for x in s.spans)
+            for s in self.data.samples
+        ]
+        node = rate / self.cluster.nodes
+        return LoadingPlan(
+            samples_per_second=node,
+            cores_per_gpu=rate / self.cluster.world_size * self.data.average(decode) / 1000,
+            read_mb_s=node * self.data.average(self.data.sample_bytes) / 1e6,
+        )
+
+    def _plan_checkpoint(self, config: RunConfig) -> CheckpointPlan:
+        size = self.parameters.trainable * self._state_bytes
+        copy = size / self.cluster.world_size / (GIGA * self.cluster.gpu.host_copy_gb_s)
+        return CheckpointPlan(
+            bytes=size,
+            stall=copy,
+            count=-(-config.train.steps // config.checkpoint.every),
+            asynchronous=config.checkpoint.asynchronous,
+        )
+
+
+def load_model_config(config: RunConfig) -> OneLLMConfig:
+    """The config of a recipe's model, from its folder or its preset."""
+    if config.model.path is not None:
+        found: OneLLMConfig = OneLLMConfig.from_pretrained(config.model.path)
+        return found
+    return build_config(str(config.model.preset))
+
+
+def get_modalities(config: OneLLMConfig) -> dict[str, Modality]:
+    """A model's modalities with the token counts of its encoder, in span order."""
+    vision = config.vision
+    return {
+        name: get_modality(name).with_encoder(patches=vision.patches, prefix_tokens=vision.prefix)
+        for name in config.modalities
+    }
+
+
+def vary(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A recipe with other values of some keys.
+
+    Args:
+        config: the recipe.
+        changes: `section.key` to value; `engine` to a whole section.
+    """
+    raw: dict[str, Any] = config.model_dump(by_alias=True)
+    for key, value in changes.items():
+        section, _, leaf = key.partition(".")
+        if leaf:
+            raw[section][leaf] = value
+        else:
+            raw[section] = value
+    return RunConfig.model_validate(raw)

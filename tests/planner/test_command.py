@@ -1,0 +1,159 @@
+"""`onellm plan`: its numbers, its JSON, and how it explains what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from plain_counts import make_config
+
+from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from onellm_dist.planner.command import PlanOptions, make_cluster, make_planner, run_plan
+from onellm_dist.planner.hardware import all_gpu_kinds, find_gpus_here, get_gpu_kind
+from onellm_dist.planner.run_plan import build_model
+from onellm_dist.train.optim.stages import freeze_for_stage
+
+H100 = PlanOptions(gpu="h100", gpus_per_node=2)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe whose model has a config alone, and whose data are not there."""
+    make_config().save_pretrained(tmp_path / "model")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"path": str(tmp_path / "model")},
+                "data": {
+                    "root": str(tmp_path),
+                    "mixture": [{"path": "laion400m"}, {"path": "wavcaps"}],
+                    "global_batch": 64,
+                    "pack_llm_tokens": 1024,
+                    "pack_encoder_tokens": 16384,
+                },
+                "train": {"stage": "align", "steps": 100},
+                "optim": {"lr": 1e-4},
+            }
+        )
+    )
+    return path
+
+
+def test_state_is_that_of_the_model_s_parameters(recipe: Path) -> None:
+    model: Any = build_model(make_config())
+    freeze_for_stage(model, "align", ["image", "audio"])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    planner = make_planner(recipe, ["engine.config=zero3"], H100)
+    state = planner.compute_state(planner.config)
+    assert state.frozen_weights == frozen * 2 / 2
+    assert state.trained_weights == trained * 2 / 2
+    assert (state.gradients, state.optimizer) == (trained * 4 / 2, trained * 12 / 2)
+    assert planner.parameters.total == trained + frozen
+
+
+@pytest.mark.slow
+def test_a_plan_is_printed_and_is_json(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_plan(recipe, [], H100) == EXIT_DONE
+    text = capsys.readouterr().out
+    assert "activations: UPM" in text and "laion400m is not there: samples of image" in text
+    options = PlanOptions(gpu="h100", gpus_per_node=2, as_json=True)
+    assert run_plan(recipe, [], options) == EXIT_DONE
+    found = json.loads(capsys.readouterr().out)
+    memory = found["memory"]
+    state = ("frozen_weights", "trained_weights", "gradients", "optimizer")
+    parts = (*state, "working", "inputs", "engine_buffers", "context", "fragmentation")
+    total = sum(memory[part] for part in parts) + sum(memory["activations"].values())
+    assert memory["total"] == pytest.approx(total) and memory["fits"]
+    step = found["step_seconds"]["total"]
+    assert found["samples_per_second"] == pytest.approx(64 / step)
+    assert found["mfu"] == pytest.approx(found["flops_per_step"] / step / (2 * 989e12))
+    assert found["hours"] == pytest.approx(100 * step / 3600, rel=0.01)
+    assert found["gpu_hours"] == pytest.approx(2 * found["hours"])
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_says_what_it_needs(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = get_gpu_kind("h100")
+    planner = make_planner(recipe, [], H100)
+    need = planner.compute_memory(planner.config)
+    fixed = need.total - sum(need.activations.values()) - need.working - need.inputs
+    for room, words in (
+        (fixed + 0.5 * (need.total - fixed), "data.pack_llm_tokens=5"),
+        (0.9 * fixed, "more GPUs, or an engine that shards more"),
+    ):
+        small = real.model_copy(update={"memory_gb": room / 1e9})
+        monkeypatch.setattr("onellm_dist.planner.command.get_gpu_kind", lambda _, s=small: s)
+        assert run_plan(recipe, [], H100) == EXIT_FAILED
+        assert "does not fit" in (text := capsys.readouterr().out) and words in text
+
+
+def test_wrong_recipes_are_refused_as_by_train(recipe: Path) -> None:
+    with pytest.raises(UsageError, match=r"did you mean train\.steps") as found:
+        make_planner(recipe, ["train.step=3", "optim.name=adam9"], H100)
+    assert "adam9" in str(found.value)
+    with pytest.raises(UsageError, match=r"model\.preset=onellm-7b"):
+        make_planner(recipe, ["model.path=nowhere"], H100)
+    with pytest.raises(UsageError, match="does not divide the 2 ranks"):
+        make_planner(recipe, ["engine.name=fsdp", "engine.shard_ranks=3"], H100)
+    planner = make_planner(recipe, ["data.pack_encoder_tokens=1000"], H100)
+    with pytest.raises(UsageError, match=r"sample of wavcaps needs .* 1213 encoder tokens"):
+        planner.get_step(planner.config)
+
+
+def test_data_that_is_not_there_must_be_described(recipe: Path) -> None:
+    mixture = ["data.mixture=[{path: mine}]"]
+    with pytest.raises(UsageError, match="--modalities mine=MODALITY"):
+        make_planner(recipe, mixture, H100)
+    said = PlanOptions(gpu="h100", modalities=("mine=image+imu",), text_tokens=50)
+    data = make_planner(recipe, mixture, said).data
+    assert data.kinds == (("image", "imu"),) and data.samples[0].text_tokens == 50
+    assert not data.notes
+    for wrong in ("mine=picture", "mine"):
+        with pytest.raises(UsageError, match="--modalities"):
+            make_planner(recipe, mixture, PlanOptions(gpu="h100", modalities=(wrong,)))
+    with pytest.raises(UsageError, match="the model has no tokenizer"):
+        make_planner(recipe, ["data.mixture=[{path: cap3d}]"], H100)
+
+
+def test_every_gpu_has_constants_with_date_and_source() -> None:
+    assert {"a100-80", "h100-80", "h200"} <= set(all_gpu_kinds())
+    for kind in all_gpu_kinds().values():
+        assert (
+            str(kind.date) >= "2026"
+            and all(kind.sources)
+            and {"bf16", "fp32"} <= set(kind.peak_tflops)
+        )
+    assert get_gpu_kind("H100").kind == "h100-80"
+    with pytest.raises(UsageError, match="use one of: a100-80"):
+        get_gpu_kind("rtx")
+
+
+def test_one_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in (PlanOptions(), PlanOptions(gpu="h100", here=True)):
+        with pytest.raises(UsageError, match="exactly one of --gpu and --here"):
+            make_cluster(options)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="no GPU that torch can use"):
+        make_cluster(PlanOptions(here=True))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    for name, kind in (("NVIDIA H100 80GB HBM3", "h100-80"), ("NVIDIA H200", "h200")):
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda _, name=name: name)
+        assert (find_gpus_here()[0].kind, find_gpus_here()[1]) == (kind, 4)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA T4")
+    with pytest.raises(UsageError, match="no constants for NVIDIA T4"):
+        find_gpus_here()
+
+
+def test_a_slow_network_takes_its_time() -> None:
+    fast = make_cluster(PlanOptions(gpu="h100", nodes=2))
+    slow = make_cluster(PlanOptions(gpu="h100", nodes=2, network_gb_s=12.5))
+    assert fast.world_size == 16 and fast.get_bus(8) == slow.get_bus(8) == 360e9
+    assert slow.get_bus(16) == pytest.approx(10.6e9, rel=0.01) and fast.get_bus(16) > 300e9
