@@ -111,6 +111,7 @@ def doctor(
         "onellm launch stage1_image --nodes 2 --set run.dir=/scratch/stage1 --submit",
         "onellm launch tune --nodes 1-4 --with torchrun --time 12:00:00 --partition gpu "
         "--out tune.sbatch",
+        "onellm launch tune --array optim.lr=1e-5,2e-5 --array run.seed=0,1 --submit",
     )
 )
 def launch(
@@ -120,6 +121,7 @@ def launch(
     ranks_per_node: options.RanksPerNode = None,
     starter: options.StarterOption = "srun",
     settings: options.Settings = None,
+    array: options.Sweep = None,
     time: options.TimeLimit = "24:00:00",
     partition: options.Partition = None,
     account: options.Account = None,
@@ -140,6 +142,8 @@ def launch(
     """Render a Slurm job script for a recipe, check it, and submit it with --submit.
 
     The job requeues itself after a preemption or a failure, and the run resumes.
+    With --array it is one job for each combination of values, each with a run
+    directory of its own below `run.dir`.
     """
     from onellm_dist.launch.slurm.submit import make_job
 
@@ -147,6 +151,7 @@ def launch(
         recipe,
         settings or [],
         nodes=nodes,
+        array=array or [],
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         starter=starter,
@@ -185,7 +190,7 @@ def _write_job(job: SlurmJob, out: Path | None, *, submit: bool) -> None:
     path.write_text(text, encoding="utf-8")
     print(f"written: {path}")
     if submit:
-        history = job.run_dir / run_files.ATTEMPTS
+        history = job.run_dir / ("*" if job.sweep else "") / run_files.ATTEMPTS
         print(f"submitted: job {submit_script(path)}; its history goes to {history}")
     else:
         print(f"submit it: sbatch {shlex.quote(str(path))}")

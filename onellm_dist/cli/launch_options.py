@@ -18,6 +18,15 @@ Settings = Annotated[
         metavar="KEY=VALUE",
     ),
 ]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--array",
+        help="A key and its values: one run for each, as a Slurm array (repeatable: for every "
+        "combination).",
+        metavar="KEY=VALUE,...",
+    ),
+]
 StarterOption = Annotated[
     str, typer.Option("--with", help="What starts the ranks: srun, torchrun or deepspeed (pdsh).")
 ]

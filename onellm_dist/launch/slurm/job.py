@@ -18,12 +18,22 @@ LONGEST_GRACE_PERIOD_S = 65535
 
 
 @dataclass(frozen=True)
+class SweepTask:
+    """One run of a sweep: one task of a Slurm array."""
+
+    run_dir: Path
+    overrides: tuple[str, ...]
+    """key=value that this run has beside those of the job; `run.dir` is one of them."""
+
+
+@dataclass(frozen=True)
 class SlurmJob:
-    """A run as a Slurm job."""
+    """A run as a Slurm job, or several as an array."""
 
     recipe: str
     """A recipe file, or the name of one that ships; empty for a script that takes any recipe."""
     run_dir: Path
+    """The run directory; of a sweep, the folder of all its run directories."""
     nodes: tuple[int, int]
     """Fewest and most nodes. At each start Slurm gives as many as it can."""
     gpus_per_node: int
@@ -31,6 +41,8 @@ class SlurmJob:
     ranks_per_node: int
     overrides: tuple[str, ...] = ()
     """key=value of the recipe, with `run.dir` if it is not the recipe's."""
+    sweep: tuple[SweepTask, ...] = ()
+    """The runs of an array; none for a job of one run."""
     starter: Starter = "srun"
     name: str = "onellm"
     time: str = "24:00:00"
@@ -110,6 +122,7 @@ def _check_texts(job: SlurmJob) -> None:
         "the command": job.command,
         **{f"--mount {path!r}": path for path in job.mounts},
         **{f"{item!r}": item for item in job.overrides},
+        **{f"--array {item!r}": item for task in job.sweep for item in task.overrides},
     }
     for name, text in texts.items():
         if any(ord(c) < 32 or ord(c) == 127 for c in text):

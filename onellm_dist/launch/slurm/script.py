@@ -6,13 +6,15 @@ import shlex
 
 from onellm_dist import __version__
 from onellm_dist.common import run_files
-from onellm_dist.launch.slurm.job import SlurmJob
+from onellm_dist.launch.arguments import encode_argument
+from onellm_dist.launch.slurm.job import SlurmJob, SweepTask
 from onellm_dist.launch.slurm.script_text import (
     BEGIN,
     END,
     END_REMAINING_RANKS,
     EXCLUDE_BAD_NODES,
     STOP_HANDLER,
+    TASKS,
     WAIT,
 )
 from onellm_dist.launch.slurm.start_commands import (
@@ -48,6 +50,8 @@ def _format_header(job: SlurmJob) -> str:
     ranks = f"{job.ranks_per_node} rank{'s' if job.ranks_per_node > 1 else ''}"
     where = f"{nodes} nodes with {ranks} each" if nodes != "1" else f"1 node with {ranks}"
     what = f"Recipe {job.recipe}" if job.recipe else "Any recipe"
+    if job.sweep:
+        what = f"{len(job.sweep)} runs of recipe {job.recipe}, each"
     lines = [
         "#!/usr/bin/env bash",
         f"# {what} on {where}, started by {job.starter}.",
@@ -77,6 +81,10 @@ def _list_options(job: SlurmJob, nodes: str) -> list[tuple[str, str]]:
     # would give a job that asks for 1-4 nodes a single one; with more, a requeued job wants as many
     # tasks as its last start had, so it would never come back on fewer nodes.
     options = [(f"--job-name={job.name}", ""), (f"--nodes={nodes}", "")]
+    if job.sweep:
+        options.append(
+            (f"--array=0-{len(job.sweep) - 1}", "one run each; %2 behind it: two at once")
+        )
     if job.gpus_per_node:
         options.append((f"--gpus-per-node={job.gpus_per_node}", ""))
     if job.cpus_per_rank:
@@ -95,7 +103,7 @@ def _list_options(job: SlurmJob, nodes: str) -> list[tuple[str, str]]:
             f"--signal=B:USR1@{job.grace_period_s}",
             "seconds before the time limit: the last checkpoint must fit in",
         ),
-        ("--output=%x-%j.log", ""),
+        (f"--output=%x-{'%A_%a' if job.sweep else '%j'}.log", ""),
     ]
 
 
@@ -104,13 +112,25 @@ def _format_usage(job: SlurmJob) -> str:
 
 
 def _format_run_dir(job: SlurmJob) -> str:
-    run_dir = shlex.quote(str(job.run_dir))
+    setting = f"run_dir={shlex.quote(str(job.run_dir))}\n"
     if not job.recipe:
-        run_dir = f'"${{1:?usage: {_format_usage(job)}}}"'
+        setting = f'run_dir="${{1:?usage: {_format_usage(job)}}}"\n'
+    if job.sweep:
+        tasks = "\n".join(_format_task(job, number) for number in range(len(job.sweep)))
+        setting = TASKS.format(tasks=tasks)
     return (
-        f'run_dir={run_dir}\n[ "${{run_dir#-}}" = "$run_dir" ] || run_dir=./$run_dir\n'
-        'mkdir -p "$run_dir"\n'
+        f'{setting}[ "${{run_dir#-}}" = "$run_dir" ] || run_dir=./$run_dir\nmkdir -p "$run_dir"\n'
     )
+
+
+def _format_task(job: SlurmJob, number: int) -> str:
+    """The branch of a task of an array: its run directory, and its overrides."""
+    task: SweepTask = job.sweep[number]
+    lines = [f"{number})", f"    run_dir={shlex.quote(str(task.run_dir))}"]
+    lines.append(f"    varied=({shlex.join(task.overrides)})")
+    if job.starter == "deepspeed":
+        lines.append(f"    encoded=({shlex.join(map(encode_argument, task.overrides))})")
+    return "\n".join([*lines, "    ;;"])
 
 
 def _format_ranks(job: SlurmJob) -> str:
@@ -127,11 +147,16 @@ def _format_ranks(job: SlurmJob) -> str:
 
 
 def _format_end(job: SlurmJob, after: str) -> str:
+    job_id = "array_task" if job.sweep else "SLURM_JOB_ID"
     more = ""
     exclude = ""
     if job.preflight:
         more = ' \\\n    --preflight-status "$preflight"'
         exclude = EXCLUDE_BAD_NODES.format(
-            bad_nodes=run_files.BAD_NODES, exclude=f",{job.exclude}" if job.exclude else ""
+            bad_nodes=run_files.BAD_NODES,
+            exclude=f",{job.exclude}" if job.exclude else "",
+            job_id=job_id,
         )
-    return END.format(after=after, max_requeues=job.max_requeues, more=more, exclude=exclude)
+    return END.format(
+        after=after, max_requeues=job.max_requeues, more=more, exclude=exclude, job_id=job_id
+    )

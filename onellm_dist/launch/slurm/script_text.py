@@ -5,6 +5,18 @@ from __future__ import annotations
 AFTER_RESULT_S = 30
 """Seconds that a preflight may still run after it has written its result."""
 
+TASKS = """\
+# One run for each task of the array: its directory, and the keys in which it differs.
+case "${{SLURM_ARRAY_TASK_ID:?submit this script with sbatch: it is an array}}" in
+{tasks}
+*)
+    echo "there is no task $SLURM_ARRAY_TASK_ID in this script" >&2
+    exit 2
+    ;;
+esac
+array_task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID # SLURM_JOB_ID may stand for the whole array
+"""
+
 STOP_HANDLER = """\
 # Asked to stop (USR1 ahead of the time limit; USR1 or TERM at a preemption). The deepspeed runner
 # and torchrun do not pass signals on, so the request is the file `stop`, which works with every
@@ -96,11 +108,11 @@ read -r action delay code < <({after} end "$run_dir" \\
 if [ "${{action:-}}" = requeue ]; then
     # RUNNING: the job is still ours. It is not after scancel, and a preemption by REQUEUE has
     # requeued it already.
-    if [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+    if [ "$(squeue --noheader --job "${job_id}" --format=%T)" = RUNNING ]; then
         trap '' TERM # requeueing ends this script too, and another line has to run
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "${job_id}"
         # Slurm's own delay is two minutes.
-        scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay"
+        scontrol update JobId="${job_id}" StartTime="now+$delay"
 {exclude}    else
         echo "not requeued from here: the job is already being cancelled or requeued"
     fi
@@ -110,5 +122,5 @@ exit "${{code:-1}}"
 
 EXCLUDE_BAD_NODES = """\
         bad=$(cat "$run_dir/{bad_nodes}.$SLURM_JOB_ID".* 2>/dev/null | sort -u | paste -sd,)
-        [ -z "$bad" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad{exclude}"
+        [ -z "$bad" ] || scontrol update JobId="${job_id}" ExcNodeList="$bad{exclude}"
 """

@@ -99,7 +99,8 @@ def _format_encoded_training(job: SlurmJob) -> str:
     if not job.recipe:
         return 'onellm_dist.train "${arguments[@]}"'
     arguments = shlex.join(map(encode_argument, [job.recipe, *job.overrides]))
-    return f"onellm_dist.train {arguments}"
+    varied = ' "${encoded[@]}"' if job.sweep else ""
+    return f"onellm_dist.train {arguments}{varied}"
 
 
 def format_preflight(job: SlurmJob) -> str:
@@ -167,7 +168,8 @@ def _format_training(job: SlurmJob) -> str:
 
 
 def _format_arguments(job: SlurmJob) -> str:
-    return shlex.join([job.recipe, *job.overrides])
+    varied = ' "${varied[@]}"' if job.sweep else ""
+    return shlex.join([job.recipe, *job.overrides]) + varied
 
 
 def _format_mounts(job: SlurmJob) -> list[str]:

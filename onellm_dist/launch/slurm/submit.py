@@ -16,18 +16,27 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.config.load import load_config
 from onellm_dist.config.recipe_files import find_recipe
 from onellm_dist.launch.slurm.job import SlurmJob, check_job, parse_nodes
+from onellm_dist.launch.slurm.sweep import make_sweep
 
 COMMAND_S = 60
 DEFAULT_GPUS = 8
 
 
-def make_job(recipe: Path, overrides: Sequence[str], *, nodes: str, **options: Any) -> SlurmJob:
+def make_job(
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    nodes: str,
+    array: Sequence[str] = (),
+    **options: Any,
+) -> SlurmJob:
     """Make the job of a recipe and check it.
 
     Args:
         recipe: a recipe file, or the name of one that ships.
         overrides: key=value of the recipe.
         nodes: number of nodes, as `parse_nodes` takes it.
+        array: keys with the values of the runs of a sweep, as `parse_sweep` takes them.
         options: fields of `SlurmJob`; None leaves a field at its default.
 
     Raises:
@@ -49,6 +58,7 @@ def make_job(recipe: Path, overrides: Sequence[str], *, nodes: str, **options: A
         recipe=str(recipe),
         overrides=tuple(overrides),
         run_dir=config.run.dir,
+        sweep=tuple(make_sweep(recipe, overrides, array)),
         nodes=parse_nodes(nodes),
         gpus_per_node=gpus,
         mounts=tuple(mounts) if given.get("container") else (),
