@@ -62,8 +62,9 @@ def test_a_run_that_stops_requeues_alone(tmp_path: Path) -> None:
         wait_until(lambda: len(read_metrics(runs[-1])) > 1, "step")
         cluster.run("scancel", "--batch", "--signal=USR1", last)
         wait_until(lambda: len(read_attempts(runs[-1])) > 1, "second start")
-        for run in runs:
-            wait_until(lambda run=run: read_attempts(run)[-1].action == "done", f"end of {run}")
+        wait_until(
+            lambda: all(read_attempts(run)[-1].action == "done" for run in runs), "end of both"
+        )
     assert [[a.action for a in read_attempts(run)] for run in runs] == [
         ["done"],
         ["requeue", "done"],
