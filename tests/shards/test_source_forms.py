@@ -172,7 +172,10 @@ def test_missing_files_are_named_with_where_they_were_looked_for(tmp_path: Path)
     table = "file,caption\nimg/0.jpg,x\nimg/1.jpg,y\nimg/2.jpg,z\nimg/3.jpg,w\n"
     with pytest.raises(UsageError) as info:
         build(tmp_path, {**MEDIA, "t.csv": table})
-    assert f"missing file: img/0.jpg (looked for in {tmp_path / 'in'})" in info.value.what
+    assert (
+        f"missing file: img/0.jpg (looked for in {tmp_path / 'in'}; 0.jpg lies there"
+        in info.value.what
+    )
     assert "and 1 more" in info.value.what
     assert "-o media=FOLDER" in info.value.do
     (tmp_path / "elsewhere/img").mkdir(parents=True)

@@ -261,16 +261,26 @@ class _TarScanner:
         self.json = None
 
 
+def find_compression(path: Path) -> str | None:
+    """Return how a file is compressed, by its first bytes; None: it is not."""
+    with path.open("rb") as file:
+        return _get_compression(file.read(8))
+
+
+def _get_compression(head: bytes) -> str | None:
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
+
+
 def _make_unreadable_error(path: Path, file: BinaryIO, error: Exception) -> TarError:
     file.seek(0)
     head = file.read(8)
-    for magic, name in _COMPRESSED.items():
-        if head.startswith(magic):
-            return TarError(
-                path,
-                f"it is compressed ({name}); samples of a compressed tar cannot be reached by "
-                "byte range: unpack it first",
-            )
+    name = _get_compression(head)
+    if name is not None:
+        return TarError(
+            path,
+            f"it is compressed ({name}); samples of a compressed tar cannot be reached by "
+            "byte range: unpack it first",
+        )
     return TarError(path, "it is empty" if not head else f"it is not a tar ({error})", None, 0)
 
 

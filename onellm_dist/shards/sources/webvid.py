@@ -46,6 +46,7 @@ from onellm_dist.shards.sources.readers.img2dataset import (
 )
 from onellm_dist.shards.sources.readers.listing import list_files
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.named_files import find_named_file
 
 _COLUMNS = ("videoid", "page_dir", "name")
 _DURATION = re.compile(r"P(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)")
@@ -135,11 +136,17 @@ def raw_samples(
                 f"{make_safe_key(description['table'])}-{line:09d}", where, problem=wrong
             )
             continue
-        file = inputs / videos / row["page_dir"] / f"{name}.mp4"
+        file = _find_video(inputs / videos, f"{row['page_dir']}/{name}.mp4")
         skip = "media was not fetched" if missing == "skip" and not file.is_file() else None
         yield RawSample(
             make_safe_key(name), where, {"mp4": file}, row["name"], _make_meta(row), skip=skip
         )
+
+
+def _find_video(folder: Path, name: str) -> Path:
+    """Find a video whose name may be stored in the other Unicode form."""
+    found = None if name.isascii() else find_named_file([folder], name)
+    return folder / name if found is None else found
 
 
 def _make_meta(row: Mapping[str, str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.common.hidden_files import is_hidden
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.common.turns import CONVERSATION_KEYS
@@ -31,36 +31,10 @@ from onellm_dist.shards.format.names import (
 )
 from onellm_dist.shards.sources.base import RawSample
 from onellm_dist.shards.sources.readers.listing import get_shown_suffix
+from onellm_dist.shards.sources.readers.lost_tables import SUFFIXES, refuse_lost_tables
 from onellm_dist.shards.sources.readers.named_files import compose
+from onellm_dist.shards.sources.readers.part_selection import select_parts
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
-
-
-def select_parts(
-    found: Mapping[str, Path], modalities: Sequence[str]
-) -> tuple[dict[str, Path], str | None]:
-    """Select the files that the modalities read.
-
-    Args:
-        found: extension to file.
-        modalities: names of modalities.
-
-    Returns:
-        Extension to selected file, and what is wrong (None: nothing).
-    """
-    chosen: dict[str, Path] = {}
-    for name in modalities:
-        modality = get_modality(name)
-        for role, accepted in get_modality_parts(modality).items():
-            fitting = [e for e in accepted if e in found]
-            if len(fitting) > 1:
-                names = " and ".join(found[e].name for e in fitting)
-                return chosen, f"ambiguous: {names} are both a {role} file for {name}"
-            chosen.update({e: found[e] for e in fitting})
-        try:
-            modality.match(set(found))
-        except SampleError as error:
-            return chosen, f"missing part: {error.what}"
-    return chosen, None
 
 
 _LARGEST_META = 1 << 22
@@ -88,6 +62,8 @@ class FileGroups:
     """Suffix to the number of files that no modality knows, or that nothing uses."""
     hidden: int = 0
     """Hidden files and folders that were skipped."""
+    tables: list[Path] = field(default_factory=list)
+    """Files that may be tables of captions."""
 
     def get_media(self, stem: str) -> dict[str, Path]:
         """Return the files of a stem that are no text parts."""
@@ -127,6 +103,8 @@ def group_files(root: Path, skip: Collection[Path] = ()) -> FileGroups:
             if is_hidden(name) or path in skip:
                 continue
             split = split_file_name(name)
+            if path.suffix.lower() in SUFFIXES:
+                groups.tables.append(path)
             if split is None:
                 groups.ignored[get_shown_suffix(name)] += 1
                 continue
@@ -201,6 +179,8 @@ def find_side_file_samples(
     groups = group_files(root)
     if wanted != ():
         _ignore_other_json(groups)
+        if not class_captions and _has_media_alone(groups):
+            refuse_lost_tables(root, groups.tables)
     media = {stem: groups.get_media(stem) for stem in groups.files}
     if wanted is None:
         _require_media(root, groups)
@@ -233,6 +213,12 @@ def find_side_file_samples(
         sorted(raw_samples, key=lambda c: (os.fsencode(c.key), os.fsencode(c.where))),
         notes,
     )
+
+
+def _has_media_alone(groups: FileGroups) -> bool:
+    """Check that there are media, and not a single text."""
+    extensions = {e for files in groups.files.values() for e in files}
+    return bool(extensions) and not extensions & set(TEXT_EXTENSIONS)
 
 
 def _select_stems(

@@ -23,13 +23,13 @@ from onellm_dist.shards.format.names import (
 )
 from onellm_dist.shards.sources.base import RawSample
 from onellm_dist.shards.sources.readers.delimited import read_header
-from onellm_dist.shards.sources.readers.folder_files import select_parts
 from onellm_dist.shards.sources.readers.json_stream import scan_rows
 from onellm_dist.shards.sources.readers.listing import get_shown_suffix
 from onellm_dist.shards.sources.readers.named_files import (
     describe_missing_file,
     find_named_file,
 )
+from onellm_dist.shards.sources.readers.part_selection import select_parts
 from onellm_dist.shards.sources.readers.table_columns import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
@@ -75,7 +75,7 @@ def find_table(root: Path, caption: str | None = None, file: str | None = None) 
         if (path := root / name).suffix.lower() in TABLE_SUFFIXES
         and not (path.suffix.lower() == ".json" and stems[path.stem] > 1)
         and path.is_file()
-        and _is_sample_table(path, caption, file)
+        and is_sample_table(path, caption, file)
     ]
     if len(tables) > 1:
         raise UsageError(
@@ -86,11 +86,18 @@ def find_table(root: Path, caption: str | None = None, file: str | None = None) 
     return tables[0] if tables else None
 
 
-def _is_sample_table(path: Path, caption: str | None, file: str | None) -> bool:
+def is_sample_table(path: Path, caption: str | None = None, file: str | None = None) -> bool:
+    """Check by its columns whether a file is a table of files and captions.
+
+    Args:
+        path: the file.
+        caption: the user's column of captions.
+        file: the user's column of files.
+    """
     if path.with_suffix(".txt").exists():
         return False  # media with a side file that is itself a CSV
     try:
-        names = _read_column_names(path)
+        names = read_column_names(path)
     except OneLLMError:
         return False
     own = {normalise_column(name) for name in (caption, file) if name is not None}
@@ -100,7 +107,7 @@ def _is_sample_table(path: Path, caption: str | None, file: str | None) -> bool:
     return has_file and (has_text or path.stem.lower() == "metadata")
 
 
-def _read_column_names(path: Path) -> set[str]:
+def read_column_names(path: Path) -> set[str]:
     """Read the normalised names of a table's columns, from its header or its first object.
 
     Raises:

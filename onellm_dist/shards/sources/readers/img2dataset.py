@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,12 @@ from typing import Any, NamedTuple
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards.format.names import make_safe_key
-from onellm_dist.shards.format.tars import BLOCK, TAR_FAULTS, open_tar_headers
+from onellm_dist.shards.format.tars import (
+    BLOCK,
+    TAR_FAULTS,
+    find_compression,
+    open_tar_headers,
+)
 from onellm_dist.shards.format.valid_names import split_name
 from onellm_dist.shards.sources.base import (
     FileRange,
@@ -120,15 +125,30 @@ def split_tars(
         )
     done = "left out" if unfinished == "skip" else "taken as far as they go"
     notes = [f"unfinished tars ({done}): {named}"] if bad else []
+    notes += _describe_unread(names, set(stems))
     notes += listed.make_notes((".tar", ".parquet", _STATS))
     stated = [(s, s in parquets and s in complete) for s in wanted]
     return _make_splits(inputs, stated), tuple(notes)
 
 
+def _describe_unread(names: Collection[str], stems: Collection[str]) -> Iterator[str]:
+    """Say which samples are not read: of parquets without a tar, and of tars in capitals."""
+    lonely = [n for n in names if n.endswith(".parquet") and n[: -len(".parquet")] not in stems]
+    if lonely:
+        yield f"parquets without their tar, whose samples are missing: {_join(sorted(lonely))}"
+    capital = [n for n in names if n.lower().endswith(".tar") and not n.endswith(".tar")]
+    if capital:
+        yield f"not read, because only .tar is: {_join(sorted(capital))}"
+
+
 def _name_some(paths: Sequence[Path], inputs: Path) -> str:
     """Name the first files of a list, relative to the input."""
-    named = ", ".join(p.relative_to(inputs).as_posix() for p in paths[:_SHOWN])
-    return named + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+    return _join([p.relative_to(inputs).as_posix() for p in paths])
+
+
+def _join(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _check_compressed(inputs: Path, packed: Sequence[Path], unfinished: str) -> None:
@@ -311,9 +331,11 @@ def list_tar_members(tar: Path) -> TarMembers:
                     f"at offset {archive.offset}"
                 )
     except TAR_FAULTS as error:
-        return found._replace(
-            fault=f"truncated tar: {tar.name} cannot be read to its end ({error})"
-        )
+        packed = find_compression(tar)
+        fault = f"truncated tar: {tar.name} cannot be read to its end ({error})"
+        if packed is not None:
+            fault = f"compressed tar: {tar.name} is compressed ({packed}); unpack it"
+        return found._replace(fault=fault)
     return found
 
 

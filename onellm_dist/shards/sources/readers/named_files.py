@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from onellm_dist.shards.storage.paths import StoragePath
 
@@ -42,8 +43,8 @@ def find_named_file(folders: Iterable[Path], name: str) -> Path | None:
 def describe_missing_file(folders: Sequence[Path], name: str) -> str:
     """Say that a file is missing, where it was looked for, and which file has nearly its name."""
     places = " and ".join(dict.fromkeys(str(f) for f in folders))
-    near = next((n for f in folders if (n := _find_near_name(f, name)) is not None), None)
-    hint = f"; {near} lies there, and upper and lower case differ" if near else ""
+    near = next((found for f in folders if (found := _find_near_file(f, name)) is not None), None)
+    hint = f"; {near[0]} lies there, {near[1]}" if near else ""
     return f"missing file: {name} (looked for in {places}{hint})"
 
 
@@ -71,27 +72,64 @@ def _list_spellings(name: str) -> Iterator[str]:
 
 def _find_by_form(folder: Path, name: str) -> Path | None:
     """Go down component by component, each in whatever form it is stored."""
+    path = _walk(folder, _split(name), lambda part, names: names.get(compose(part)))
+    return path if path is not None and is_file(path) else None
+
+
+def _find_near_file(folder: Path, name: str) -> tuple[str, str] | None:
+    """Find a file whose name may be meant, and say what differs; None: there is none."""
+    if not isinstance(folder, Path):
+        return None
+    plain, parts = unquote(name), _split(name)
+    if plain != name and ".." not in plain and is_file(folder / plain):
+        return plain, "without the % of web addresses"
+    cased = _walk(folder, parts, lambda part, names: names.by_case.get(compose(part).casefold()))
+    if cased is not None and is_file(cased):
+        return cased.relative_to(folder).as_posix(), "and upper and lower case differ"
+    parent = _walk(folder, parts[:-1], lambda part, names: names.get(compose(part)))
+    if parent is not None and parts:
+        names = _list_names(parent, _get_stamp(parent))
+        last = compose(parts[-1])
+        stored = names.by_stem.get(last) or names.by_stem.get(PurePosixPath(last).stem)
+        if stored is not None and is_file(parent / stored):
+            return (parent / stored).relative_to(folder).as_posix(), "with another extension"
+    below = [p for p in parts if p != ".."]
+    tails = ("/".join(below[i:]) for i in range(len(below)))
+    tail = next((t for t in tails if t != name and is_file(folder / t)), None)
+    return None if tail is None else (tail, "where its path begins otherwise")
+
+
+def _split(name: str) -> list[str]:
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+
+
+def _walk(
+    folder: Path, parts: Sequence[str], choose: Callable[[str, _Names], str | None]
+) -> Path | None:
+    """Go down from a folder: `choose` picks the stored name of each part."""
     path = folder
-    for part in name.split("/"):
-        if part in ("", "."):
-            continue
+    for part in parts:
         if part == ".." or not isinstance(path, Path):
             return None
-        stored = _list_composed(path, _get_stamp(path)).get(compose(part))
+        stored = choose(part, _list_names(path, _get_stamp(path)))
         if stored is None:
             return None
         path = path / stored
-    return path if is_file(path) else None
+    return path
 
 
-def _find_near_name(folder: Path, name: str) -> str | None:
-    """Find a file of the same folder whose name differs in case alone."""
-    path = folder / name.replace("\\", "/")
-    if not isinstance(path, Path):
-        return None
-    wanted = compose(path.name).casefold()
-    names = _list_composed(path.parent, _get_stamp(path.parent))
-    return next((stored for n, stored in names.items() if n.casefold() == wanted), None)
+class _Names(dict[str, str]):
+    """The names in a folder as they are stored, by their composed form."""
+
+    by_case: Mapping[str, str]
+    """The same in the lower case by which Unicode compares."""
+    by_stem: Mapping[str, str]
+    """The same without extension."""
+
+    def __init__(self, stored: Iterable[str]) -> None:
+        super().__init__({compose(name): name for name in stored})
+        self.by_case = {name.casefold(): stored for name, stored in self.items()}
+        self.by_stem = {PurePosixPath(name).stem: stored for name, stored in self.items()}
 
 
 def _get_stamp(folder: Path) -> int:
@@ -102,11 +140,9 @@ def _get_stamp(folder: Path) -> int:
 
 
 @lru_cache(maxsize=64)
-def _list_composed(folder: Path, stamp: int) -> Mapping[str, str]:
-    """Composed name to the name as it is stored, for one state of a folder; empty: no folder."""
-    if stamp < 0:
-        return {}
+def _list_names(folder: Path, stamp: int) -> _Names:
+    """The names in a folder, for one state of it; empty: there is no folder."""
     try:
-        return {compose(name): name for name in sorted(os.listdir(folder))}
+        return _Names(sorted(os.listdir(folder)) if stamp >= 0 else ())
     except OSError:
-        return {}
+        return _Names(())

@@ -1,4 +1,7 @@
-"""Folders that are the splits of a dataset: `train/`, `validation/`, `test/` (imagefolder)."""
+"""Folders that are the splits of a dataset: `train/`, `validation/`, `test/` (imagefolder).
+
+A repository of the Hugging Face hub may have them below `data/`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 from pathlib import Path
 
 from onellm_dist.common.hidden_files import is_hidden
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.shards.format.names import split_file_name
 
 SPLIT_FOLDERS = {
@@ -20,15 +24,24 @@ SPLIT_FOLDERS = {
 }
 """Name of a folder, in lower case, to the split that it holds (the names of Hugging Face's
 imagefolder)."""
+_DATA = "data"
 
 
 def find_split_folders(root: Path) -> dict[str, Path]:
-    """Find the folders of splits at the top of a folder.
+    """Find the folders of splits at the top of a folder, or of its folder `data/`.
 
     Returns:
         Split to folder, in the order train, val, test; empty if there is none, if two have the same
         split, or if media lie elsewhere too.
     """
+    found = _find_at_top(root)
+    if found or not (root / _DATA).is_dir():
+        return found
+    others = (n for n in os.listdir(root) if n != _DATA and not is_hidden(n))
+    return {} if any(_holds_media(root / n) for n in others) else _find_at_top(root / _DATA)
+
+
+def _find_at_top(root: Path) -> dict[str, Path]:
     names = sorted(name for name in os.listdir(root) if not is_hidden(name))
     found: dict[str, Path] = {}
     for name in names:
@@ -44,11 +57,14 @@ def find_split_folders(root: Path) -> dict[str, Path]:
 
 
 def _holds_media(path: Path) -> bool:
-    """Check whether a path is a file with a known extension, or a folder with one in it."""
+    """Check whether a path is a medium (by its name), or a folder with one in it."""
     if not path.is_dir():
-        return split_file_name(path.name) is not None
+        return _is_medium(path.name)
     return any(
-        split_file_name(name) is not None and not is_hidden(name)
-        for _, _, names in os.walk(path)
-        for name in names
+        _is_medium(name) and not is_hidden(name) for _, _, names in os.walk(path) for name in names
     )
+
+
+def _is_medium(name: str) -> bool:
+    split = split_file_name(name)
+    return split is not None and split[1] not in TEXT_EXTENSIONS

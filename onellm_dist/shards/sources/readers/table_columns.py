@@ -21,6 +21,7 @@ FILE_COLUMNS = (
     "img",
     "media",
     "image_path",
+    "file_names",
     "url",
 )
 """Columns of files of any modality, the most specific first.
@@ -29,7 +30,7 @@ A column that is named after a role (`audio`, `depth_image`) says which part it 
 KEY_COLUMNS = ("key", "id")
 NO_VALUE = frozenset({"NaN", "nan", "NULL", "null", "None", "<NA>", "#N/A", "N/A"})
 """Cells that programs write where they have no value."""
-ROLE_ENDINGS = ("", "_file", "_path", "_image", "_file_name", "_filename")
+ROLE_ENDINGS = ("", "_file", "_path", "_image", "_file_name", "_filename", "_file_names")
 
 
 @dataclass(frozen=True)
