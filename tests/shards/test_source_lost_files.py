@@ -116,14 +116,16 @@ def test_folders_of_splits_below_data(tmp_path: Path, kind: str) -> None:
 
 
 def test_parquet_reads_the_files_that_a_metadata_parquet_names(tmp_path: Path) -> None:
-    files = {f"train/{row['file_name']}": picture(i, "PNG") for i, row in enumerate(ROWS)}
+    files: dict[str, bytes | str] = {
+        f"train/{row['file_name']}": picture(i, "PNG") for i, row in enumerate(ROWS)
+    }
     files["train/metadata.parquet"] = write_parquet(ROWS)
-    report, dataset = build(tmp_path, files, "parquet", modality="image")
+    report, _ = build(tmp_path, files, "parquet", modality="image")
     assert (report.samples, report.failures) == (3, 0)
 
 
 def test_what_a_download_lacks_or_holds_beside_is_named(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, bytes | str] = {
         "0.tar": tar({"0.jpg": picture(0), "0.txt": b"x"}),
         "0_stats.json": "{}",
         "1.parquet": b"x",
@@ -138,7 +140,8 @@ def test_what_a_download_lacks_or_holds_beside_is_named(tmp_path: Path) -> None:
 
 def test_a_compressed_tar_without_its_suffix_is_called_so(tmp_path: Path) -> None:
     members = {"1.jpg": picture(1), "1.txt": b"x"}
-    files = {"0.tar": tar({"0.jpg": picture(0), "0.txt": b"x"}), "1.tar": tar(members, "w:gz")}
+    good = tar({"0.jpg": picture(0), "0.txt": b"x"})
+    files: dict[str, bytes | str] = {"0.tar": good, "1.tar": tar(members, "w:gz")}
     report, _ = build(tmp_path, files, "laion400m", unfinished="take", max_failures=0.6)
     assert report.quarantined[0].reason == "compressed tar: 1.tar is compressed (gzip); unpack it"
 

@@ -36,7 +36,6 @@ from onellm_dist.shards.sources.readers.named_files import compose
 from onellm_dist.shards.sources.readers.part_selection import select_parts
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
-
 _LARGEST_META = 1 << 22
 """Bytes of a `.json` above which it is no sample's."""
 _OTHER_SOURCES = {

@@ -104,7 +104,7 @@ def _split(name: str) -> list[str]:
 
 
 def _walk(
-    folder: Path, parts: Sequence[str], choose: Callable[[str, _Names], str | None]
+    folder: Path, parts: Sequence[str], choose: Callable[[str, _StoredNames], str | None]
 ) -> Path | None:
     """Go down from a folder: `choose` picks the stored name of each part."""
     path = folder
@@ -118,7 +118,7 @@ def _walk(
     return path
 
 
-class _Names(dict[str, str]):
+class _StoredNames(dict[str, str]):
     """The names in a folder as they are stored, by their composed form."""
 
     by_case: Mapping[str, str]
@@ -140,9 +140,9 @@ def _get_stamp(folder: Path) -> int:
 
 
 @lru_cache(maxsize=64)
-def _list_names(folder: Path, stamp: int) -> _Names:
+def _list_names(folder: Path, stamp: int) -> _StoredNames:
     """The names in a folder, for one state of it; empty: there is no folder."""
     try:
-        return _Names(sorted(os.listdir(folder)) if stamp >= 0 else ())
+        return _StoredNames(sorted(os.listdir(folder)) if stamp >= 0 else ())
     except OSError:
-        return _Names(())
+        return _StoredNames(())
