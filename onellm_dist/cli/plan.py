@@ -51,13 +51,23 @@ Modalities = Annotated[
         metavar="DATASET=MODALITY",
     ),
 ]
+Search = Annotated[
+    bool,
+    typer.Option(
+        "--search",
+        help="Find token budgets, recomputation and engine that fit and go fastest; plan those.",
+    ),
+]
+Write = Annotated[
+    Path | None, typer.Option(help="New recipe file for what --search finds, based on RECIPE.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")]
 
 
 @app.command(
     epilog=format_examples(
         "onellm plan stage1_image --nodes 2 --gpus-per-node 8 --gpu h100 model.preset=onellm-7b",
-        "onellm plan tune --here --json train.activation_checkpointing=selective",
+        "onellm plan tune --here --search --write tune_here.yaml",
     )
 )
 def plan(
@@ -70,6 +80,8 @@ def plan(
     network: Network = None,
     text_tokens: TextTokens = None,
     modalities: Modalities = None,
+    search: Search = False,
+    write: Write = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict what a run needs and takes: memory by part, samples/s, MFU, traffic, hours.
@@ -88,5 +100,7 @@ def plan(
         text_tokens=text_tokens,
         modalities=tuple(modalities or ()),
         as_json=as_json,
+        search=search,
+        write=write,
     )
     raise typer.Exit(run_plan(recipe, overrides or [], options))

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from onellm_dist.common.files import write_atomic
+from onellm_dist.common.resources import recipes_dir
 from onellm_dist.config.load import load_config
+from onellm_dist.config.recipe_files import find_recipe
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.config.yaml_text import dump_yaml
 from onellm_dist.modalities import all_modalities
 from onellm_dist.planner.hardware import find_gpus_here, get_gpu_kind
 from onellm_dist.planner.memory import MemoryPlan
 from onellm_dist.planner.run_plan import Planner, get_modalities, load_model_config
+from onellm_dist.planner.search import search
 from onellm_dist.planner.show import format_gb, format_plan, make_json
 from onellm_dist.planner.time import GpuCluster
 from onellm_dist.planner.workload import describe_data
@@ -35,6 +42,9 @@ class PlanOptions:
     modalities: tuple[str, ...] = ()
     """`DATASET=MODALITY+MODALITY` each."""
     as_json: bool = False
+    search: bool = False
+    write: Path | None = None
+    """File for the recipe that the search finds."""
 
 
 def make_planner(recipe: Path | str, overrides: Sequence[str], options: PlanOptions) -> Planner:
@@ -61,15 +71,74 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
     Raises:
         UsageError: the recipe or an option is wrong, or something that is needed is not known.
     """
+    if options.write is not None:
+        check_target(options)
     planner = make_planner(recipe, overrides, options)
-    plan, notes = planner.plan(), planner.data.notes
+    config, found = planner.config, search(planner) if options.search else None
+    if found is not None:
+        config = found.config
+    plan, notes = planner.plan(config), planner.data.notes
     if options.as_json:
-        print(json.dumps(make_json(plan, planner.config, planner.cluster, notes), indent=2))
+        content = make_json(plan, config, planner.cluster, notes)
+        if found is not None:
+            content["search"] = {
+                "combinations": found.combinations,
+                "overrides": list(found.overrides),
+                "step_seconds_before": planner.compute_time(planner.config).total
+                if planner.find_too_large(planner.config) is None
+                else None,
+            }
+        print(json.dumps(content, indent=2))
     else:
-        print("\n".join(format_plan(plan, planner.config, planner.cluster, notes)))
+        if found is not None:
+            print(f"fastest of {found.combinations} combinations that fits:")
+            print(" ".join(found.overrides) or "the recipe as it is")
+        print("\n".join(format_plan(plan, config, planner.cluster, notes)))
         if not plan.memory.fits:
-            print("\n".join(explain_shortage(plan.memory, planner.config)))
+            print("\n".join(explain_shortage(plan.memory, config)))
+    if options.write is not None:
+        write_recipe(options.write, recipe, config)
     return EXIT_DONE if plan.memory.fits else EXIT_FAILED
+
+
+def check_target(options: PlanOptions) -> None:
+    """Check that a found recipe can be written.
+
+    Raises:
+        UsageError: nothing is searched, or the file exists.
+    """
+    if not options.search:
+        raise UsageError(
+            "--write needs --search",
+            "without a search the recipe is what it was.",
+            "add --search.",
+        )
+    if options.write is not None and options.write.exists():
+        raise UsageError(
+            f"--write {options.write}: the file exists",
+            "a recipe that somebody wrote would be lost.",
+            "choose another name, or remove it.",
+        )
+
+
+def write_recipe(path: Path, recipe: Path | str, config: RunConfig) -> None:
+    """Write what a recipe found by search changes, as a recipe on the one that it began with.
+
+    Raises:
+        UsageError: the recipe is not valid without the overrides of the command line.
+    """
+    base = find_recipe(recipe)
+    if base.is_relative_to(recipes_dir()):
+        name = base.relative_to(recipes_dir()).with_suffix("").as_posix()
+    else:
+        name = os.path.relpath(base, path.parent)
+    values: dict[str, Any] = {"base": name}
+    before, after = (c.model_dump(mode="json", by_alias=True) for c in (load_config(base), config))
+    for section, keys in after.items():
+        changed = {k: v for k, v in keys.items() if v != before[section][k]}
+        if changed:
+            values[section] = changed
+    write_atomic(path, dump_yaml(values))
 
 
 def load_planned_config(recipe: Path | str, overrides: Sequence[str]) -> RunConfig:

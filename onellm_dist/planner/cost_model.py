@@ -107,6 +107,8 @@ class PackCostModel:
     """Part -> coefficients of the bytes that are kept for backward."""
     calls: Mapping[str, float]
     """Calls of ATen operations by phase."""
+    modules: Mapping[str, float]
+    """Calls of modules by phase."""
     uses: WeightUses
     """Weights that a micro-batch reads."""
 
@@ -165,10 +167,11 @@ def build_cost_model(
         ]
         for part in sorted({part for count in counts for part in count.kept})
     }
-    calls = {
-        phase: float(np.mean([count.calls.get(phase, 0) for count in counts])) for phase in PHASES
-    }
-    return PackCostModel(_build_groups(counts, sizes), kept, calls, counts[0].uses)
+    calls, modules = (
+        {phase: float(np.mean([x.get(phase, 0) for x in numbers])) for phase in PHASES}
+        for numbers in ([c.calls for c in counts], [c.modules for c in counts])
+    )
+    return PackCostModel(_build_groups(counts, sizes), kept, calls, modules, counts[0].uses)
 
 
 def _build_groups(

@@ -70,6 +70,8 @@ class PackCount:
     peak: int = 0
     """Most bytes of activations and their gradients that live at a time; parameters, their
     gradients and the micro-batch itself are not counted."""
+    modules: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Calls of modules by phase."""
     uses: WeightUses = field(default_factory=lambda: WeightUses(0, 0, 0, 0, 0, 0))
     """Weights that were read."""
 
@@ -200,7 +202,7 @@ def count_pack(model: Any, batch: PackedBatch) -> PackCount:
     with (
         labels.follow(),
         drop_gradients(model),
-        count_uses(model) as uses,
+        count_uses(model, found.modules) as uses,
         _OperationCounter(labels, storages, found),
     ):
         loss = model(packed=batch).loss
@@ -227,12 +229,18 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 
 @contextmanager
-def count_uses(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Count the weights that modules read, as fields of `WeightUses`."""
+def count_uses(model: nn.Module, calls: dict[str, int]) -> Iterator[dict[str, float]]:
+    """Count the weights that modules read, as fields of `WeightUses`.
+
+    Args:
+        model: the model.
+        calls: receives the number of calls of modules by phase.
+    """
     uses = dict.fromkeys(WeightUses.__dataclass_fields__, 0.0)
 
     def add(module: nn.Module, _: Any, output: Any) -> None:
         phase = get_phase()
+        calls[phase] += 1
         passes = any(x.requires_grad for x in tree_leaves(output) if isinstance(x, torch.Tensor))
         for parameter in module.parameters(recurse=False):
             owner = "trained" if parameter.requires_grad else "frozen"
@@ -244,6 +252,5 @@ def count_uses(model: nn.Module) -> Iterator[dict[str, float]]:
 
     with ExitStack() as stack:
         for module in model.modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                stack.callback(module.register_forward_hook(add).remove)
+            stack.callback(module.register_forward_hook(add).remove)
         yield uses

@@ -71,8 +71,10 @@ class MediaAssumption(Constants):
 class HostAssumption(Constants):
     """Host time of the paper's model without an engine."""
 
-    forward_call_us: PositiveFloat
-    """Microseconds of an ATen call with the Python around it."""
+    call_us: PositiveFloat
+    """Microseconds of an ATen call in forward."""
+    module_us: PositiveFloat
+    """Microseconds of the Python of a module."""
     backward_call_us: PositiveFloat
     step_ms: float = Field(ge=0)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.packing import TokenBudget
 from onellm_dist.modalities import Modality, get_modality
@@ -176,6 +177,14 @@ class Planner:
             )
         return self._steps[budget]
 
+    def find_too_large(self, config: RunConfig) -> str | None:
+        """Why a recipe's budgets cannot hold a sample; None: they hold all."""
+        try:
+            self.get_step(config)
+        except UsageError as error:
+            return error.what
+        return None
+
     def find_largest(self, config: RunConfig) -> PackShape:
         """The micro-batch of the first step that keeps most activations."""
         costs = self.get_costs(config.train.activation_checkpointing)
@@ -196,7 +205,7 @@ class Planner:
             state_bytes=self._state_bytes,
         )
 
-    @property
+    @cached_property
     def parameters(self) -> ParameterCounts:
         """Parameters of the model."""
         return count_parameters(self.get_model(self.config.train.activation_checkpointing))
@@ -211,19 +220,21 @@ class Planner:
         batch = make_meta_batch(largest, list(self.modalities.values()))
         if (mode, largest) not in self._counts:
             self._counts[mode, largest] = count_pack(self.get_model(mode), batch)
-        counts = self.parameters
-        buffers = get_engine(config.engine.name).buffer_bytes(
-            config.engine,
-            compute_bytes=PRECISION_BYTES[config.train.precision],
-            parameters=counts.total,
-            largest_unit=counts.largest_unit,
-        )
         return compute_memory(
             self.compute_state(config),
             self._counts[mode, largest],
             self.cluster.gpu,
             inputs=count_batch_bytes(batch),
-            buffers=buffers,
+            buffers=self.compute_buffers(config),
+        )
+
+    def compute_buffers(self, config: RunConfig) -> float:
+        """Bytes of the engine's buffers."""
+        return get_engine(config.engine.name).buffer_bytes(
+            config.engine,
+            compute_bytes=PRECISION_BYTES[config.train.precision],
+            parameters=self.parameters.total,
+            largest_unit=self.parameters.largest_unit,
         )
 
     def compute_traffic(self, config: RunConfig) -> StepTraffic:
@@ -248,11 +259,11 @@ class Planner:
             DeviceTime(max(t.forward for t in column), max(t.backward for t in column))
             for column in zip(*times, strict=True)
         ]
-        factors = get_engine(config.engine.name).host_factors(config.engine)
+        hooks = get_engine(config.engine.name).host_costs(config.engine)
         state = self.compute_state(config)
         return compute_step(
             slowest,
-            compute_host(self.get_costs(mode), factors, assumptions),
+            compute_host(self.get_costs(mode), hooks, assumptions.host),
             self.compute_traffic(config),
             self.cluster,
             assumptions,

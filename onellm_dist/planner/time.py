@@ -14,9 +14,9 @@ import numpy as np
 
 from onellm_dist.planner.cost_model import Floats, OperationGroup, PackCostModel
 from onellm_dist.planner.counting import ATTENTION
-from onellm_dist.planner.hardware import GIGA, Assumptions, GpuKind
+from onellm_dist.planner.hardware import GIGA, Assumptions, GpuKind, HostAssumption
 from onellm_dist.planner.pack_shapes import PackSizes
-from onellm_dist.train.engine.description import HostFactors, StepTraffic
+from onellm_dist.train.engine.description import HostCosts, StepTraffic
 
 CONVOLUTIONS = frozenset({"aten::convolution", "aten::convolution_backward"})
 MICRO = 1e-6
@@ -148,14 +148,15 @@ class HostTime:
     backward: float
 
 
-def compute_host(costs: PackCostModel, factors: HostFactors, assumptions: Assumptions) -> HostTime:
-    """Host time of a micro-batch: its ATen calls at the measured rate, under an engine."""
-    host, calls = assumptions.host, costs.calls
-    backward = calls["backward"] + calls["recompute"]
-    return HostTime(
-        MICRO * host.forward_call_us * calls["forward"] * factors.forward,
-        MICRO * host.backward_call_us * backward * factors.backward,
-    )
+def compute_host(costs: PackCostModel, engine: HostCosts, host: HostAssumption) -> HostTime:
+    """Host time of a micro-batch: its modules and ATen calls, and the engine's hooks."""
+    calls, modules = costs.calls, costs.modules
+
+    def run(phase: str) -> float:
+        return host.call_us * calls[phase] + (host.module_us + engine.forward_us) * modules[phase]
+
+    backward = host.backward_call_us * calls["backward"] + engine.backward_us * modules["forward"]
+    return HostTime(MICRO * run("forward"), MICRO * (run("recompute") + backward))
 
 
 def compute_step(

@@ -1,13 +1,15 @@
-"""A toy model without the slow point tokenizer, and another way to count what forward keeps."""
+"""A toy model of four modalities, its recipe, and another way to count what forward keeps."""
 
 from __future__ import annotations
 
 import gc
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.presets import build_config
@@ -22,6 +24,29 @@ def make_config() -> OneLLMConfig:
     return OneLLMConfig(
         vision=toy.vision, upm=toy.upm, text_config=toy.text_config, modalities=MODALITIES
     )
+
+
+def write_recipe(folder: Path) -> Path:
+    """A recipe whose model has a config alone, and whose data are not there."""
+    make_config().save_pretrained(folder / "model")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"path": str(folder / "model")},
+                "data": {
+                    "root": str(folder),
+                    "mixture": [{"path": "laion400m"}, {"path": "wavcaps"}],
+                    "global_batch": 64,
+                    "pack_llm_tokens": 1024,
+                    "pack_encoder_tokens": 16384,
+                },
+                "train": {"stage": "align", "steps": 100},
+                "optim": {"lr": 1e-4},
+            }
+        )
+    )
+    return path
 
 
 @dataclass(eq=False)

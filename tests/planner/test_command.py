@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from plain_counts import make_config
+from plain_counts import make_config, write_recipe
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from onellm_dist.planner.command import PlanOptions, make_cluster, make_planner, run_plan
@@ -21,26 +20,7 @@ H100 = PlanOptions(gpu="h100", gpus_per_node=2)
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """A recipe whose model has a config alone, and whose data are not there."""
-    make_config().save_pretrained(tmp_path / "model")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "model": {"path": str(tmp_path / "model")},
-                "data": {
-                    "root": str(tmp_path),
-                    "mixture": [{"path": "laion400m"}, {"path": "wavcaps"}],
-                    "global_batch": 64,
-                    "pack_llm_tokens": 1024,
-                    "pack_encoder_tokens": 16384,
-                },
-                "train": {"stage": "align", "steps": 100},
-                "optim": {"lr": 1e-4},
-            }
-        )
-    )
-    return path
+    return write_recipe(tmp_path)
 
 
 def test_state_is_that_of_the_model_s_parameters(recipe: Path) -> None:

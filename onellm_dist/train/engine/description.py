@@ -75,11 +75,12 @@ class StepTraffic:
 
 
 @dataclass(frozen=True)
-class HostFactors:
-    """Host time of a micro-batch under an engine, divided by that of the model alone."""
+class HostCosts:
+    """Microseconds that an engine's hooks take on the host for each call of a module."""
 
-    forward: float
-    backward: float
+    forward_us: float
+    """In forward, and where it is recomputed."""
+    backward_us: float
 
 
 class EngineDescription(ABC):
@@ -200,7 +201,7 @@ class EngineDescription(ABC):
         """
 
     @abstractmethod
-    def host_factors(self, section: EngineSection) -> HostFactors:
+    def host_costs(self, section: EngineSection) -> HostCosts:
         """What the engine's hooks cost on the host.
 
         Raises:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import engines
 import pytest
 
 from onellm_dist.config.schema import EngineSection
@@ -69,7 +69,7 @@ def test_the_planner_predicts_what_a_rank_holds(
     found: dict[str, Any], engine: str, ranks: int, tmp_path: Path
 ) -> None:
     """After a step, in fp32; DeepSpeed keeps the memory of gradients then, FSDP2 does not."""
-    given = engines.ENGINES[engine]
+    given = runpy.run_path(str(BENCHMARK))["ENGINES"][engine]
     config = tmp_path / "deepspeed.json"
     config.write_text(json.dumps(given))
     section = EngineSection(name="fsdp") if given is None else EngineSection(config=config)

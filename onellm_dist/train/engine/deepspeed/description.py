@@ -13,7 +13,7 @@ from onellm_dist.train.engine.deepspeed.config import (
 )
 from onellm_dist.train.engine.description import (
     EngineDescription,
-    HostFactors,
+    HostCosts,
     ParameterBytes,
     StepTraffic,
     WeightUses,
@@ -31,10 +31,11 @@ PREFETCH_BUCKET = 50_000_000
 """DeepSpeed's default of `stage3_prefetch_bucket_size`, in elements."""
 MAX_LIVE = 1_000_000_000
 """DeepSpeed's default of `stage3_max_live_parameters`."""
-HOST_FACTORS = {0: HostFactors(1, 1), 1: HostFactors(1, 1.24), 2: HostFactors(1, 1.24)}
-"""ZeRO stage to host time over that of the model alone: 45 + 38 ms alone, 45 + 47 ms under ZeRO-2,
-293 + 145 ms under ZeRO-3 (onellm-7b, one CPU rank, torch 2.15, DeepSpeed 0.19.8, 2026-11-28)."""
-HOST_FACTORS_ZERO3 = HostFactors(6.5, 3.8)
+HOST_COSTS = {0: HostCosts(0, 0), 1: HostCosts(0, 6.5), 2: HostCosts(0, 6.5)}
+"""ZeRO stage to what its hooks cost. A micro-batch of onellm-7b calls 1,381 modules and took
+45 + 38 ms alone, 45 + 47 ms under ZeRO-2, 293 + 145 ms under ZeRO-3 (one CPU rank, torch 2.15,
+DeepSpeed 0.19.8, 2026-11-28)."""
+HOST_COSTS_ZERO3 = HostCosts(180, 77)
 
 
 class DeepSpeedDescription(EngineDescription):
@@ -154,9 +155,9 @@ class DeepSpeedDescription(EngineDescription):
         gathered = compute_bytes * max(largest_unit + prefetch, live)
         return float(reduce + gathered)
 
-    def host_factors(self, section: EngineSection) -> HostFactors:
+    def host_costs(self, section: EngineSection) -> HostCosts:
         stage = get_zero_stage(load_ds_config(section.config))
-        return HOST_FACTORS.get(stage, HOST_FACTORS_ZERO3)
+        return HOST_COSTS.get(stage, HOST_COSTS_ZERO3)
 
     def list_choices(self, *, world_size: int, gpus_per_node: int) -> list[dict[str, Any]]:
         return [{"name": self.name, "config": f"zero{stage}"} for stage in (1, 2, 3)]

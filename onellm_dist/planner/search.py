@@ -1,0 +1,168 @@
+"""Finds token budgets, recomputation and engine that fit and go fastest.
+
+Every combination's time is predicted from a few counted micro-batches, which is cheap. Memory is
+counted exactly, which is not: so combinations are looked at from the fastest on, and the first that
+fits is the best. Those that could not fit even without working memory are left out before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.config.schema import EngineSection, RunConfig
+from onellm_dist.data.packing import TokenBudget
+from onellm_dist.model.recompute import MODES
+from onellm_dist.planner.hardware import GIGA, load_assumptions
+from onellm_dist.planner.pack_shapes import measure_sizes
+from onellm_dist.planner.run_plan import Planner, vary
+from onellm_dist.train.engine.select import all_engines
+
+MOST_MICRO_BATCHES = 48
+"""Budgets are tried for 1 to this many micro-batches a step."""
+ROOM = 1.03
+"""Budget over the mean micro-batch: whole samples never fill one evenly."""
+MULTIPLE = 256
+"""Budgets are multiples of this."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is tried, in every combination."""
+
+    budgets: tuple[TokenBudget, ...]
+    modes: tuple[str, ...]
+    """Values of `train.activation_checkpointing`."""
+    engines: tuple[EngineSection, ...]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The fastest combination that fits."""
+
+    config: RunConfig
+    overrides: tuple[str, ...]
+    """What of the recipe it changes, as `key=value`."""
+    combinations: int
+    """How many were compared."""
+
+
+def make_space(planner: Planner) -> SearchSpace:
+    """Budgets for different numbers of micro-batches, all recomputation, all engines.
+
+    The recipe's own values are among them.
+    """
+    config, cluster = planner.config, planner.cluster
+    engines = [config.engine]
+    for engine in all_engines().values():
+        for choice in engine.list_choices(
+            world_size=cluster.world_size, gpus_per_node=cluster.gpus_per_node
+        ):
+            section = EngineSection.model_validate(choice)
+            engine.check(section, bf16=config.train.precision == "bf16")
+            engines += [section] if section not in engines else []
+    own = TokenBudget(config.data.pack_llm_tokens, config.data.pack_encoder_tokens)
+    budgets = dict.fromkeys([own, *_list_budgets(planner)])
+    return SearchSpace(tuple(budgets), MODES, tuple(engines))
+
+
+def _list_budgets(planner: Planner) -> Iterator[TokenBudget]:
+    data, samples = planner.data, planner.data.samples
+    modalities = planner.modalities
+    llm = [float(sample.llm_tokens) for sample in samples]
+    encoder = [float(sum(modalities[x].encoder_tokens for x in s.spans)) for s in samples]
+    share = planner.config.data.global_batch / planner.cluster.world_size
+    for count in range(1, MOST_MICRO_BATCHES + 1):
+        yield TokenBudget(
+            *(
+                _round_up(max(share / count * data.average(tokens) * ROOM, *tokens))
+                for tokens in (llm, encoder)
+            )
+        )
+
+
+def _round_up(tokens: float) -> int:
+    return max(1, -(-int(tokens) // MULTIPLE)) * MULTIPLE
+
+
+def search(planner: Planner, space: SearchSpace | None = None) -> SearchResult:
+    """Find the combination that fits and goes fastest; of equally fast ones the first.
+
+    Args:
+        planner: plans the recipe.
+        space: what is tried; default: `make_space`.
+
+    Raises:
+        UsageError: no combination fits.
+    """
+    space = space or make_space(planner)
+    configs = [*_list_configs(planner, space)]
+    possible = [config for config in configs if _could_fit(planner, config)]
+    for config in sorted(possible, key=lambda c: planner.compute_time(c).total):
+        if planner.compute_memory(config).fits:
+            return SearchResult(config, list_overrides(planner.config, config), len(configs))
+    raise _explain_no_fit(planner, configs)
+
+
+def _list_configs(planner: Planner, space: SearchSpace) -> Iterator[RunConfig]:
+    """Every combination whose micro-batches hold whole samples."""
+    for engine in space.engines:
+        for mode in space.modes:
+            for budget in space.budgets:
+                config = vary(
+                    planner.config,
+                    {
+                        "engine": engine.model_dump(),
+                        "train.activation_checkpointing": mode,
+                        "data.pack_llm_tokens": budget.llm,
+                        "data.pack_encoder_tokens": budget.encoder,
+                    },
+                )
+                if planner.find_too_large(config) is None:
+                    yield config
+
+
+def compute_least(planner: Planner, config: RunConfig) -> float:
+    """Bytes below which the memory of a rank cannot be, without counting a micro-batch."""
+    costs = planner.get_costs(config.train.activation_checkpointing)
+    sizes = measure_sizes(planner.find_largest(config), planner.modalities)
+    kept = sum(costs.count_kept(sizes).values())
+    held = planner.compute_state(config).device + kept + planner.compute_buffers(config)
+    context = planner.cluster.gpu.context_gb * GIGA
+    return held * (1 + load_assumptions().fragmentation) + context
+
+
+def _could_fit(planner: Planner, config: RunConfig) -> bool:
+    return compute_least(planner, config) <= planner.cluster.gpu.memory_gb * GIGA
+
+
+def _explain_no_fit(planner: Planner, configs: Sequence[RunConfig]) -> UsageError:
+    if not configs:
+        return UsageError(
+            "no budget that was tried holds the largest sample",
+            "a micro-batch holds whole samples.",
+            "raise data.pack_llm_tokens and data.pack_encoder_tokens.",
+        )
+    smallest = min(configs, key=lambda config: compute_least(planner, config))
+    memory = planner.compute_memory(smallest)
+    return UsageError(
+        f"none of {len(configs)} combinations fits: the smallest needs "
+        f"{memory.total / GIGA:.1f} GB of {memory.capacity / GIGA:.1f} GB on each device, "
+        f"{memory.state.device / GIGA:.1f} GB of them for weights and optimizer",
+        "the run would end with the first step.",
+        "plan with more GPUs (--nodes, --gpus-per-node) or larger ones (--gpu).",
+    )
+
+
+def list_overrides(before: RunConfig, after: RunConfig) -> tuple[str, ...]:
+    """What a recipe found by search changes, as `key=value`."""
+    found = []
+    for section in ("data", "train", "engine"):
+        old, new = getattr(before, section), getattr(after, section)
+        for name in type(new).model_fields:
+            value: Any = getattr(new, name)
+            if value != getattr(old, name):
+                found.append(f"{section}.{name}={'null' if value is None else value}")
+    return tuple(found)

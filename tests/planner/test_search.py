@@ -1,0 +1,115 @@
+"""`onellm plan --search`: the combination that a look at every one finds, and what is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+from plain_counts import write_recipe
+
+from onellm_dist.common.errors import EXIT_DONE, UsageError
+from onellm_dist.config.load import load_config
+from onellm_dist.config.schema import EngineSection
+from onellm_dist.data.packing import TokenBudget
+from onellm_dist.model.recompute import MODES
+from onellm_dist.planner import search as search_module
+from onellm_dist.planner.command import PlanOptions, make_planner, run_plan
+from onellm_dist.planner.run_plan import Planner, vary
+from onellm_dist.planner.search import SearchSpace, compute_least, make_space, search
+
+H100 = PlanOptions(gpu="h100", gpus_per_node=2)
+BUDGETS = ((512, 8192), (1024, 16384), (2048, 16384), (2048, 40000))
+ENGINES = (
+    EngineSection(config=Path("zero2")),
+    EngineSection(config=Path("cpu")),
+    EngineSection(name="fsdp", reduce_every="step"),
+)
+SPACE = SearchSpace(tuple(TokenBudget(*budget) for budget in BUDGETS), MODES, ENGINES)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+def give_memory(planner: Planner, size: float) -> Planner:
+    """The same planner, with its counts, for GPUs of this many bytes."""
+    gpu = planner.cluster.gpu.model_copy(update={"memory_gb": size / 1e9})
+    planner.cluster = replace(planner.cluster, gpu=gpu)
+    return planner
+
+
+@pytest.mark.slow
+def test_search_finds_what_a_look_at_every_combination_finds(recipe: Path) -> None:
+    everything = make_planner(recipe, [], H100)
+    tried = []
+    for engine, mode, (llm, encoder) in product(ENGINES, MODES, BUDGETS):
+        changes = {
+            "engine": engine.model_dump(),
+            "train.activation_checkpointing": mode,
+            "data.pack_llm_tokens": llm,
+            "data.pack_encoder_tokens": encoder,
+        }
+        config = vary(everything.config, changes)
+        plan = everything.plan(config)
+        tried.append((plan.time.total, plan.memory.total, config))
+        # What is left out without counting could not have fitted.
+        assert compute_least(everything, config) <= plan.memory.total * (1 + 1e-9)
+    sizes = sorted(size for _, size, _ in tried)
+    searching = make_planner(recipe, [], H100)
+    best = set()
+    for size in (sizes[0], *sizes[2::5], sizes[-1]):
+        fitting = [(time, config) for time, need, config in tried if need <= size + 1]
+        fastest = min(time for time, _ in fitting)
+        found = search(give_memory(searching, size + 1), SPACE)
+        assert searching.compute_time(found.config).total == pytest.approx(fastest, rel=1e-12)
+        assert searching.compute_memory(found.config).total <= size + 1
+        assert found.combinations == len(tried)
+        best.add(found.overrides)
+    assert len(best) > 2
+    with pytest.raises(UsageError, match=r"none of 36 combinations fits: (.|\n)*--nodes"):
+        search(give_memory(searching, sizes[0] - 1e6), SPACE)
+
+
+def test_the_space_has_the_recipe_s_own_values(recipe: Path) -> None:
+    planner = make_planner(recipe, ["engine.config=zero3_hpz"], H100)
+    space = make_space(planner)
+    assert space.budgets[0] == TokenBudget(1024, 16384) and space.engines[0].config is not None
+    assert set(space.modes) == set(MODES)
+    assert {e.name for e in space.engines} == {"deepspeed", "fsdp"}
+    counts = {
+        planner.get_step(
+            vary(
+                planner.config,
+                {"data.pack_llm_tokens": b.llm, "data.pack_encoder_tokens": b.encoder},
+            )
+        ).micro_batches
+        for b in space.budgets
+    }
+    assert {1, 2, 3, 4} <= counts
+
+
+@pytest.mark.slow
+def test_the_found_recipe_is_written_on_the_one_it_began_with(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(search_module, "make_space", lambda _: SPACE)
+    out = tmp_path / "found" / "fast.yaml"
+    out.parent.mkdir()
+    options = replace(H100, search=True, write=out)
+    assert run_plan(recipe, ["train.steps=7"], options) == EXIT_DONE
+    shown = capsys.readouterr().out.splitlines()
+    written = load_config(out)
+    assert written.train.steps == 7 and "base: ../recipe.yaml" in out.read_text()
+    assert shown[0] == "fastest of 36 combinations that fits:"
+    overrides = shown[1].split()
+    assert overrides and load_config(recipe, ["train.steps=7", *overrides]) == written
+    with pytest.raises(UsageError, match="the file exists"):
+        run_plan(recipe, [], options)
+    with pytest.raises(UsageError, match="--write needs --search"):
+        run_plan(recipe, [], replace(H100, write=tmp_path / "new.yaml"))
