@@ -22,20 +22,25 @@ settings.load_profile(os.environ.get("ONELLM_HYPOTHESIS", "repeatable"))
 
 TESTS = Path(__file__).parent
 LONGEST = (
-    "train/test_survival.py",
     "testing/slurm_cluster/test_rehearsal.py",
-    "train/engine/test_engine_matrix.py",
     "docs/test_pages.py",
+    "train/test_survival.py",
+    "train/engine/test_engine_matrix.py",
     "train/test_runs.py",
     "train/test_bad_steps.py",
     "train/test_refusals.py",
     "train/engine/test_engine_memory.py",
-    "train/engine/test_engine_runs.py",
     "train/test_handover.py",
+    "diagnostics/preflight/test_preflight_ranks.py",
+    "testing/slurm_cluster/test_crash_loop.py",
+    "train/engine/test_engine_runs.py",
+    "train/engine/test_engine.py",
     "data/test_stream.py",
     "train/test_data_changes.py",
+    "shards/test_shard_crash.py",
+    "examples/test_examples.py",
+    "shards/test_shard_poison.py",
     "shards/test_shard_stores.py",
-    "train/engine/test_engine.py",
 )
 """Files that take minutes, longest first: one that starts last would run alone at the end."""
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, NoReturn
 
+import torch
 from outcomes import CRASH, FINE, HANG, REFUSED, FuzzFailure, FuzzReport, Surface, classify
 
 VARIABLE = "ONELLM_FUZZ_GUIDED"
@@ -149,6 +150,7 @@ def _be_child(
         resource.setrlimit(resource.RLIMIT_DATA, (used + (megabytes << 20),) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         faulthandler.disable()
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         kinds = set[str]()
 
         def try_one(data: bytes) -> None:

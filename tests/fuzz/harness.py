@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from guided import fuzz_guided, get_guided_seconds
 from outcomes import CRASH, FINE, HANG, REFUSED, FuzzFailure, FuzzReport, Surface, classify
 
@@ -196,6 +197,7 @@ def _be_child(
         resource.setrlimit(resource.RLIMIT_DATA, (used + (megabytes << 20),) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         faulthandler.disable()
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         gc.disable()
         gc.freeze()  # so that collecting does not walk through all that the tests have imported
         for place, number in enumerate(numbers):

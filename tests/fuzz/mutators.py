@@ -191,6 +191,17 @@ def mutate_lines(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
     return rng.choice((b"\n", b"\n", b"\n", b"\r\n")).join(lines)
 
 
+def mutate_json_lines(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
+    """Change a value of one line, or the lines themselves."""
+    lines = rng.choice(seeds).split(b"\n")
+    at = rng.randrange(max(1, len(lines) - 1))
+    if rng.random() < 0.7 and lines[at]:
+        changed = json.dumps(mutate_value(rng, json.loads(lines[at])), ensure_ascii=False)
+        lines[at] = changed.encode("utf-8", "surrogatepass")
+        return b"\n".join(lines)
+    return mutate_lines(rng, seeds)
+
+
 def mutate_any(*mutators: Mutator) -> Mutator:
     """Make a mutator that uses one of several, each as often."""
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness import fuzz, replay
-from mutators import mutate_any, mutate_bytes, mutate_json, mutate_lines, mutate_value
+from mutators import (
+    mutate_any,
+    mutate_bytes,
+    mutate_json,
+    mutate_json_lines,
+    mutate_lines,
+)
 
 from onellm_dist.config.yaml_text import dump_yaml
 from onellm_dist.data.phases import DataPhase, compute_shards_fingerprint
@@ -100,18 +104,6 @@ def make_surface(run_dir: Path, name: str) -> Callable[[bytes], None]:
         look_up(run_dir)
 
     return read
-
-
-def mutate_json_lines(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
-    """Change a value of one line, or the lines themselves."""
-    lines = rng.choice(seeds).split(b"\n")
-    at = rng.randrange(max(1, len(lines) - 1))
-    if rng.random() < 0.7 and lines[at]:
-        changed = json.dumps(mutate_value(rng, json.loads(lines[at])), ensure_ascii=False)
-        lines[at] = changed.encode("utf-8", "surrogatepass")
-        return b"\n".join(lines)
-    data: bytes = mutate_lines(rng, seeds)
-    return data
 
 
 LINES = mutate_any(mutate_json_lines, mutate_json_lines, mutate_bytes)

@@ -21,14 +21,16 @@ _CONTAINERS = (("mp4", "libx264"), ("mp4", "mpeg4"), ("matroska", "libx264"), ("
 
 
 @cache
-def _make_film(number: int, rotation: int) -> bytes:
+def make_film(number: int, rotation: int) -> bytes:
+    """A short film in one of four containers, with a rotation in degrees that mp4 states."""
     container, codec = _CONTAINERS[number]
     turn = rotation if container == "mp4" and rotation else None
     size, options = (96, 64), {"g": "8"}
     return video(container, codec, frames=24, fps=8, size=size, options=options, rotation=turn)
 
 
-def _make_picture(rng: np.random.Generator, width: int, height: int) -> bytes:
+def make_picture(rng: np.random.Generator, width: int, height: int) -> bytes:
+    """A picture in any mode and form."""
     mode = str(rng.choice(_PICTURE_MODES))
     image = photo(width, height, int(rng.integers(3)))
     if mode == "I;16":
@@ -53,9 +55,10 @@ def _make_picture(rng: np.random.Generator, width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def _make_map(rng: np.random.Generator, modality: str, width: int, height: int) -> Part:
+def make_map(rng: np.random.Generator, modality: str, width: int, height: int) -> Part:
+    """A map as PNG or as an array."""
     if rng.random() < 0.4:
-        return Part(f"{modality}.png", _make_picture(rng, width, height))
+        return Part(f"{modality}.png", make_picture(rng, width, height))
     shape = (height, width) if modality == "depth" else (height, width, 3)
     values = rng.uniform(0.1, 0.9, shape).astype(rng.choice(["f4", "f8", "f2"]))
     if rng.random() < 0.4:
@@ -63,7 +66,7 @@ def _make_map(rng: np.random.Generator, modality: str, width: int, height: int) 
     return npy(values, f"{modality}.npy")
 
 
-def _repack(rng: np.random.Generator, data: bytes) -> bytes:
+def repack(rng: np.random.Generator, data: bytes) -> bytes:
     """The same packets in another container."""
     buffer = io.BytesIO()
     form = str(rng.choice(["mp4", "matroska", "avi", "mpegts", "mov"]))
@@ -103,16 +106,16 @@ def make_sample(modality: str, seed: int) -> dict[str, Part]:
     rng = np.random.default_rng([seed, MODALITIES.index(modality)])
     if modality == "image":
         extension = str(rng.choice(["jpg", "png", "webp", "tif"]))
-        return {"image": Part(extension, damage(rng, _make_picture(rng, 60, 40)))}
+        return {"image": Part(extension, damage(rng, make_picture(rng, 60, 40)))}
     if modality == "video":
-        film = _make_film(int(rng.integers(4)), int(rng.choice([0, 0, 90, 180])))
+        film = make_film(int(rng.integers(4)), int(rng.choice([0, 0, 90, 180])))
         if rng.random() < 0.3:
             with suppress(av.FFmpegError):  # a container that does not take the codec
-                film = _repack(rng, film)
+                film = repack(rng, film)
         return {"video": Part(str(rng.choice(["mp4", "mkv", "avi"])), damage(rng, film))}
     width, height = ((60, 40), (40, 60), (48, 48))[int(rng.integers(3))]
     turned = (width, height) if rng.random() < 0.8 else (height, width)
-    chart, shown = _make_map(rng, modality, *turned), _make_picture(rng, width, height)
+    chart, shown = make_map(rng, modality, *turned), make_picture(rng, width, height)
     if rng.random() < 0.5:
         chart = Part(chart.extension, damage(rng, chart.data))
     else:
