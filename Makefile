@@ -37,15 +37,16 @@ demo-full: $(STAMP)  ## the same with three times the training (about an hour on
 	$(BIN)/onellm demo --full --out $(DEMO_OUT)_full
 
 test: $(STAMP) $(SLURM)  ## every check except the long random ones, with coverage
-	$(MAKE) --no-print-directory --jobs 2 lint types docs
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint types docs
 	$(PYTEST) -m "not soak" $(PARALLEL) $(SLOW_REPORT) $(COVERAGE)
 
 test-fast: $(STAMP) $(SLURM)  ## under three minutes: for every edit
 	$(PYTEST) -m "not slow and not soak" $(PARALLEL)
 
+soak: export ONELLM_HYPOTHESIS := random
 soak: $(STAMP) $(SLURM)  ## long random runs (hours)
-	$(BIN)/python -m pip install --quiet "atheris>=3" || echo "no atheris for this Python: nothing is fuzzed by coverage"
-	ONELLM_HYPOTHESIS=random $(PYTEST) -m "not slow and not soak" $(PARALLEL)
+	$(BIN)/python -m pip install --quiet --only-binary :all: "atheris>=3" || echo "atheris could not be installed: nothing is fuzzed by coverage"
+	$(PYTEST) -m "not slow and not soak" $(PARALLEL)
 	ONELLM_FUZZ_GUIDED=$${ONELLM_FUZZ_GUIDED-60} $(PYTEST) -m soak --timeout 7200
 
 lint: $(STAMP)  ## style, formatting, and the contracts of the import graph

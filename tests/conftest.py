@@ -16,8 +16,8 @@ HELPERS = str(Path(__file__).parent / "helpers")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HELPERS, os.environ.get("PYTHONPATH")]))
 
 # The same examples in every run; `make soak` draws new ones.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("random", max_examples=400, print_blob=True)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("random", max_examples=400, print_blob=True, deadline=None)
 settings.load_profile(os.environ.get("ONELLM_HYPOTHESIS", "repeatable"))
 
 TESTS = Path(__file__).parent

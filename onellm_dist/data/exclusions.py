@@ -9,15 +9,13 @@ it was, at any number of ranks.
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from io import RawIOBase
 from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.files import sync
+from onellm_dist.common.files import write_atomic
 
 PREFIX = "excluded by "
 """Beginning of the reason of every sample that a list leaves out."""
@@ -54,8 +52,8 @@ def read_exclusions(recipe_list: Path | None, *lists: Path) -> Exclusions:
     """Read lists; of an entry that several have, the first one counts.
 
     Args:
-        recipe_list: the recipe's `data.exclude`, and what errors call it.
-        lists: others, called by their paths.
+        recipe_list: the recipe's list; errors call it `data.exclude`.
+        lists: others; errors call them by their paths.
 
     Raises:
         UsageError: a list cannot be read, or a line is not an entry.
@@ -106,19 +104,22 @@ def read_entries(path: Path, name: str = "") -> list[str]:
 def add_entries(path: Path, entries: Iterable[str]) -> Sequence[str]:
     """Add entries to a list, which is made if missing; return those that are new.
 
-    Two processes may add at once: each waits for the other.
+    Two processes may add at once: where the file system has locks, each waits for the other. A kill
+    or a full disk leaves the list as it was.
 
     Raises:
         UsageError: the list cannot be read or written.
     """
     try:
-        with path.open("a+b", buffering=0) as file:
+        with path.with_name(f".{path.name}.lock").open("ab") as lock:
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            known = set(read_entries(path))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            known = set(read_entries(path)) if path.exists() else set()
             new = [entry for entry in dict.fromkeys(entries) if entry not in known]
-            _append(file, "".join(f"{entry}\n" for entry in new).encode())
-        sync(path.parent)
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            if text and not text.endswith("\n"):
+                text += "\n"
+            write_atomic(path, text + "".join(f"{entry}\n" for entry in new))
     except OSError as error:
         raise UsageError(
             f"{path} cannot be written: {error.strerror or error}",
@@ -126,17 +127,3 @@ def add_entries(path: Path, entries: Iterable[str]) -> Sequence[str]:
             "make the folder writable, or write the list yourself and set data.exclude to it.",
         ) from None
     return new
-
-
-def _append(file: RawIOBase, lines: bytes) -> None:
-    """Append whole lines, or nothing."""
-    file.seek(0)
-    text = file.read() or b""
-    left = (b"" if not text or text.endswith(b"\n") else b"\n") + lines
-    try:
-        while left:
-            left = left[file.write(left) or 0 :]
-        os.fsync(file.fileno())
-    except OSError:
-        file.truncate(len(text))
-        raise

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -60,7 +61,7 @@ class Question:
 
 def read_questions(
     dataset: Dataset, split: str, limit: int | None = None, *, ask: bool = True
-) -> Iterator[Question]:
+) -> Generator[Question]:
     """Read the samples of a split with the evaluation transforms, each within its limits.
 
     Args:
@@ -79,7 +80,8 @@ def read_questions(
     def read(dataset: Dataset, shard: ShardInfo, row: int) -> Question:
         return _read_question(dataset, shard, row, ask=ask)
 
-    yield from map_rows(dataset, rows[:limit], read, _refuse)
+    wanted = rows if limit is None else rows[: max(0, limit)]
+    yield from map_rows(dataset, wanted, read, _refuse)
 
 
 def _read_question(dataset: Dataset, shard: ShardInfo, row: int, *, ask: bool) -> Question:
@@ -157,7 +159,7 @@ def caption_split(
     ask: bool = True,
     batch: int = BATCH,
     new_tokens: int = NEW_TOKENS,
-) -> Iterator[Caption]:
+) -> Generator[Caption]:
     """Caption the samples of a split, in its order.
 
     Args:
@@ -181,10 +183,11 @@ def caption_split(
                 yield Caption(question.key, name, split, question.reference, answer)
         waiting.clear()
 
-    for question in read_questions(dataset, split, limit, ask=ask):
-        waiting.append(question)
-        if len(waiting) == batch:
-            yield from flush()
+    with closing(read_questions(dataset, split, limit, ask=ask)) as questions:
+        for question in questions:
+            waiting.append(question)
+            if len(waiting) == batch:
+                yield from flush()
     yield from flush()
 
 
@@ -228,7 +231,7 @@ def caption_datasets(
         for dataset in opened:
             bar.note("+".join(dataset.modalities))
             for split in splits:
-                for caption in caption_split(
+                found = caption_split(
                     model,
                     processor.tokenizer,
                     dataset,
@@ -236,10 +239,12 @@ def caption_datasets(
                     limit=limit,
                     ask=ask,
                     new_tokens=new_tokens,
-                ):
-                    file.write(json.dumps(asdict(caption)) + "\n")
-                    file.flush()
-                    bar.advance()
+                )
+                with closing(found) as captions:
+                    for caption in captions:
+                        file.write(json.dumps(asdict(caption)) + "\n")
+                        file.flush()
+                        bar.advance()
 
 
 def read_captions(path: Path) -> list[Caption]:

@@ -47,8 +47,8 @@ def read_file(modality: Modality, path: Path) -> tuple[torch.Tensor, list[str]]:
     """
     try:
         parts = modality.read_parts(path)
-        meta = _read_sidecar_json(path, modality.name)
         with collect_damage() as damage, decoding():
+            meta = _read_sidecar_json(path, modality.name)
             value = modality.read_value(parts, meta, train=False, rng=np.random.default_rng(0))
     except SampleError as error:
         message = error.what if str(path) in error.what else f"{path}: {error.what}"

@@ -270,7 +270,7 @@ def _note_gaps(what: str, times: np.ndarray, start: float, end: float) -> None:
     """
     between, ends = measure_gaps(times, start, end)
     if between:
-        shown = f"{between / 1000:.2g} s of its {SECONDS} s have no samples"
+        shown = f"{between / 1000:.2g} s of its {(end - start) / 1000:.2g} s have no samples"
         note_damage(f"{what} has gaps: {shown}", between / (SECONDS * 1000))
     if ends:
         note_damage(f"{what}: {ends / 1000:.2g} s at its ends have no samples", 0.0)

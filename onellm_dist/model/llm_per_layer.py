@@ -8,6 +8,7 @@ Gemma 3n, that of the padding token in Gemma 4 (transformers 5.23).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,7 @@ def give_token_ids(llm: Any, ids: torch.Tensor) -> Iterator[None]:
         yield
         return
     (owner,) = owners
+    takes_embeds = "inputs_embeds" in inspect.signature(owner.get_per_layer_inputs).parameters
 
     def add(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         embeds = kwargs.get("inputs_embeds")
@@ -52,7 +54,9 @@ def give_token_ids(llm: Any, ids: torch.Tensor) -> Iterator[None]:
         # beams and several sequences repeat the rows
         rows = ids.repeat_interleave(len(embeds) // len(ids), 0)
         rows = torch.where(rows == MEDIA, _get_media_id(owner), rows)
-        return args, {**kwargs, "per_layer_inputs": owner.get_per_layer_inputs(rows)}
+        # in transformers before 5.23 Gemma 4 wants the embeddings too, and uses the ids
+        given = (rows, embeds) if takes_embeds else (rows,)
+        return args, {**kwargs, "per_layer_inputs": owner.get_per_layer_inputs(*given)}
 
     handle = llm.register_forward_pre_hook(add, with_kwargs=True)
     try:

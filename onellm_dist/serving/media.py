@@ -58,7 +58,9 @@ def read_files(
                 "there is nothing to read.",
                 "check the path.",
             )
-    values = {}
+    values: dict[str, torch.Tensor] = {}
+    if not opened:
+        return values
     function = SampleFunction[_File, tuple["torch.Tensor", list[str]]](
         lambda file: read_file(*file), _refuse, lambda file: str(file.path)
     )

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FunctionType
@@ -29,6 +30,8 @@ from outcomes import CRASH, FINE, HANG, REFUSED, FuzzFailure, FuzzReport, Surfac
 VARIABLE = "ONELLM_FUZZ_GUIDED"
 _MOST_KINDS = 20
 """Kinds of failure after which the search ends."""
+_SEARCH_MB = 512
+"""Memory of libFuzzer: its corpus and its counters."""
 _PATIENCE_S = 90
 """What a child may take beyond its time, to start and to end."""
 
@@ -37,7 +40,7 @@ def get_guided_seconds() -> int:
     """For how long each surface is searched; 0: not at all, or atheris is not installed."""
     seconds = int(os.environ.get(VARIABLE) or 0)
     if seconds and importlib.util.find_spec("atheris") is None:
-        print("atheris is not installed: no surface is searched by coverage")
+        warnings.warn("atheris is not installed: nothing is searched by coverage", stacklevel=2)
         return 0
     return seconds
 
@@ -60,13 +63,14 @@ def fuzz_guided(
         allowed: exceptions that are refusals in words.
         duration: seconds that the search takes.
         seconds: an input that takes longer hangs.
-        megabytes: memory that an input may add to what the process has.
+        megabytes: memory that inputs may add to what the process has, beyond that of the search.
     """
     with tempfile.TemporaryDirectory(prefix="guided-") as name:
         folder = Path(name)
         (folder / "seeds").mkdir()
         (folder / "found").mkdir()
         (folder / "failures.jsonl").touch()
+        (folder / "log").touch()
         for number, seed in enumerate(seeds):
             (folder / "seeds" / str(number)).write_bytes(seed)
         counts = Counts()
@@ -82,7 +86,7 @@ def fuzz_guided(
 
 
 class Counts:
-    """How many inputs were fine or refused, in memory that outlives a child that ends anyhow."""
+    """How many inputs were fine or refused, in memory that outlives the child, however it ends."""
 
     _OUTCOMES = (FINE, REFUSED)
 
@@ -105,23 +109,29 @@ class Counts:
 def _wait(child: int, seconds: float) -> int | None:
     """The wait status of the child; None: it was killed, for it had not ended in time."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return status
-        time.sleep(0.1)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+    pid = 0
+    try:
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                return status
+            time.sleep(0.1)
+        return None
+    finally:
+        if not pid:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def _collect(report: FuzzReport, folder: Path, counts: Counts, status: int | None) -> None:
     report.counts.update(counts.read())
     for line in (folder / "failures.jsonl").read_text().splitlines():
         outcome, detail, text = json.loads(line)
+        report.counts[outcome] += 1
         report.failures.append(FuzzFailure(-1, outcome, detail, base64.b64decode(text)))
     for path in sorted((folder / "found").iterdir()):  # inputs that ended the process
         outcome = HANG if path.name.startswith("timeout") else CRASH
+        report.counts[outcome] += 1
         report.failures.append(FuzzFailure(-1, outcome, path.name, path.read_bytes()))
     if (status is None or status) and not report.failures:
         log = (folder / "log").read_text(errors="replace")
@@ -147,7 +157,7 @@ def _be_child(
         failures = (folder / "failures.jsonl").open("w", buffering=1)
         _instrument(atheris, run)
         used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (used + (megabytes << 20),) * 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (used + (megabytes + _SEARCH_MB << 20),) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         faulthandler.disable()
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
@@ -164,7 +174,7 @@ def _be_child(
 
         options = [
             f"-max_total_time={duration}",
-            f"-timeout={max(1, round(seconds))}",
+            f"-timeout={max(1, round(10 * seconds))}",  # by the wall clock of a busy machine
             "-rss_limit_mb=0",
             f"-artifact_prefix={folder / 'found'}/",
             str(folder / "seeds"),

@@ -80,9 +80,10 @@ def stumble(data: bytes) -> None:
     raise KeyError("found")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_search_by_coverage_finds_what_chance_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("atheris")
+    monkeypatch.delenv(VARIABLE, raising=False)
     assert not fuzz("stumble", stumble, [b"DOOR"], flip_bit, cases=200).failures
     monkeypatch.setenv(VARIABLE, "20")
     report = fuzz("stumble", stumble, [b"DOOR"], flip_bit, cases=200)

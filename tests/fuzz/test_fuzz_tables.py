@@ -69,6 +69,8 @@ CSV = b'file,caption,n\n0.jpg,"a ""b"", c",1\n0.jpg,x,2\n0.jpg,"two\nlines",3\n'
 TSV = CSV.replace(b",", b"\t")
 MIXED = mutate_any(mutate_bytes, mutate_lines)
 CAPTIONS = {"captions": "t.json"}
+QUICK_AND_SOAK = [1, pytest.param(15, marks=pytest.mark.soak)]
+"""How many times the quick number of cases."""
 FORMS: dict[str, tuple[str, str, list[bytes], Mutator, dict[str, Any]]] = {
     "json list": ("folder", "t.json", [LIST], mutate_json, CAPTIONS),
     "json bytes": ("folder", "t.json", [LIST, LINES], mutate_bytes, CAPTIONS),
@@ -80,13 +82,14 @@ FORMS: dict[str, tuple[str, str, list[bytes], Mutator, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("times", QUICK_AND_SOAK)
 @pytest.mark.parametrize("form", FORMS)
-def test_tables_of_text(tmp_path: Path, form: str) -> None:
+def test_tables_of_text(tmp_path: Path, form: str, times: int) -> None:
     source, name, seeds, mutate, options = FORMS[form]
     run = read_source(tmp_path, source, name, **options)
     # where a row is a line, every fault is one of a row
     least = 0 if form == "sharegpt" else 1
-    fuzz(f"table {form}", run, seeds, mutate, cases=150).require_clean(least)
+    fuzz(f"table {form}", run, seeds, mutate, cases=150 * times).require_clean(least)
 
 
 def make_table(kind: str) -> bytes:
@@ -101,8 +104,9 @@ def make_table(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.parametrize("times", QUICK_AND_SOAK)
 @pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
-def test_tables_of_arrow(tmp_path: Path, kind: str) -> None:
+def test_tables_of_arrow(tmp_path: Path, kind: str, times: int) -> None:
     """A flipped bit in a picture is a picture with a flipped bit: no checksum lies beside it."""
     name = "t.parquet" if kind == "parquet" else "t.arrow"
     inner = read_source(tmp_path, "parquet", name, modality="image")
@@ -114,4 +118,5 @@ def test_tables_of_arrow(tmp_path: Path, kind: str) -> None:
             if "bytes of another file" not in str(error):
                 raise
 
-    fuzz(f"arrow {kind}", run, [make_table(kind)], mutate_bytes, cases=200).require_clean()
+    cases = 200 * times
+    fuzz(f"arrow {kind}", run, [make_table(kind)], mutate_bytes, cases=cases).require_clean()

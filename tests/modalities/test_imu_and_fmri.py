@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.damage import collect_damage
+from onellm_dist.modalities.io.imu_times import measure_gaps
 from onellm_dist.modalities.limits import check_input
 
 PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
@@ -145,6 +146,15 @@ def test_a_gap_in_a_recording_without_a_window_is_noted() -> None:
             else:
                 with pytest.raises(SampleError, match="has gaps: 0"):
                     IMU.read_value(parts, {}, train=False, rng=RNG)
+
+
+@pytest.mark.parametrize("gaps", [1, 2, 5])
+def test_gaps_of_one_length_do_not_hide_each_other(gaps: int) -> None:
+    """0.1 s of samples at 200 Hz, then nothing for 0.3 s, again and again."""
+    at = np.arange(0, 2000, 5.0)
+    times = at[(at % 400 < 100) | (at >= 400 * gaps)]
+    between, _ = measure_gaps(times, 0.0, 2000.0)
+    assert between == pytest.approx(305.0 * (gaps - (gaps == 5)))  # the fifth is at the end
 
 
 @pytest.mark.parametrize("burst", [8, 32, 64])

@@ -36,17 +36,21 @@ def eat() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "seconds", "words"),
     [
-        (spin, "took more than 0.5 s"),
-        (lambda: time.sleep(60), "took more than 0.5 s"),
-        (crash, "crashed (SIGSEGV)"),
-        (eat, "needed more than 200 MiB"),
+        (spin, 0.5, "took more than 0.5 s"),
+        (lambda: time.sleep(60), 0.5, "took more than 0.5 s"),
+        (crash, 60.0, "crashed (SIGSEGV)"),
+        (eat, 60.0, "needed more than 200 MiB"),
     ],
     ids=["spins", "sleeps", "crashes", "eats"],
 )
 def test_a_file_that_harms_its_decoder_ends_in_words(
-    fault: Callable[[], None], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Callable[[], None],
+    seconds: float,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, good = tmp_path / "bad.png", tmp_path / "good.png"
     Image.new("RGB", (8, 8)).save(path)
@@ -60,7 +64,7 @@ def test_a_file_that_harms_its_decoder_ends_in_words(
 
     monkeypatch.setattr(modality, "read_value", planted)
     with pytest.raises(SampleError) as error:
-        read_files([("image", path)], SampleLimits(seconds=0.5, megabytes=200))
+        read_files([("image", path)], SampleLimits(seconds=seconds, megabytes=200))
     assert str(path) in error.value.what and words in error.value.what
     monkeypatch.undo()
     assert read_files([("image", good)])["image"].shape[0] == 1

@@ -4,7 +4,8 @@ This is the paper's fMRI data (Tab. 9). IN is MindEye's tree:
 `webdataset_avg_split/{train,val,test}/{train,val,test}_subj01_*.tar` (or that folder itself), each
 sample with `.nsdgeneral.npy` [repetitions, voxels] and `.coco73k.npy`, and
 `COCO_73k_annots_curated.npy` [73000, 5] of text. Stored is the mean over the repetitions, fp32
-[15724], with all five captions (training takes one in each epoch) or with the first.
+[15724] (of whole numbers the array itself), with all five captions (training takes one in each
+epoch) or with the first.
 """
 
 from __future__ import annotations

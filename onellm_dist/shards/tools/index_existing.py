@@ -161,11 +161,13 @@ def _list_tars(root: Path, *, follow_links: bool) -> tuple[list[Path], tuple[str
     tars = [p for p in visible if p.endswith(".tar") and (root / p).is_file()]
     packed = [p for p in visible if is_compressed_tar(p)]
     others = [p for p in visible if not p.endswith(".tar") and not is_compressed_tar(p)]
+    gone = [p for p in visible if p.endswith(".tar") and not (root / p).is_file()]
     hidden = sum(p.endswith(".tar") and has_hidden_part(p) for p in paths)
     notes = _describe_hidden(hidden, "beside the tars")
     why = "samples cannot be reached by byte range; unpack to .tar first"
     notes += _describe_unread(packed, "compressed tar", why)
     notes += _describe_unread(others, "other archive", "only files called .tar are")
+    notes += _describe_unread(gone, "name of a .tar", "it is a link to nothing, or no file")
     if not tars:
         raise UsageError(
             f"{root}: there is no .tar below it{f' ({notes[0]})' if notes else ''}.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import TypeVar
 
@@ -29,8 +29,11 @@ def map_rows(
     rows: Sequence[Row],
     apply: Callable[[Dataset, ShardInfo, int], Outcome],
     refuse: Callable[[Dataset, ShardInfo, int, str], Outcome],
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """Apply a function that decodes media to some samples in order, in a worker process.
+
+    Samples are read as they are asked for. Close the generator if you leave it early: that ends
+    the worker.
 
     Args:
         dataset: an open dataset.

@@ -17,7 +17,7 @@ from onellm_dist.shards.sources.base import BadSampleError, Media
 
 @dataclass(frozen=True)
 class MeanOfRepetitions:
-    """A sample's voxels, averaged over repetitions, as `.npy` [voxels] fp32."""
+    """A sample's voxels, averaged over repetitions, as `.npy` [voxels] fp32; of integers, all."""
 
     voxels: Media
 
@@ -44,6 +44,8 @@ class MeanOfRepetitions:
                 )
             if holds_whole_numbers(array):
                 return data
+            if array.ndim == 2 and array.shape[0] > array.shape[1]:
+                array = array.T  # as the modality reads it: there are more voxels than repetitions
             mean = average_repetitions(array, ".nsdgeneral.npy")
         except BadSampleError:
             raise
