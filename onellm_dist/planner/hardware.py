@@ -46,7 +46,7 @@ class GpuKind(Constants):
     node_bus_gb_s: PositiveFloat
     node_network_gb_s: PositiveFloat
     network_share: float = Field(gt=0, le=1)
-    host_copy_gb_s: PositiveFloat
+    to_host_gb_s: PositiveFloat
 
     @property
     def bandwidth(self) -> float:

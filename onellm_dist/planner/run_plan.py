@@ -320,7 +320,7 @@ class Planner:
 
     def _plan_checkpoint(self, config: RunConfig) -> CheckpointPlan:
         size = self.parameters.trainable * self._state_bytes
-        copy = size / self.cluster.world_size / (GIGA * self.cluster.gpu.host_copy_gb_s)
+        copy = size / self.cluster.world_size / (GIGA * self.cluster.gpu.to_host_gb_s)
         return CheckpointPlan(
             bytes=size,
             stall=copy,
