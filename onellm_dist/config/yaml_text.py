@@ -127,6 +127,16 @@ def _construct_map(loader: _Loader, node: yaml.MappingNode) -> Any:
     return loader.construct_mapping(node, deep=True)
 
 
+def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
+    raise _make_error(
+        f"!!{node.tag.rpartition(':')[2]} is no kind of value that a recipe has "
+        "(text, number, list, mapping)",
+        node,
+    )
+
+
+for _tag in ("set", "omap", "pairs", "binary"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _refuse_tag)
 for _tag in ("null", "bool", "int", "float", "timestamp", "str", "value", "merge"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_scalar)
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_map)

@@ -71,7 +71,8 @@ def test_media_have_the_rows_of_the_familys_own_multimodal_code(family: str) -> 
             embeds = torch.cat([embeds[:1], span, embeds[1:]])
             ids = torch.cat([text[:1], row, text[1:]])
         with torch.no_grad():
-            rows = llm.model.get_per_layer_inputs(ids[None])
+            given = (ids[None], embeds[None]) if family == "gemma4_text" else (ids[None],)
+            rows = llm.model.get_per_layer_inputs(*given)
             alone = llm(inputs_embeds=embeds[None], per_layer_inputs=rows, use_cache=False).logits[
                 0
             ]
