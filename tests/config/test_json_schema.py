@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -54,7 +55,6 @@ def read_as_editor(text: str) -> Any:
 
 def find_errors(text: str) -> list[str]:
     """What a validator says about a recipe: one text for each reading of it that is wrong."""
-    jsonschema = pytest.importorskip("jsonschema", reason="no validator of JSON schemas")
     validator = jsonschema.Draft7Validator(SCHEMA)
     found = []
     for document in (yaml.safe_load(text), read_as_editor(text)):
@@ -97,7 +97,6 @@ def test_limits_and_choices_are_those_of_the_keys() -> None:
 
 
 def test_the_schema_itself_is_valid() -> None:
-    jsonschema = pytest.importorskip("jsonschema", reason="no validator of JSON schemas")
     jsonschema.Draft7Validator.check_schema(SCHEMA)
 
 
