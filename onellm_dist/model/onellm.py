@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -16,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.encoder import Encoder
-from onellm_dist.model.generation import generate_text
+from onellm_dist.model.generation import choose_settings, generate_text
 from onellm_dist.model.layout import PackedLayout
 from onellm_dist.model.llm_call import LLMSupport, run_packed, run_padded
 from onellm_dist.model.llm_check import check_llm
@@ -35,6 +34,7 @@ from onellm_dist.model.padded import (
     insert_spans,
 )
 from onellm_dist.model.projector import ModalityTokenizer, Projector
+from onellm_dist.model.refused_changes import refuse_attention, refuse_resize
 from onellm_dist.model.saving import KeepsSums, check_source
 from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.model.token_ids import check_tokens, count_embeddings, replace_padding
@@ -151,6 +151,11 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
         """The LLM's head."""
         return cast(nn.Module, self.llm.get_output_embeddings())
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
+        """Refuse another number of tokens."""
+        refuse_resize(new_num_tokens)
+        return self.get_input_embeddings()
+
     def get_projector(self, name: str) -> Projector:
         """A modality's own projections, queries, router and tags."""
         return cast(Projector, self.projectors[name])
@@ -171,13 +176,7 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
         Raises:
             UsageError: always, but for the name that the LLM has already.
         """
-        if attn_implementation != self.llm_support.attention:
-            raise UsageError(
-                f"set_attn_implementation({attn_implementation!r})",
-                f"the LLM is exact with {self.llm_support.attention!r}; with another attention, "
-                "samples of a pack could see each other.",
-                "leave it as it is; packs already take the fastest kernel of the machine.",
-            )
+        refuse_attention(attn_implementation, self.llm_support.attention)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -379,18 +378,16 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
             decode_offset: `correct`, or `reference`, which repeats a fault of the reference's
                 cache: after the prefill the last two positions are overwritten, and all later
                 positions are two too low.
-            kwargs: `image_values=` and so on, and what transformers' `generate` takes. Give the
-                length as `max_new_tokens`.
+            kwargs: `image_values=` and so on, and what transformers' `generate` takes. `max_length`
+                and `min_length` count text alone, that of the prompt included.
 
         Raises:
             UsageError: values that do not fit the texts, an unknown option, or too long a prompt.
         """
         values = {key: kwargs.pop(key) for key in list(kwargs) if key.endswith(VALUES_SUFFIX)}
-        config = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
-        for name, value in self.llm.generation_config.to_diff_dict().items():
-            if getattr(config, name, None) is None:
-                setattr(config, name, value)
-        options = config.update(**kwargs)  # what is None here stays None
+        config, options = choose_settings(
+            self.generation_config, self.llm.generation_config, kwargs, input_ids.shape[1]
+        )
         update_dropout(self.llm)
         inputs = self.build_inputs(input_ids, attention_mask, values, modality_order)
         return generate_text(

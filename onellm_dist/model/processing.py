@@ -174,14 +174,33 @@ def _read_value(name: str, item: Any) -> torch.Tensor:
     """One medium in any of its forms -> [*value_shape]."""
     modality = get_modality(name)
     if isinstance(item, torch.Tensor) and tuple(item.shape) == tuple(modality.value_shape):
+        if not item.is_floating_point():
+            raise _make_item_error(name, item, "the model's input has floats, after the transform")
         return item.float()
+    if isinstance(item, str) and "://" in item:
+        raise UsageError(f"{name}: {item} is a URL", "nothing is fetched.", "download it first.")
     if isinstance(item, str | Path):
         path = Path(item)
         if not path.is_file():
             raise UsageError(f"no file {path}", f"it was given as {name}.", "check the path.")
         return read_file_value(modality, path)
     raw = modality.make_raw(item)
-    return modality.make_value(raw, train=False, rng=np.random.default_rng(0))
+    try:
+        return modality.make_value(raw, train=False, rng=np.random.default_rng(0))
+    except (AttributeError, TypeError, IndexError) as error:  # not what its transform takes
+        raise _make_item_error(name, item, str(error)) from error
+
+
+def _make_item_error(name: str, item: Any, why: str) -> UsageError:
+    kind = type(item).__name__
+    if isinstance(item, torch.Tensor | np.ndarray):
+        kind = f"{kind} of {item.dtype} and shape {tuple(item.shape)}"
+    return UsageError(
+        f"a {kind} is not a medium of modality {name}: {why}",
+        "the model would be given something else than it was trained on.",
+        f"give a file's path, or a float tensor {list(get_modality(name).value_shape)} that the "
+        "modality's transform made; pictures also as PIL.Image or uint8 array.",
+    )
 
 
 AutoProcessor.register(OneLLMConfig, OneLLMProcessor, exist_ok=True)

@@ -127,6 +127,7 @@ def test_other_names_stay(name: str) -> None:
         "data.root=s3://bucket/x, key train/0001",
         "sample image/shard-000001/k00012@3: unreadable",
         "step 12: 40 tokens: too few",
+        "none of its 16 samples has a supervised token: 16 lose their answer",
         "mail me@host",
         "abfss://container@account.dfs.core.windows.net/x",
         "abfss://training-data-2024-01-captions@account.dfs.core.windows.net/x",

@@ -173,3 +173,37 @@ def test_wrong_use_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         model.generate(**batch, **options, **GREEDY)
+
+
+def test_lengths_count_text_alone(
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any]
+) -> None:
+    """Media spans are 64 positions here, and no part of what `max_length` counts."""
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+    prompt = batch["input_ids"].shape[1]
+    expected = model.generate(**batch, **options, max_new_tokens=NEW)
+    assert torch.equal(model.generate(**batch, **options, max_length=prompt + NEW), expected)
+    both = model.generate(**batch, **options, max_length=3, max_new_tokens=NEW)
+    assert torch.equal(both, expected)
+    with pytest.raises(UsageError, match=f"max_length={prompt}, and the prompt has {prompt}"):
+        model.generate(**batch, **options, max_length=prompt)
+    ends: dict[str, Any] = {"eos_token_id": list(range(3, WORDS)), "do_sample": False}
+    least = model.generate(**batch, **ends, max_new_tokens=NEW, min_length=prompt + 4)
+    assert least.shape[1] >= prompt + 4
+
+
+@pytest.mark.parametrize("name", ["assistant_model", "guidance_scale"])
+def test_what_media_do_not_allow_is_refused_by_name(
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any], name: str
+) -> None:
+    options: dict[str, Any] = {name: model if name == "assistant_model" else 1.5}
+    with pytest.raises(UsageError, match=f"{name} is set"):
+        model.generate(**batch, **options, **GREEDY)
+
+
+def test_another_number_of_embeddings_is_refused_and_changes_nothing() -> None:
+    model = small_model()
+    before = model.get_input_embeddings()
+    with pytest.raises(UsageError, match="resize_token_embeddings"):
+        model.resize_token_embeddings(WORDS + 3)
+    assert model.resize_token_embeddings() is before is model.get_input_embeddings()

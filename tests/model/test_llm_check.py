@@ -228,7 +228,7 @@ def test_prompt_media_and_new_tokens_longer_than_the_context_are_refused(family:
     new = model.generate(prompt, imu_values=imu, max_new_tokens=6, **options)
     assert new.shape == (1, 96)
     says = rf"129 positions \(122 \+ 7\)\n.*{type(model.llm).__name__} has 128.*\n.*at most 6 new"
-    lengths: list[dict[str, Any]] = [{"max_new_tokens": 7}, {"max_length": 129}]
+    lengths: list[dict[str, Any]] = [{"max_new_tokens": 7}, {"max_length": 97}]
     for length in lengths:
         with pytest.raises(UsageError, match=says):
             model.generate(prompt, imu_values=imu, **length, **options)

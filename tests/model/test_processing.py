@@ -66,3 +66,23 @@ def test_wrong_media_is_refused(processor: OneLLMProcessor, tmp_path: Path) -> N
     (tmp_path / "x.jpg").write_bytes(b"no image")
     with pytest.raises(SampleError):
         processor(text="", image=tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "says"),
+    [
+        ("image", torch.zeros(3, 224, 224, dtype=torch.uint8), "Tensor of torch.uint8 and shape"),
+        ("image", torch.zeros(3, 60, 80, dtype=torch.uint8), "Tensor of torch.uint8 and shape"),
+        ("image", b"bytes", "a bytes is not a medium of modality image"),
+        ("image", {"path": "x"}, "a dict is not a medium"),
+        ("audio", torch.zeros(16000), "Tensor of torch.float32 and shape (16000,)"),
+        ("imu", 7, "a int is not a medium of modality imu"),
+        ("image", "https://example.org/x.png", "https://example.org/x.png is a URL"),
+    ],
+)
+def test_what_is_no_medium_is_refused_in_words(
+    processor: OneLLMProcessor, name: str, item: object, says: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        processor(text="", **{name: item})
+    assert says in error.value.what and error.value.do

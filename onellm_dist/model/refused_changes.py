@@ -1,0 +1,40 @@
+"""Changes that transformers offers, and after which an opened model would not be exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onellm_dist.common.errors import UsageError
+
+
+def refuse_attention(wanted: str | dict[Any, Any], own: str) -> None:
+    """Refuse another attention of the LLM than the one that it has been shown exact with.
+
+    Args:
+        wanted: the name of an attention.
+        own: the LLM's.
+
+    Raises:
+        UsageError: they differ.
+    """
+    if wanted != own:
+        raise UsageError(
+            f"set_attn_implementation({wanted!r})",
+            f"the LLM is exact with {own!r}; with another attention, samples of a pack could see "
+            "each other.",
+            "leave it as it is; packs already take the fastest kernel of the machine.",
+        )
+
+
+def refuse_resize(tokens: int | None) -> None:
+    """Refuse another number of embeddings; None: the number stays.
+
+    Raises:
+        UsageError: a number is given.
+    """
+    if tokens is not None:
+        raise UsageError(
+            f"resize_token_embeddings({tokens})",
+            "the LLM was opened with its embedding, and checkpoints are compared with it.",
+            "resize the LLM alone, save it, and assemble a model of it (onellm convert assemble).",
+        )
