@@ -284,7 +284,8 @@ def _get_seconds(meta: Mapping[str, Any], key: str) -> float:
 
 
 def _fault_error(what: str, faults: Sequence[ImuFault]) -> SampleError:
-    more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    others = len(faults) - 1
+    more = f" (and {others} more fault{'s' if others > 1 else ''})" if others else ""
     return SampleError(
         f"{what} has a fault: {faults[0].what}{more}",
         "what the sensor measured there is not known.",

@@ -183,7 +183,7 @@ REASONS = {
     "empty": "empty caption: empty.txt",
     "silent": "no caption: neither silent.txt nor silent.json",
     "lonely": "caption without media",
-    "twice": "ambiguous: twice.jpg and twice.png are both a image file",
+    "twice": "ambiguous: twice.jpg and twice.png may each be the image file",
     "json": "unreadable .json: ",
     "turns": "malformed conversations: ",
     "nothing": "no caption: neither a caption nor a conversation",

@@ -72,6 +72,16 @@ LOST: dict[str, tuple[dict[str, bytes | str], str, str]] = {
         "shards build parquet",
     ),
     "spreadsheet": ({"t.xlsx": b"PK"}, "t.xlsx is a spreadsheet", "CSV"),
+    "JSON with a comment": (
+        {"rows.json": '// by hand\n[{"file": "img/0.jpg", "caption": "x"}]', "README.txt": "x"},
+        "rows.json cannot be read as a table (rows.json: at byte 0: '/'",
+        "",
+    ),
+    "JSON with single quotes": (
+        {"rows.json": "[{'file': 'img/0.jpg', 'caption': 'x'}]"},
+        "rows.json cannot be read as a table (",
+        "",
+    ),
     "no header": (
         {"t.csv": "img/0.jpg,a cat\nimg/1.jpg,a dog\n"},
         "the first line of t.csv holds a file, img/0.jpg",
@@ -87,8 +97,8 @@ def test_a_table_that_is_not_read_is_named(tmp_path: Path, kind: str) -> None:
         build(tmp_path, {**MEDIA, **files})
     assert what in error.value.what and do in error.value.do
     texts: dict[str, bytes | str] = {f"img/{i}.txt": "x" for i in range(3)}
-    report, dataset = build(tmp_path, texts, modality="image")
-    assert len(contents(dataset)) == 3 and report.failures == 0
+    _, dataset = build(tmp_path, texts, modality="image", max_failures=0.5)
+    assert len(contents(dataset)) == 3
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "file_names", "side"])

@@ -11,6 +11,7 @@ import av
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Part
+from onellm_dist.modalities.io.file_kinds import identify
 from onellm_dist.modalities.library_faults import require_library
 
 if TYPE_CHECKING:
@@ -55,10 +56,25 @@ def open_media(part: Part, kind: str) -> Iterator[InputContainer]:
         require_library(error)
         raise SampleError(
             f".{part.extension} ({len(part.data)} bytes) is not readable {kind}: "
-            f"{error or type(error).__name__}",
+            f"{_describe(error, part.data)}",
             f"the sample has no usable {kind}.",
             "download or encode it again, or drop the sample.",
         ) from error
+
+
+def _describe(error: Exception, data: bytes) -> str:
+    if not isinstance(error, av.FFmpegError):
+        return str(error) or type(error).__name__
+    known = identify(data)
+    if known is not None:
+        return f"it is {known}"
+    if data[4:8] == b"ftyp" and b"moov" not in data:
+        return "its table of contents (moov) is missing: it was not written or copied to its end"
+    if isinstance(error, av.InvalidDataError):
+        return "its header, or what follows it, is damaged or of another format"
+    if isinstance(error, av.ArgumentError):
+        return f"it is in none of the containers that are read ({_FORMATS.replace(',', ', ')})"
+    return error.strerror or type(error).__name__
 
 
 def find_films(container: InputContainer) -> list[VideoStream]:

@@ -215,9 +215,9 @@ def find_side_file_samples(
 
 
 def _has_media_alone(groups: FileGroups) -> bool:
-    """Check that there are media, and not a single text."""
-    extensions = {e for files in groups.files.values() for e in files}
-    return bool(extensions) and not extensions & set(TEXT_EXTENSIONS)
+    """Check that there are media, and that not one of them has a text."""
+    with_media = [f.keys() for f in groups.files.values() if f.keys() - set(TEXT_EXTENSIONS)]
+    return bool(with_media) and not any(f & set(TEXT_EXTENSIONS) for f in with_media)
 
 
 def _select_stems(

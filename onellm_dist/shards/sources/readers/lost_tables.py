@@ -54,8 +54,8 @@ def _describe(root: Path, table: Path) -> tuple[str, str] | None:
         )
     try:
         columns = read_column_names(table)
-    except OneLLMError:
-        return None
+    except OneLLMError as error:
+        return f"{name} cannot be read as a table ({error.what.rstrip('.')})", error.do
     media = next((c for c in sorted(columns) if _is_medium(c)), None)
     if media is None:
         return None

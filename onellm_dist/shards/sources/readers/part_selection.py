@@ -29,7 +29,7 @@ def select_parts(
             fitting = [e for e in accepted if e in found]
             if len(fitting) > 1:
                 names = " and ".join(found[e].name for e in fitting)
-                return chosen, f"ambiguous: {names} are both a {role} file for {name}"
+                return chosen, f"ambiguous: {names} may each be the {role} file of {name}"
             chosen.update({e: found[e] for e in fitting})
         try:
             modality.match(set(found))
