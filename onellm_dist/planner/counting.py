@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onellm_dist.model.kernels.counted import BACKWARD, FORWARD, count_flops
 from onellm_dist.packed import PackedBatch
@@ -228,6 +229,12 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
+def list_units(model: Any) -> list[nn.Module]:
+    """Transformer blocks, embedding and head: what engines gather as one."""
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return [*blocks, model.get_input_embeddings(), model.get_output_embeddings()]
+
+
 @contextmanager
 def count_uses(model: nn.Module, calls: dict[str, int]) -> Iterator[dict[str, float]]:
     """Count the weights that modules read, as fields of `WeightUses`.
@@ -237,6 +244,8 @@ def count_uses(model: nn.Module, calls: dict[str, int]) -> Iterator[dict[str, fl
         calls: receives the number of calls of modules by phase.
     """
     uses = dict.fromkeys(WeightUses.__dataclass_fields__, 0.0)
+    inside = {id(p) for unit in list_units(model) for p in unit.parameters()}
+    uses["loose"] = float(sum(p.numel() for p in model.parameters() if id(p) not in inside))
 
     def add(module: nn.Module, _: Any, output: Any) -> None:
         phase = get_phase()
@@ -244,11 +253,11 @@ def count_uses(model: nn.Module, calls: dict[str, int]) -> Iterator[dict[str, fl
         passes = any(x.requires_grad for x in tree_leaves(output) if isinstance(x, torch.Tensor))
         for parameter in module.parameters(recurse=False):
             owner = "trained" if parameter.requires_grad else "frozen"
-            uses[f"{owner}_{'recomputed' if phase == 'recompute' else 'forward'}"] += (
-                parameter.numel()
-            )
-            if passes and phase == "forward":
-                uses[f"{owner}_backward"] += parameter.numel()
+            kinds = ["recomputed"] if phase == "recompute" else ["forward", "backward"]
+            for kind in kinds if passes else kinds[:1]:
+                uses[f"{owner}_{kind}"] += parameter.numel()
+                if kind != "recomputed" and id(parameter) not in inside:
+                    uses["loose_reads"] += parameter.numel()
 
     with ExitStack() as stack:
         for module in model.modules():

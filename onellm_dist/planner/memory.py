@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
-
 from onellm_dist.config.schema import EngineSection
-from onellm_dist.planner.counting import PackCount
+from onellm_dist.planner.counting import PackCount, list_units
 from onellm_dist.planner.hardware import GIGA, GpuKind, load_assumptions
 from onellm_dist.planner.module_labels import GLUE
 from onellm_dist.train.engine.description import EngineDescription
@@ -43,11 +40,7 @@ def count_parameters(model: Any) -> ParameterCounts:
     """Count the parameters of a model that is prepared for its stage; tied ones count once."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    units: list[nn.Module] = [
-        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
-    ]
-    units += [model.get_input_embeddings(), model.get_output_embeddings()]
-    units += [m for m in model.modules() if not any(m.children())]
+    units = [*list_units(model), *(m for m in model.modules() if not any(m.children()))]
     largest = max(sum(p.numel() for p in unit.parameters()) for unit in units)
     return ParameterCounts(total - trainable, trainable, largest)
 

@@ -49,6 +49,10 @@ class WeightUses:
     """Trainable weights of the modules that gradients pass through."""
     trained_recomputed: float
     """Trainable weights of the modules whose forward runs again in backward."""
+    loose: float = 0.0
+    """Weights outside of transformer blocks, embedding and head."""
+    loose_reads: float = 0.0
+    """How many of the weights that are read in forward and backward are such ones."""
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ class FsdpDescription(EngineDescription):
             + uses.trained_forward
             + uses.trained_backward
         )
+        # What belongs to no block is gathered with the root: as a whole, in forward and backward.
+        read += 2 * uses.loose - uses.loose_reads
         # Groups of ranks meet once a step, with their shards of the gradients.
         between = gradients / ranks if ranks < world_size else 0
         return StepTraffic(
