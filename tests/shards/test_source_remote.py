@@ -8,7 +8,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from shard_worlds import contents, write_tree
+from shard_worlds import contents, picture, write_tree
 from source_checks import to_json
 from test_source_cc3m import parallel
 from test_source_coco import official, pictures
@@ -17,6 +17,7 @@ from test_source_nsd import tree
 from test_source_onellm_instruct import instruction_tuning
 
 from onellm_dist.shards import build_dataset, open_dataset
+from onellm_dist.shards.command import build_command
 
 
 def _coco(root: Path) -> Path:
@@ -80,3 +81,14 @@ def test_a_store_as_input(
     found = contents(open_dataset(tmp_path / "remote"))
     assert found
     assert found == contents(open_dataset(tmp_path / "local"))
+
+
+def test_the_command_prints_urls_as_they_were_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = write_tree(tmp_path / "in", {"a.jpg": picture(0), "a.txt": "x"})
+    # The command line makes a Path of each argument, and a Path has one slash.
+    paths = [inputs, Path("memory://printed/my set [1]")]
+    assert build_command("folder", paths, [], workers=1, seed=0, overwrite=False) == 0
+    assert "memory://printed/my set [1]: 1 samples" in capsys.readouterr().out
+    fsspec.filesystem("memory").rm("/printed", recursive=True)

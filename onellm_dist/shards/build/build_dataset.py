@@ -129,7 +129,7 @@ def find_inputs(source: Source, inputs: Path | str | None) -> StoragePath | None
 def format_summary(report: BuildReport, output: Path | str) -> str:
     """Format the lines that a command prints after a build."""
     first = f"{report.samples} samples" if report.samples else "built"
-    lines = [f"{output}: {first}", *report.notes]
+    lines = [f"{to_storage_path(output)}: {first}", *report.notes]
     if report.quarantined:
         total, listed = max(report.failures, len(report.quarantined)), len(report.quarantined)
         lines.append(
