@@ -23,6 +23,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.audio import Sound
 from onellm_dist.modalities.io.damage import collect_damage
+from onellm_dist.modalities.io.sound_headers import measure_mp3
 from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS
 from onellm_dist.shards.format.names import find_readable_modalities, split_file_name
 
@@ -95,6 +96,27 @@ def test_a_cut_file_is_read_to_its_end_or_refused(form: str, kept: float) -> Non
     assert len(damage) == 1 and "lost" in damage[0]
     assert seconds(sound) == pytest.approx(3 * kept, abs=0.3)
     assert np.array_equal(sound.wave, whole.wave[: len(sound.wave)])
+
+
+@pytest.mark.parametrize("before", [b"", b"ID3\x04\0\0\0\0\x01\0" + bytes(128)], ids=["", "id3"])
+def test_a_cut_mp3_lacks_what_its_counter_states(before: bytes) -> None:
+    """LAME counts its frames in the first one; a download that stopped lacks the last ones."""
+    assert measure_mp3(before + MP3) == pytest.approx(3.05, abs=0.06)
+    assert read(before + MP3, "mp3")[1] == []
+    sound, damage = read(before + MP3[: int(0.85 * len(MP3))], "mp3")
+    assert len(damage) == 1 and "lost" in damage[0]
+    assert seconds(sound) == pytest.approx(2.55, abs=0.15)
+    with pytest.raises(SampleError, match=r"1\.\d+ s of 3\.\d+ s of sound are lost"):
+        read(before + MP3[: len(MP3) // 2], "mp3")
+    at = MP3.index(b"Info") if b"Info" in MP3[:200] else MP3.index(b"Xing")
+    uncounted = MP3[:at] + bytes(120) + MP3[at + 120 :]
+    assert measure_mp3(uncounted) is None
+    assert read(uncounted[: len(MP3) // 2], "mp3")[1] == [], "nothing says how long it was"
+
+
+@pytest.mark.parametrize("data", [b"", b"ID3", b"\xff\xfb", b"\xff\xfb\x90\x00" + bytes(40)])
+def test_a_broken_counter_states_nothing(data: bytes) -> None:
+    assert measure_mp3(data) is None
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])

@@ -1,4 +1,7 @@
-"""What sound files say about their length: the headers of WAV, AIFF and AU, the pages of Ogg."""
+"""What sound files say about their length.
+
+The headers of WAV, AIFF and AU, the pages of Ogg, and the frame counter of MP3.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +85,34 @@ def is_cut_ogg(data: bytes) -> bool:
         return data[:4] == b"OggS"
     lengths = data[at + 27 : at + 27 + data[at + 26]]
     return at + 27 + data[at + 26] + sum(lengths) > len(data)
+
+
+def measure_mp3(data: bytes) -> float | None:
+    """Compute the seconds that an MP3 states in its first frame (LAME's Xing or Info header).
+
+    Returns:
+        None: it states nothing, or does not begin with a frame or an ID3 tag.
+    """
+    at = 0
+    while data[at : at + 3] == b"ID3" and at + 10 <= len(data):
+        size = 0
+        for byte in data[at + 6 : at + 10]:
+            size = size << 7 | byte & 127
+        at += 10 + size
+    head = data[at : at + 4]
+    if len(head) < 4 or head[0] != 255 or head[1] >> 5 != 7:
+        return None
+    version, layer, rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 2 & 3
+    if layer != 1 or version == 1 or rate == 3:
+        return None
+    is_mono, is_first = head[3] >> 6 == 3, version == 3
+    side = (17 if is_mono else 32) if is_first else (9 if is_mono else 17)
+    at += 4 + side + (0 if head[1] & 1 else 2)
+    if data[at : at + 4] not in (b"Xing", b"Info") or at + 12 > len(data):
+        return None
+    flags, frames = struct.unpack_from(">II", data, at + 4)
+    hertz = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    return frames * (1152 if is_first else 576) / hertz if flags & 1 else None
 
 
 def _is_chunks(data: bytes, at: int, order: str) -> bool:

@@ -19,7 +19,12 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.containers import open_media
 from onellm_dist.modalities.io.damage import note_damage
-from onellm_dist.modalities.io.sound_headers import complete_header, is_cut_ogg, measure_data
+from onellm_dist.modalities.io.sound_headers import (
+    complete_header,
+    is_cut_ogg,
+    measure_data,
+    measure_mp3,
+)
 from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.modalities.limits import LIMITS, check_count, check_rate
 
@@ -199,6 +204,8 @@ def _read_ffmpeg(
         stated = None
         if formats & _TIMED and stream.duration and stream.time_base:
             stated = float(stream.duration * stream.time_base)
+        elif "mp3" in formats:
+            stated = measure_mp3(part.data)
         has_unframed = "wav" in formats and stream.codec_context.name == "aac"
     if has_unframed and sound.lost + sound.pending > 0:
         sound = _decode_unframed(part) or sound
