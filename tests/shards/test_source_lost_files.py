@@ -20,6 +20,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
+from onellm_dist.shards.tools.index_existing import index_existing_shards
 
 ROWS = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(3)]
 MEDIA: dict[str, bytes | str] = {f"img/{i}.jpg": picture(i) for i in range(3)}
@@ -167,3 +168,21 @@ def test_webvids_folders_may_have_the_other_unicode_form(
     }
     report, _ = build(tmp_path, files, "webvid")
     assert (report.samples, report.failures) == (1, 0)
+
+
+def test_a_tar_whose_names_have_other_dots_is_explained(tmp_path: Path) -> None:
+    for name in ("22.05", "Track 2.0 (Clean)"):
+        data = tar({f"{name}.jpg": picture(0), f"{name}.txt": b"x"})
+        folder = write_tree(tmp_path / name, {"0.tar": data})
+        with pytest.raises(UsageError, match="no file there is media") as error:
+            index_existing_shards(folder)
+        assert "the extension begins at the first dot of a name" in error.value.do
+
+
+@pytest.mark.parametrize("text", ["\u200b\u200b", "\u00a0", "\u200d \ufeff", "\x00\x01", "\u2028"])
+def test_a_caption_that_shows_nothing_is_empty(tmp_path: Path, text: str) -> None:
+    files: dict[str, bytes | str] = {"a.jpg": picture(0), "a.txt": text}
+    files |= {"b.jpg": picture(1), "b.txt": f"{text}x"}
+    report, dataset = build(tmp_path, files, max_failures=0.5)
+    assert [q.reason for q in report.quarantined] == ["empty caption: a.txt"]
+    assert len(contents(dataset)) == 1

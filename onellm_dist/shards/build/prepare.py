@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from onellm_dist.shards.format.valid_names import check_names
 from onellm_dist.shards.format.writer import check_parts
 from onellm_dist.shards.sources.base import BadSampleError, Media, RawSample
 
+_INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
+"""Categories of characters that show nothing: controls, marks of width zero, spaces."""
 PAUSES = (0.1, 0.5, 2.0)
 """Seconds before each further try to read a file."""
 _LASTING = frozenset(
@@ -184,7 +187,7 @@ def encode_caption(data: bytes | str, where: str = "") -> bytes:
         where: its file for the reason, with ": ", if it is not the place of the raw sample.
 
     Raises:
-        BadSampleError: it is not UTF-8, has half a surrogate pair, or is empty.
+        BadSampleError: it is not UTF-8, has half a surrogate pair, or nothing in it can be seen.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
@@ -205,7 +208,7 @@ def encode_caption(data: bytes | str, where: str = "") -> bytes:
         raise BadSampleError(
             f"caption is not UTF-8: {where}byte 0x{code & 0xFF:02x} at character {error.start}"
         ) from error
-    if not stored:
+    if all(unicodedata.category(character) in _INVISIBLE for character in text):
         raise BadSampleError(f"empty caption{': ' + where.rstrip(': ') if where else ''}")
     return stored
 

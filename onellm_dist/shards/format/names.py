@@ -120,11 +120,21 @@ def infer_modalities(
     del votes[()]
     if not votes:
         seen = ", ".join(sorted({f".{e}" for extensions in extension_sets for e in extensions}))
+        known = get_known_extensions()
+        dotted = sorted(
+            e
+            for extensions in extension_sets
+            for e in extensions
+            if e not in known and e.rpartition(".")[2] in known
+        )
         raise UsageError(
             f"{where}: no file there is media of a known modality"
             f"{f' (only {seen})' if seen else ''}.",
             "there is nothing to build from.",
-            f"known extensions: {', '.join(sorted(get_known_extensions()))}.",
+            f"in a tar, the extension begins at the first dot of a name, so .{dotted[0]} is one: "
+            "write the tars again with other dots as _ (22_05.jpg)."
+            if dotted
+            else f"known extensions: {', '.join(sorted(known))}.",
         )
     if len(votes) > 1 or len(next(iter(votes))) > 1:
         found = "; ".join(f"{count} of {' or '.join(n)}" for n, count in votes.most_common())
