@@ -34,7 +34,7 @@ from onellm_dist.model.padded import (
     insert_spans,
 )
 from onellm_dist.model.projector import ModalityTokenizer, Projector
-from onellm_dist.model.refused_changes import refuse_attention, refuse_resize
+from onellm_dist.model.refused_changes import refuse_attention, refuse_disk, refuse_resize
 from onellm_dist.model.saving import KeepsSums, check_source
 from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.model.token_ids import check_tokens, count_embeddings, replace_padding
@@ -111,8 +111,10 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
         wants_info = kwargs.pop("output_loading_info", False)
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         check_source(source, kwargs.get("subfolder"))
+        refuse_disk(kwargs.get("device_map"))
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
+        refuse_disk(getattr(model, "hf_device_map", None))
         problems = [
             f"{kind}: {', '.join(map(str, sorted(info[kind])))}"
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
