@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -104,6 +104,12 @@ def test_a_class_name_is_used_once() -> None:
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(str(path))
     assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_a_file_of_tests_has_a_name_of_its_own() -> None:
+    """pytest imports them by name, in one process."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    assert [n for n, count in names.items() if count > 1 and n != "__init__.py"] == []
 
 
 def test_one_attribute_a_line() -> None:

@@ -100,9 +100,12 @@ def _fork() -> int:
     """
     was_frozen = gc.get_freeze_count() > 0
     gc.freeze()
-    pid = os.fork()
-    if pid and not was_frozen:
-        gc.unfreeze()
+    pid = -1
+    try:
+        pid = os.fork()
+    finally:
+        if pid and not was_frozen:  # here, or there is no child
+            gc.unfreeze()
     return pid
 
 
