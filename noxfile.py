@@ -16,8 +16,8 @@ import nox
 ROOT = Path(__file__).parent
 FAST = ("-m", "not slow and not soak", "-p", "no:cacheprovider", "-n", "3", "--dist", "loadfile")
 TEST_TOOLS = (
-    "pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "pytest-cov", "hypothesis", "jsonschema>=4.18", "gguf",
-    "trimesh", "s3fs", "moto[s3]", "flask", "flask-cors",
+    "pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "pytest-cov", "hypothesis",
+    "jsonschema>=4.18", "gguf", "trimesh", "s3fs", "moto[s3]", "flask", "flask-cors",
 )  # fmt: skip
 CHECK_INSTALLED = """
 import onellm_dist
