@@ -114,15 +114,16 @@ def _mask_pair(match: re.Match[str], depth: int = 0) -> str:
         if depth == _DEEPEST:
             return before + MASK
         return before + _PAIR.sub(lambda inner: _mask_pair(inner, depth + 1), value)
-    if value.strip("'\"") in ("", MASK) or _is_count(match["name"], value):
+    if value.strip("'\"") in ("", MASK) or _is_count(match):
         return match[0]
     quote = value[0] if value[0] in "'\"" else ""
     return f"{before}{quote}{MASK}{quote}"
 
 
-def _is_count(name: str, value: str) -> bool:
+def _is_count(match: re.Match[str]) -> bool:
     """Whether a number stands behind the word token, as in `no supervised token: 16 samples`."""
-    return name.lower().endswith("token") and value.isdecimal() and len(value) < 10
+    is_word = match["name"].lower() == "token" and match["sign"] == ": " and not match["quote"]
+    return is_word and match["value"].isdecimal() and len(match["value"]) < 10
 
 
 def _digest(value: str) -> str:

@@ -195,3 +195,10 @@ def test_long_words_take_no_time(text: str) -> None:
     started = time.process_time()
     mask_text(text)
     assert time.process_time() - started < 4
+
+
+@pytest.mark.parametrize(
+    "text", ["HF_TOKEN=12345678", "auth_token: 482913", "'token': 482913", "token=482913"]
+)
+def test_secrets_of_digits_are_masked(text: str) -> None:
+    assert mask_text(text).endswith(MASK)

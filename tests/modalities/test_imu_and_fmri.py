@@ -157,6 +157,22 @@ def test_gaps_of_one_length_do_not_hide_each_other(gaps: int) -> None:
     assert between == pytest.approx(305.0 * (gaps - (gaps == 5)))  # the fifth is at the end
 
 
+@pytest.mark.parametrize("jitter", [0.0, 0.001, 0.15])
+@pytest.mark.parametrize("rate", [4, 8, 10, 12, 50])
+def test_slow_and_uneven_sensors_have_no_gaps(rate: int, jitter: float) -> None:
+    at = np.arange(2 * rate) / rate * 1000
+    times = at + RNG.uniform(-1, 1, len(at)) * jitter * 1000 / rate
+    assert measure_gaps(np.sort(times), 0.0, 2000.0) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("pause", [120.0, 400.0])
+def test_uneven_bursts_have_no_gaps(pause: float) -> None:
+    starts = np.arange(0, 2000, pause) + RNG.uniform(0, 0.1 * pause, len(np.arange(0, 2000, pause)))
+    times = (starts[:, None] + np.arange(20) * 0.01).reshape(-1)
+    between, _ = measure_gaps(times, 0.0, 2000.0)
+    assert between == 0
+
+
 @pytest.mark.parametrize("burst", [8, 32, 64])
 def test_the_rhythm_of_bursts_is_no_gap(burst: int) -> None:
     """A sensor at 200 Hz that hands over many samples at once."""

@@ -51,3 +51,10 @@ def test_sounds_in_other_containers_name_those_that_are_read() -> None:
     with pytest.raises(SampleError, match="none of the containers that are read") as error:
         get_modality("audio").read_raw({"audio": Part("wav", buffer.getvalue())}, {})
     assert "Errno" not in error.value.what
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF"])
+def test_a_damaged_picture_is_not_said_to_be_another_kind_of_file(form: str) -> None:
+    part = picture(photo(32, 32), form)
+    with pytest.raises(SampleError, match=r"it begins like a .* picture, and what follows is dam"):
+        get_modality("image").read_raw({"image": Part("jpg", part.data[:7] + bytes(50))}, {})

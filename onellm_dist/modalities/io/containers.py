@@ -11,7 +11,7 @@ import av
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Part
-from onellm_dist.modalities.io.file_kinds import identify
+from onellm_dist.modalities.io.file_kinds import describe_damage
 from onellm_dist.modalities.library_faults import require_library
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def open_media(part: Part, kind: str) -> Iterator[InputContainer]:
 def _describe(error: Exception, data: bytes) -> str:
     if not isinstance(error, av.FFmpegError):
         return str(error) or type(error).__name__
-    known = identify(data)
+    known = describe_damage(data, "audio file")
     if known is not None:
-        return f"it is {known}"
+        return known
     if data[4:8] == b"ftyp" and b"moov" not in data:
         return "its table of contents (moov) is missing: it was not written or copied to its end"
     if isinstance(error, av.InvalidDataError):

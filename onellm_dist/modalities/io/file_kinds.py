@@ -17,11 +17,11 @@ _STARTS = (
     (b"\xff\xd8\xff", "a JPEG picture"),
     (b"\x89PNG", "a PNG picture"),
     (b"GIF8", "a GIF picture"),
-    (b"wvpk", "a WavPack sound"),
-    (b"TTA1", "a TTA sound"),
+    (b"wvpk", "a WavPack audio file"),
+    (b"TTA1", "a TTA audio file"),
     (b"MThd", "a MIDI file"),
     (b"#EXTM3U", "a playlist"),
-    (b"ID3", "an MP3 sound"),
+    (b"ID3", "an MP3 audio file"),
 )
 _BRANDS = {
     b"heic": "a HEIC picture: convert it to JPEG",
@@ -30,6 +30,21 @@ _BRANDS = {
     b"avif": "an AVIF picture",
 }
 """What the first brand of an ISO container says."""
+
+
+def describe_damage(data: bytes, read: str) -> str | None:
+    """Say what a file is that its decoder does not take; None: nothing is known of it.
+
+    Args:
+        data: the file.
+        read: the end of the names of the kinds that the decoder reads, such as `picture`.
+    """
+    kind = identify(data)
+    if kind is None:
+        return None
+    if kind.endswith(read):
+        return f"it begins like {kind}, and what follows is damaged"
+    return f"it is {kind}"
 
 
 def identify(data: bytes) -> str | None:

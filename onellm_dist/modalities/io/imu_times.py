@@ -18,7 +18,7 @@ _STRETCH = 1000
 _SHOWN = ("s", "ms", "us", "ns")
 _SHORTEST_GAP = 100.0
 """Milliseconds up to which nothing is called a gap."""
-_FEW = 5
+_FEW = 3
 """Steps as long as this many others are the rhythm of bursts, and no gaps, ..."""
 _IN_BURSTS = 0.1
 """... where the samples between them take no more than this share of the time."""
@@ -146,10 +146,11 @@ def measure_gaps(times: np.ndarray, start: float, end: float) -> tuple[float, fl
         Milliseconds without samples between the samples, and at the two ends; 0: no gap.
     """
     steps = np.diff(times)
-    between = steps > _SHORTEST_GAP
+    usual = float(np.median(steps)) if len(steps) else 0.0
+    between = steps > 10 * usual
     # A sensor that hands over bursts gives all samples of one nearly the same time.
     in_bursts = between.sum() >= _FEW and steps[~between].sum() <= _IN_BURSTS * steps.sum()
     rhythm = float(np.sort(steps)[-_FEW]) if in_bursts else 0.0
-    longest = max(_SHORTEST_GAP, 2 * rhythm)
+    longest = max(_SHORTEST_GAP, 3 * usual, 2 * rhythm)
     ends = np.array([times[0] - start, end - times[-1]])
     return float(steps[steps > longest].sum()), float(ends[ends > longest].sum())

@@ -18,7 +18,7 @@ from onellm_dist.modalities.io.deep_colours import (
     find_deep_mode,
     note_white_level,
 )
-from onellm_dist.modalities.io.file_kinds import identify
+from onellm_dist.modalities.io.file_kinds import describe_damage
 from onellm_dist.modalities.io.png_chunks import SIGNATURE, drop_metadata
 from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.modalities.limits import LIMITS, Limits, check_size
@@ -122,10 +122,8 @@ def _require_codec(data: bytes) -> None:
 
 def _describe(error: Exception, data: bytes = b"") -> str:
     if isinstance(error, UnidentifiedImageError):  # it prints the address of a buffer
-        kind = identify(data)
-        if kind is not None:
-            return f"it is {kind}"
-        return "its first bytes are those of none of these, or its header is damaged"
+        said = describe_damage(data, "picture")
+        return said or "its first bytes are those of none of these, or its header is damaged"
     return str(error) or type(error).__name__
 
 

@@ -112,7 +112,26 @@ def measure_mp3(data: bytes) -> float | None:
         return None
     flags, frames = struct.unpack_from(">II", data, at + 4)
     hertz = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
-    return frames * (1152 if is_first else 576) / hertz if flags & 1 else None
+    if not flags & 1:
+        return None
+    length = 1152 if is_first else 576
+    return max(0.0, frames * length - _count_padding(data, at + 8, flags, length)) / hertz
+
+
+def _count_padding(data: bytes, at: int, flags: int, length: int) -> int:
+    """Samples of an MP3 that are no sound: what the encoder put before and behind it.
+
+    Args:
+        data: the file.
+        at: where the fields behind the flags of its Xing header begin.
+        flags: which fields there are: frames, bytes, table of contents, quality.
+        length: samples per frame; without a LAME tag, four frames are taken for padding.
+    """
+    at += sum(size for bit, size in ((1, 4), (2, 4), (4, 100), (8, 4)) if flags & bit)
+    if data[at : at + 3] not in (b"LAM", b"Lav") or at + 24 > len(data):
+        return 4 * length
+    first, middle, last = data[at + 21 : at + 24]
+    return (first << 4 | middle >> 4) + ((middle & 15) << 8 | last)
 
 
 def _is_chunks(data: bytes, at: int, order: str) -> bool:
