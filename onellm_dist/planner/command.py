@@ -77,7 +77,10 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
     config, found = planner.config, search(planner) if options.search else None
     if found is not None:
         config = found.config
-    plan, notes = planner.plan(config), planner.data.notes
+    plan, notes = planner.plan(config), [*planner.data.notes]
+    untimed = get_engine(config.engine.name).find_untimed(config.engine)
+    if untimed is not None:
+        notes.append(f"nothing for {untimed}; --search leaves such engines out")
     if options.as_json:
         content = make_json(plan, config, planner.cluster, notes)
         if found is not None:
@@ -91,7 +94,7 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
         print(json.dumps(content, indent=2))
     else:
         if found is not None:
-            print(f"fastest of {found.combinations} combinations that fits:")
+            print(f"the fastest of {found.combinations} combinations that fits:")
             print(" ".join(found.overrides) or "the recipe as it is")
         print("\n".join(format_plan(plan, config, planner.cluster, notes)))
         if not plan.memory.fits:
@@ -218,7 +221,8 @@ def explain_shortage(memory: MemoryPlan, config: RunConfig) -> list[str]:
     room = memory.capacity - fixed
     share = room / max(1.0, memory.total - fixed)
     lines.append(
-        f"activations may take {format_gb(room)}: budgets of about "
+        f"activations may take {format_gb(room)}: budgets of about (no less than the longest "
+        "sample) "
         f"data.pack_llm_tokens={int(config.data.pack_llm_tokens * share)} "
         f"data.pack_encoder_tokens={int(config.data.pack_encoder_tokens * share)}"
     )

@@ -29,7 +29,7 @@ class GpuKind(Constants):
     kind: str
     aliases: tuple[str, ...]
     device_names: tuple[str, ...]
-    """Parts of the name that CUDA gives to such a device."""
+    """Names that CUDA gives to such a device, without `NVIDIA`."""
     date: Any
     sources: tuple[str, ...] = Field(min_length=1)
     memory_gb: PositiveFloat
@@ -148,12 +148,11 @@ def find_gpus_here() -> tuple[GpuKind, int]:
             f"name one instead: --gpu {' | '.join(all_gpu_kinds())}.",
         )
     name = torch.cuda.get_device_name(0)
-    # The longest part of a name that fits: `H100 80GB` before `H100`.
     found = [
-        (len(part), kind)
+        kind
         for kind in all_gpu_kinds().values()
         for part in kind.device_names
-        if part in name
+        if part == name.removeprefix("NVIDIA ")  # not its PCIe, NVL, Grace or MIG kin
     ]
     if not found:
         raise UsageError(
@@ -161,4 +160,4 @@ def find_gpus_here() -> tuple[GpuKind, int]:
             "speed and memory cannot be predicted without them.",
             f"name a similar GPU: --gpu {' | '.join(all_gpu_kinds())}.",
         )
-    return max(found, key=lambda pair: pair[0])[1], count
+    return found[0], count

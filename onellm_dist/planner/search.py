@@ -14,11 +14,12 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import EngineSection, RunConfig
 from onellm_dist.data.packing import TokenBudget
+from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.model.recompute import MODES
 from onellm_dist.planner.hardware import GIGA, load_assumptions
 from onellm_dist.planner.pack_shapes import measure_sizes
 from onellm_dist.planner.run_plan import Planner, vary
-from onellm_dist.train.engine.select import all_engines
+from onellm_dist.train.engine.select import all_engines, get_engine
 
 MOST_MICRO_BATCHES = 48
 """Budgets are tried for 1 to this many micro-batches a step."""
@@ -52,10 +53,12 @@ class SearchResult:
 def make_space(planner: Planner) -> SearchSpace:
     """Budgets for different numbers of micro-batches, all recomputation, all engines.
 
-    The recipe's own values are among them.
+    The recipe's own values are among them, but for an engine whose steps cannot be timed. A budget
+    holds the longest sample that the recipe allows.
     """
     config, cluster = planner.config, planner.cluster
-    engines = [config.engine]
+    own = get_engine(config.engine.name)
+    engines = [] if own.find_untimed(config.engine) else [config.engine]
     for engine in all_engines().values():
         for choice in engine.list_choices(
             world_size=cluster.world_size, gpus_per_node=cluster.gpus_per_node
@@ -63,8 +66,8 @@ def make_space(planner: Planner) -> SearchSpace:
             section = EngineSection.model_validate(choice)
             engine.check(section, bf16=config.train.precision == "bf16")
             engines += [section] if section not in engines else []
-    own = TokenBudget(config.data.pack_llm_tokens, config.data.pack_encoder_tokens)
-    budgets = dict.fromkeys([own, *_list_budgets(planner)])
+    given = TokenBudget(config.data.pack_llm_tokens, config.data.pack_encoder_tokens)
+    budgets = dict.fromkeys([given, *_list_budgets(planner)])
     return SearchSpace(tuple(budgets), MODES, tuple(engines))
 
 
@@ -74,13 +77,20 @@ def _list_budgets(planner: Planner) -> Iterator[TokenBudget]:
     llm = [float(sample.llm_tokens) for sample in samples]
     encoder = [float(sum(modalities[x].encoder_tokens for x in s.spans)) for s in samples]
     share = planner.config.data.global_batch / planner.cluster.world_size
+    least = count_longest(planner)
     for count in range(1, MOST_MICRO_BATCHES + 1):
         yield TokenBudget(
             *(
-                _round_up(max(share / count * data.average(tokens) * ROOM, *tokens))
-                for tokens in (llm, encoder)
+                _round_up(max(share / count * data.average(tokens) * ROOM, *tokens, longest))
+                for tokens, longest in ((llm, least), (encoder, 0))
             )
         )
+
+
+def count_longest(planner: Planner) -> int:
+    """LLM tokens of the longest sample that a run may meet: a start refuses a smaller budget."""
+    spans = max(len(sample.spans) for sample in planner.data.samples)
+    return planner.config.data.max_text_tokens + SPAN_TOKENS * spans
 
 
 def _round_up(tokens: float) -> int:

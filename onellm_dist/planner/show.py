@@ -101,8 +101,9 @@ def make_speed_rows(plan: RunPlan, cluster: GpuCluster) -> Rows:
         ("samples/s", f"{plan.samples_per_second:.0f} ({per_gpu:.1f} a GPU)"),
         ("MFU", f"{100 * plan.mfu:.1f}%"),
         ("loader", f"{loading.cores_per_gpu:.1f} cores a GPU, {loading.read_mb_s:.0f} MB/s a node"),
-        ("checkpoint", f"{format_gb(saved.bytes)}, training waits {saved.stall:.2f} s "
-         f"for each of {saved.count}"),
+        ("checkpoint", f"{format_gb(saved.bytes)}, {saved.count} times; training waits "
+         + (f"{saved.stall:.2f} s for each" if saved.asynchronous
+            else f"{saved.stall:.2f} s and its write, which is not in the hours")),
         ("run", f"{plan.hours:.1f} h, {plan.gpu_hours:.0f} GPU hours"),
     ]  # fmt: skip
 

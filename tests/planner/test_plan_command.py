@@ -127,9 +127,10 @@ def test_one_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in (("NVIDIA H100 80GB HBM3", "h100-80"), ("NVIDIA H200", "h200")):
         monkeypatch.setattr("torch.cuda.get_device_name", lambda _, name=name: name)
         assert (find_gpus_here()[0].kind, find_gpus_here()[1]) == (kind, 4)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA T4")
-    with pytest.raises(UsageError, match="no constants for NVIDIA T4"):
-        find_gpus_here()
+    for other in ("T4", "GH200 480GB", "H100 PCIe", "H200 NVL", "H100 80GB HBM3 MIG 1g.10gb"):
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda _, other=other: f"NVIDIA {other}")
+        with pytest.raises(UsageError, match=f"no constants for NVIDIA {other}"):
+            find_gpus_here()
 
 
 def test_a_slow_network_takes_its_time() -> None:

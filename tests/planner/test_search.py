@@ -17,7 +17,13 @@ from onellm_dist.model.recompute import MODES
 from onellm_dist.planner import search as search_module
 from onellm_dist.planner.command import PlanOptions, make_planner, run_plan
 from onellm_dist.planner.run_plan import Planner, vary
-from onellm_dist.planner.search import SearchSpace, compute_least, make_space, search
+from onellm_dist.planner.search import (
+    SearchSpace,
+    compute_least,
+    count_longest,
+    make_space,
+    search,
+)
 
 H100 = PlanOptions(gpu="h100", gpus_per_node=2)
 BUDGETS = ((512, 8192), (1024, 16384), (2048, 16384), (2048, 40000))
@@ -74,7 +80,7 @@ def test_search_finds_what_a_look_at_every_combination_finds(recipe: Path) -> No
 
 
 def test_the_space_has_the_recipe_s_own_values(recipe: Path) -> None:
-    planner = make_planner(recipe, ["engine.config=zero3_hpz"], H100)
+    planner = make_planner(recipe, ["engine.config=zero2"], H100)
     space = make_space(planner)
     assert space.budgets[0] == TokenBudget(1024, 16384) and space.engines[0].config is not None
     assert set(space.modes) == set(MODES)
@@ -89,6 +95,26 @@ def test_the_space_has_the_recipe_s_own_values(recipe: Path) -> None:
         for b in space.budgets
     }
     assert {1, 2, 3, 4} <= counts
+    longest = count_longest(planner)
+    assert all(budget.llm >= longest for budget in space.budgets[1:])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["engine.config=zero3_offload"],
+        ["engine.config=zero3_hpz"],
+        ["engine.name=fsdp", "engine.shard_ranks=1"],
+    ],
+    ids=["offload", "hpz", "hybrid"],
+)
+def test_engines_that_cannot_be_timed_are_no_answer_of_a_search(
+    recipe: Path, keys: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    planner = make_planner(recipe, keys, H100)
+    assert planner.config.engine not in make_space(planner).engines
+    run_plan(recipe, keys, H100)
+    assert "--search leaves such engines out" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -106,7 +132,7 @@ def test_the_found_recipe_is_written_on_the_one_it_began_with(
     shown = capsys.readouterr().out.splitlines()
     written = load_config(out)
     assert written.train.steps == 7 and "base: ../recipe.yaml" in out.read_text()
-    assert shown[0] == "fastest of 36 combinations that fits:"
+    assert shown[0] == "the fastest of 36 combinations that fits:"
     overrides = shown[1].split()
     assert overrides and load_config(recipe, ["train.steps=7", *overrides]) == written
     with pytest.raises(UsageError, match="the file exists"):

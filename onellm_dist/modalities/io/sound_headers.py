@@ -115,7 +115,8 @@ def measure_mp3(data: bytes) -> float | None:
     if not flags & 1:
         return None
     length = 1152 if is_first else 576
-    return max(0.0, frames * length - _count_padding(data, at + 8, flags, length)) / hertz
+    sound: int = frames * length - _count_padding(data, at + 8, flags, length)
+    return max(0, sound) / hertz
 
 
 def _count_padding(data: bytes, at: int, flags: int, length: int) -> int:

@@ -212,6 +212,14 @@ class EngineDescription(ABC):
             UsageError: the section is wrong.
         """
 
+    def find_untimed(self, section: EngineSection) -> str | None:
+        """What of these settings the planner cannot time; None: nothing.
+
+        Args:
+            section: a section that `check` accepts.
+        """
+        return None
+
     @abstractmethod
     def list_choices(self, *, world_size: int, gpus_per_node: int) -> list[dict[str, Any]]:
         """List `engine` sections that the planner's search tries, as keys and values.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from onellm_dist.common.errors import UsageError
@@ -109,7 +110,8 @@ class DeepSpeedDescription(EngineDescription):
             return StepTraffic(
                 gather_micro_batch=0,
                 reduce_micro_batch=gradients if stage == 2 else 0,
-                gather_step=compute_bytes * trainable if stage else 0,
+                # an all-reduce is a reduction and a gather
+                gather_step=compute_bytes * trainable if stage else gradients,
                 reduce_step=gradients if stage < 2 else 0,
                 gather_ranks=world_size,
                 reduce_ranks=world_size,
@@ -131,7 +133,7 @@ class DeepSpeedDescription(EngineDescription):
             reduce_micro_batch=gradients,
             gather_step=0,
             reduce_step=0,
-            gather_ranks=min(world_size, int(zero.get("zero_hpz_partition_size", world_size))),
+            gather_ranks=min(world_size, get_hpz(zero) or world_size),
             reduce_ranks=world_size,
             step_ranks=world_size,
         )
@@ -160,8 +162,27 @@ class DeepSpeedDescription(EngineDescription):
         stage = get_zero_stage(load_ds_config(section.config))
         return HOST_COSTS.get(stage, HOST_COSTS_ZERO3)
 
+    def find_untimed(self, section: EngineSection) -> str | None:
+        config = load_ds_config(section.config)
+        zero = config.get("zero_optimization", {})
+        if is_optimizer_offloaded(config) or _is_offloaded(zero.get("offload_param")):
+            return "offload: copies to and from the host, the optimizer on its cores, its memory"
+        if get_hpz(zero) is not None:
+            return "zero_hpz_partition_size: its first gathers, and the memory of its copies"
+        return None
+
     def list_choices(self, *, world_size: int, gpus_per_node: int) -> list[dict[str, Any]]:
         return [{"name": self.name, "config": f"zero{stage}"} for stage in (1, 2, 3)]
+
+
+def get_hpz(zero: Mapping[str, Any]) -> int | None:
+    """Ranks that share a second copy of the weights (hpZ); None: there is none, as by default."""
+    ranks = zero.get("zero_hpz_partition_size", 1)
+    return ranks if isinstance(ranks, int) and ranks > 1 else None
+
+
+def _is_offloaded(section: object) -> bool:
+    return isinstance(section, Mapping) and section.get("device", "none") != "none"
 
 
 DESCRIPTION = DeepSpeedDescription()

@@ -130,9 +130,12 @@ class FsdpDescription(EngineDescription):
             {"name": self.name},
             {"name": self.name, "reduce_every": "step"},
         ]
-        if gpus_per_node < world_size and world_size % gpus_per_node == 0:
-            choices.append({"name": self.name, "shard_ranks": gpus_per_node})
         return choices
+
+    def find_untimed(self, section: EngineSection) -> str | None:
+        if section.shard_ranks is None:
+            return None
+        return "reductions between the groups of engine.shard_ranks, which share the network"
 
 
 DESCRIPTION = FsdpDescription()
