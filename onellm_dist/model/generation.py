@@ -51,11 +51,11 @@ def choose_settings(
     Raises:
         UsageError: an option cannot be used with media, or leaves no room for an answer.
     """
-    for name, why in _REFUSED.items():
-        if given.get(name) not in (None, 1, 1.0):
-            raise UsageError(f"{name} is set", f"{why}.", "leave it out.")
     given = dict(given)
     config = copy.deepcopy(given.pop("generation_config", None) or own)
+    for name, why in _REFUSED.items():
+        if given.get(name, getattr(config, name, None)) not in (None, 1, 1.0):
+            raise UsageError(f"{name} is set", f"{why}.", "leave it out.")
     for name, value in llms.to_diff_dict().items():
         if getattr(config, name, None) is None:
             setattr(config, name, value)

@@ -88,6 +88,13 @@ def describe_data(
         UsageError: a dataset's modalities are not known, or the model does not have them.
     """
     found = [_describe_dataset(data, entry, known or {}) for entry in data.mixture]
+    stray = set(known or {}) - {name for name, *_ in found}
+    if stray:
+        raise UsageError(
+            f"--modalities {sorted(stray)[0]}: data.mixture has no dataset of this name",
+            "what it says would be left out of the plan.",
+            f"name one of {', '.join(name for name, *_ in found)}.",
+        )
     assumed = load_assumptions().text[data.text_format]
     tokens = min(text_tokens or assumed.tokens, data.max_text_tokens)
     targets = max(1, round(tokens * assumed.supervised / assumed.tokens)) if tokens > 1 else 0

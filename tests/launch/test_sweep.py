@@ -101,6 +101,8 @@ def test_commas_in_brackets_and_quotes_belong_to_a_value() -> None:
         (["optim.lr=1e-5,,2e-5"], "is not KEY=VALUE"),
         (["optim.lr=1e-5,1e-5"], "the same run twice"),
         (["optim.lr=1", "optim.lr=2"], "swept twice"),
+        (["track.project=it's,hers"], "is not closed"),
+        (["data.mixture=[{path: a},{path: b}"], "is not closed"),
         (["run.dir=a,b"], "a directory of its own"),
         ([f"run.seed={','.join(map(str, range(MOST_TASKS + 1)))}"], "1001 combinations"),
     ],

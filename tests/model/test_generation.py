@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from packs import WORDS, small_model
+from transformers import GenerationConfig
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model import OneLLMForConditionalGeneration
@@ -173,6 +174,13 @@ def test_wrong_use_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         model.generate(**batch, **options, **GREEDY)
+
+
+def test_a_generation_config_is_held_to_the_same(
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match="guidance_scale is set"):
+        model.generate(**batch, generation_config=GenerationConfig(guidance_scale=2.0))
 
 
 def test_lengths_count_text_alone(

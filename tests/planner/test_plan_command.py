@@ -89,6 +89,8 @@ def test_wrong_recipes_are_refused_as_by_train(recipe: Path) -> None:
 
 def test_data_that_is_not_there_must_be_described(recipe: Path) -> None:
     mixture = ["data.mixture=[{path: mine}]"]
+    with pytest.raises(UsageError, match=r"--modalities laoin: data\.mixture has no dataset"):
+        make_planner(recipe, [], PlanOptions(gpu="h100", modalities=("laoin=image",)))
     with pytest.raises(UsageError, match="--modalities mine=MODALITY"):
         make_planner(recipe, mixture, H100)
     said = PlanOptions(gpu="h100", modalities=("mine=image+imu",), text_tokens=50)

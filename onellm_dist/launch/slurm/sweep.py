@@ -108,6 +108,12 @@ def _split_values(text: str) -> Iterator[str]:
             value = ""
         else:
             value += character
+    if quote or depth:
+        raise UsageError(
+            f"--array {text}: a quote or a bracket is not closed",
+            "it is not clear where one value ends and the next begins.",
+            "close it, or write the quote within quotes of the other kind.",
+        )
     yield value.strip()
 
 
