@@ -34,6 +34,12 @@ from onellm_dist.train.records.run_directory import move_hangs_aside
 from onellm_dist.train.trainer import Trainer
 
 
+@pytest.fixture(autouse=True)
+def no_child_of_the_tests_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's children end with it (test_survival.py); here one may be another test's zygote."""
+    monkeypatch.setattr("onellm_dist.train.callbacks.watchdog.end_children", lambda: None)
+
+
 def make_report(rank: int, count: int, *, waits: bool) -> dict[str, Any]:
     return {"rank": rank, "heartbeats": count, "in_collective": waits}
 
