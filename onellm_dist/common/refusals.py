@@ -82,7 +82,7 @@ def read_refusals(run_dir: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:  # cut short by a kill
+        except (ValueError, RecursionError):  # cut short by a kill
             continue
         if isinstance(entry, dict):
             found.append(entry)
@@ -141,7 +141,7 @@ def find_refusal(run_dir: Path, job: str, *, start: str, since: str) -> dict[str
 def _parse_time(entry: Mapping[str, Any]) -> float:
     try:
         return datetime.strptime(str(entry.get("time")), TIME_FORMAT).timestamp()
-    except ValueError:
+    except (ValueError, RecursionError):
         return 0.0
 
 

@@ -141,7 +141,7 @@ def _read_lines(path: Path) -> tuple[list[Entry], int]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             broken += 1
             continue
         if isinstance(entry, dict):
@@ -165,7 +165,7 @@ def _drop_repeated(lines: list[Entry]) -> tuple[list[Entry], list[Entry]]:
 def _read_config(path: Path) -> Entry:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return {str(k): v for k, v in config.items()} if isinstance(config, dict) else {}
 
@@ -173,7 +173,7 @@ def _read_config(path: Path) -> Entry:
 def _read_object(path: Path) -> Entry | None:
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return clean_entry(entry) if isinstance(entry, dict) else None
 

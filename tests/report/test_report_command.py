@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from recorded_runs import RecordedRun, load_eventful_run
+from recorded_runs import RecordedRun, load_eventful_run, record_eventful_run
 
 from onellm_dist.common.errors import EXIT_DONE
 from onellm_dist.report.command import run_report
@@ -84,3 +84,10 @@ def test_json_is_for_scripts_and_writes_no_page(
     assert not (directory / "report.html").exists()
     assert run_report(directory, tmp_path / "sub" / "r.html", as_json=True) == EXIT_DONE
     assert (tmp_path / "sub" / "r.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["exit.json", "config.yaml", "refusals.jsonl", "events.jsonl"])
+def test_records_that_are_nested_too_deep_are_passed_over(name: str, tmp_path: Path) -> None:
+    run = record_eventful_run(tmp_path / "run").directory
+    (run / name).write_text("[" * 100_000)
+    assert run_report(run, None, as_json=False) == EXIT_DONE

@@ -34,7 +34,7 @@ def was_applied(run_dir: Path, wanted: str | Path, env: Mapping[str, str]) -> bo
             all(found[key] == now[key] for key in ("resume", "job"))
             and now["restarts"] > found["restarts"]
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return False
 
 

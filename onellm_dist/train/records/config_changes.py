@@ -53,7 +53,7 @@ def read_earlier_recipe(run_dir: Path, checkpoint: Path) -> dict[str, Any] | Non
     own = above.parent if above.name == CHECKPOINTS else run_dir
     try:
         found = yaml.safe_load((own / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -240,5 +240,5 @@ def is_of_refused_start(path: Path) -> bool:
     """Whether an `exit.json` is that of a refused start: one of a directory without a run."""
     try:
         return bool(json.loads(path.read_text(encoding="utf-8")).get(REFUSED))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         return False

@@ -88,7 +88,7 @@ def find_old_entries(manifest: Mapping[str, Any]) -> list[str]:
 def _find_old_keys(path: Path) -> list[str]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return []
     if not isinstance(recipe, dict):
         return []
@@ -103,6 +103,6 @@ def _find_old_keys(path: Path) -> list[str]:
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
