@@ -259,7 +259,7 @@ def test_a_damaged_index_names_dataset_shard_and_the_command_that_makes_it_again
     assert all_bytes(dataset.root) == before
 
 
-def test_what_an_index_of_another_tar_advises_mends_it(
+def test_what_an_index_of_another_tar_advises_repairs_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The commands of the messages, followed to the end as a shell reads them."""

@@ -1,59 +1,21 @@
-"""Sources cc3m-depth and cc3m-normal: parallel trees, Omnidata, tars, and maps made here."""
+"""Sources cc3m-depth and cc3m-normal: parallel trees, Omnidata, tars, tables."""
 
 from __future__ import annotations
 
 import io
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cc3m_worlds import colour_map, grey_map, img2dataset_tar, parallel
 from PIL import Image
-from shard_worlds import all_bytes, foreign_tar, write_tree
+from shard_worlds import all_bytes, write_tree
 from source_checks import build_source, decode_sample, get_reasons, make_photo, read_samples
 
-from onellm_dist.common.checksums import write_sums
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.workers import ArrayTask
-from onellm_dist.shards.sources.readers.depth_models import estimate_normals
-
-
-def grey_map(size: tuple[int, int] = (64, 48), kind: str = "PNG") -> bytes:
-    """A map that is brighter to the right."""
-    pixels = np.tile(np.linspace(0, 255, size[0]).astype(np.uint8), (size[1], 1))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def colour_map(side: int = 384) -> bytes:
-    """Omnidata's pictures are squares of 512 (depth) and 384 (normal)."""
-    pixels = np.zeros((side, side, 3), np.uint8)
-    pixels[..., 0] = np.linspace(0, 255, side)
-    pixels[..., 2] = 200
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def parallel(root: Path, kind: str) -> Path:
-    """cc3m/00000/*.jpg + *.txt beside cc3m_<kind>/00000/*."""
-    files: dict[str, bytes | str] = {}
-    for i in range(5):
-        files[f"cc3m/00000/00000000{i}.jpg"] = make_photo(seed=i)
-        files[f"cc3m/00000/00000000{i}.txt"] = f"caption {i}\n"
-    files["cc3m/00001/000010000.JPG"] = make_photo((48, 64), 7)
-    files["cc3m/00001/000010000.txt"] = "upright"
-    for i in range(5):
-        files[f"cc3m_{kind}/00000/00000000{i}.{'jpg' if i == 1 else 'png'}"] = grey_map(
-            kind="JPEG" if i == 1 else "PNG"
-        )
-    files[f"cc3m_{kind}/00001/000010000.png"] = grey_map((48, 64))
-    return write_tree(root, files)
 
 
 @pytest.mark.parametrize("kind", ["depth", "normal"])
@@ -248,144 +210,6 @@ def test_the_references_table(tmp_path: Path) -> None:
         build_source("cc3m-depth", inputs, tmp_path / "no", captions="google.tsv")
 
 
-def img2dataset_tar(
-    root: Path, name: str, count: int = 4, cut: int = 0, stats: bool = True
-) -> None:
-    members: list[tuple[str, bytes]] = []
-    for i in range(count):
-        key = f"{name}{i:04d}"
-        status = {
-            "caption": f"c{i}",
-            "url": f"http://x/{i}",
-            "key": key,
-            "status": "success",
-            "error_message": None,
-        }
-        members += [
-            (f"{key}.jpg", make_photo(seed=i)),
-            (f"{key}.json", json.dumps(status).encode()),
-            (f"{key}.txt", f"caption {i}".encode()),
-        ]
-    tar = foreign_tar(root / f"{name}.tar", members)
-    if cut:
-        tar.write_bytes(tar.read_bytes()[:-cut])
-    if stats:
-        (root / f"{name}_stats.json").write_text("{}")
-
-
-@pytest.fixture(scope="module")
-def dpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DPT of the real classes with random weights, saved as its makers save theirs."""
-    import torch
-    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
-
-    torch.manual_seed(0)
-    config = DPTConfig(
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=48,
-        image_size=64,
-        patch_size=16,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[16, 24, 32, 32],
-        fusion_hidden_size=32,
-        reassemble_factors=[4, 2, 1, 0.5],
-        is_hybrid=False,
-        use_auxiliary_head=False,
-    )
-    folder = tmp_path_factory.mktemp("models") / "tiny-dpt"
-    model = DPTForDepthEstimation(config)
-    with torch.no_grad():
-        # The last ReLU must not be dead.
-        model.get_parameter("head.head.4.bias").fill_(10.0)
-    model.save_pretrained(folder)
-    DPTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.slow
-def test_maps_made_here(tmp_path: Path, dpt: Path) -> None:
-    """From tars; equal bytes with one process and with three; equal to transformers' pipeline."""
-    from transformers import pipeline
-
-    (tmp_path / "in").mkdir()
-    for name in ("00000", "00001"):
-        img2dataset_tar(tmp_path / "in", name)
-    options: dict[str, Any] = {"depth_model": str(dpt), "max_samples": 3, "name": "x"}
-    report, dataset = build_source("cc3m-depth", tmp_path / "in", tmp_path / "one", **options)
-    build_source("cc3m-depth", tmp_path / "in", tmp_path / "three", workers=3, **options)
-    assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "three")
-    assert not report.quarantined
-    assert dataset.manifest.attributes["depth_model"] == "tiny-dpt"
-    assert len(dataset.manifest.attributes["depth_model_sha256"]) == 64
-    found = read_samples(dataset)
-    assert list(found) == [f"{t}{i:04d}" for t in ("00000", "00001") for i in range(4)]
-    sample = found["000000002"]
-    assert (sample["jpg"], sample["txt"], sample["json"]["url"]) == (
-        make_photo(seed=2),
-        "caption 2",
-        "http://x/2",
-    )
-    ours = np.asarray(Image.open(io.BytesIO(sample["depth.png"]))).astype(int)
-    theirs = pipeline("depth-estimation", model=str(dpt), device="cpu")(
-        Image.open(io.BytesIO(sample["jpg"]))
-    )["predicted_depth"]
-    values = theirs.squeeze().double().numpy()
-    expected = (values - values.min()) / (values.max() - values.min()) * 255
-    assert ours.shape == (48, 64)
-    assert np.abs(ours - expected).max() < 1.5
-    assert (ours.min(), ours.max()) == (0, 255)
-    assert decode_sample(dataset, "000000002")["depth"].isfinite().all()
-
-    _, normal = build_source("cc3m-normal", tmp_path / "in", tmp_path / "normal", **options)
-    vectors = (
-        np.asarray(Image.open(io.BytesIO(read_samples(normal)["000000002"]["normal.png"]))) / 127.5
-        - 1
-    )
-    assert np.abs(np.linalg.norm(vectors, axis=-1) - 1).max() < 0.02
-    assert np.abs(vectors - estimate_normals(expected / 255, 0.5)).max() < 0.05
-    # Distances: near and far change places.
-    _, far = build_source(
-        "cc3m-depth", tmp_path / "in", tmp_path / "far", **options, depth_is_distance=True, limit=3
-    )
-    turned = np.asarray(Image.open(io.BytesIO(read_samples(far)["000000002"]["depth.png"]))).astype(
-        int
-    )
-    assert turned[np.unravel_index(ours.argmax(), ours.shape)] == 0
-    assert turned[np.unravel_index(ours.argmin(), ours.shape)] == 255
-
-
-@pytest.mark.slow
-def test_a_model_that_is_none_is_refused_before_anything_is_built(tmp_path: Path) -> None:
-    from transformers import ViTConfig
-
-    inputs = parallel(tmp_path / "in", "depth")
-    with pytest.raises(UsageError, match=r"there is no transformers model"):
-        build_source("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path))
-    ViTConfig().save_pretrained(tmp_path / "vit")
-    (tmp_path / "vit/model.safetensors").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"a vit model does not estimate depth"):
-        build_source("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path / "vit"))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
-def test_a_damaged_model_is_refused_before_anything_is_built(
-    name: str, tmp_path: Path, dpt: Path
-) -> None:
-    model = shutil.copytree(dpt, tmp_path / "dpt")
-    write_sums(model, names=["preprocessor_config.json"])
-    data = bytearray((model / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (model / name).write_bytes(data)
-    inputs = parallel(tmp_path / "in", "depth")
-    with pytest.raises(UsageError, match=rf"dpt/{name}"):
-        build_source("cc3m-depth", inputs, tmp_path / "out", depth_model=str(model))
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_half_written_tar(tmp_path: Path) -> None:
     files = {f"cc3m_depth/00000/00000{i:04d}.png": grey_map() for i in range(4)}
     inputs = write_tree(tmp_path / "in", files)
@@ -398,14 +222,3 @@ def test_a_half_written_tar(tmp_path: Path) -> None:
     )
     assert read_samples(dataset)
     assert any("truncated" in r for r in get_reasons(report).values())
-
-
-def test_the_formula_of_normals() -> None:
-    """A wall, a ramp that rises to the right, and a floor."""
-    y, x = np.mgrid[:40, :60]
-    inside = (slice(2, -2), slice(2, -2))
-    assert np.allclose(estimate_normals(np.full((40, 60), 0.3), 0.5)[inside], (0, 0, 1))
-    ramp = estimate_normals(x / 60, 0.75)[inside]  # height 0.75 * 40 * x / 60 = x / 2
-    assert np.allclose(ramp, np.array([-0.5, 0, 1]) / np.sqrt(1.25))
-    floor = estimate_normals(y / 40, 0.5)[inside]
-    assert np.allclose(floor, np.array([0, 0.5, 1]) / np.sqrt(1.25))
