@@ -8,9 +8,9 @@ from typing import Any
 
 import fsspec
 import pytest
+from cc3m_worlds import parallel
 from shard_worlds import contents, picture, write_tree
 from source_checks import to_json
-from test_source_cc3m import parallel
 from test_source_coco import official, pictures
 from test_source_ego4d import recordings, window
 from test_source_nsd import tree
