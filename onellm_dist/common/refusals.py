@@ -141,7 +141,7 @@ def find_refusal(run_dir: Path, job: str, *, start: str, since: str) -> dict[str
 def _parse_time(entry: Mapping[str, Any]) -> float:
     try:
         return datetime.strptime(str(entry.get("time")), TIME_FORMAT).timestamp()
-    except (ValueError, RecursionError):
+    except ValueError:
         return 0.0
 
 

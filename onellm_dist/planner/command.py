@@ -221,10 +221,10 @@ def explain_shortage(memory: MemoryPlan, config: RunConfig) -> list[str]:
     room = memory.capacity - fixed
     share = room / max(1.0, memory.total - fixed)
     lines.append(
-        f"activations may take {format_gb(room)}: budgets of about (no less than the longest "
-        "sample) "
+        f"activations may take {format_gb(room)}: budgets of about "
         f"data.pack_llm_tokens={int(config.data.pack_llm_tokens * share)} "
-        f"data.pack_encoder_tokens={int(config.data.pack_encoder_tokens * share)}"
+        f"data.pack_encoder_tokens={int(config.data.pack_encoder_tokens * share)}, "
+        "and no less than the longest sample has"
     )
     if config.train.activation_checkpointing != "full":
         lines.append("or more recomputation: train.activation_checkpointing=selective, then full")
