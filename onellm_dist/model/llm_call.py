@@ -39,6 +39,7 @@ class LLMSupport:
         spare_positions: how many more rows its table of positions has than its config names; None:
             it has no such table.
         position_limit: rows of its table of positions, beyond which it fails; None: it has none.
+        cached: whether texts that are continued can be the rows of one batch (`llm_cached.py`).
     """
 
     attention: str = ATTENTION_NAME
@@ -47,6 +48,7 @@ class LLMSupport:
     generation: bool = True
     spare_positions: int | None = None
     position_limit: int | None = None
+    cached: bool = True
 
 
 def run_packed(
@@ -58,6 +60,7 @@ def run_packed(
     lengths: Sequence[int],
     position_ids: torch.Tensor,
     places: torch.Tensor,
+    cache: Any = None,
 ) -> torch.Tensor:
     """Logits of some positions of a pack: [N, V].
 
@@ -69,6 +72,7 @@ def run_packed(
         lengths: positions of each sample.
         position_ids: [T], 0, 1, ... within each sample.
         places: [N] int64 positions whose logits are wanted.
+        cache: transformers' cache to be filled with keys and values, if the packing is `varlen`.
 
     Raises:
         OneLLMError: the LLM was changed after it was opened.
@@ -89,7 +93,8 @@ def run_packed(
             inputs_embeds=sequence[None],
             position_ids=position_ids[None],
             attention_mask=build_packed_mask(seq_lengths),
-            use_cache=False,
+            use_cache=cache is not None,
+            past_key_values=cache,
             seq_lengths=seq_lengths,
             **options,
         )

@@ -33,6 +33,7 @@ from onellm_dist.model.llm_probe import (
     find_support,
     own_context,
 )
+from onellm_dist.model.llm_probe_cached import find_cached
 from onellm_dist.model.llm_reduction import find_depth, find_ratios, reduce_values
 
 MOST_PARAMETERS = 400_000_000
@@ -120,7 +121,8 @@ def _try_copies(values: dict[str, Any], config_class: Any) -> Result:
                     return describe(error)
                 fault = fault or describe(error)  # of the smallest copy that could not be run
                 continue
-            return find_support(reference)
+            found = find_support(reference)
+            return found if isinstance(found, str) else find_cached(reference, found)
     return f"no small copy of it could be run ({fault or why})"
 
 

@@ -1,0 +1,149 @@
+"""Prompts, and what is known of each while it is being answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from onellm_dist.modalities import SPAN_TOKENS
+from onellm_dist.model.layout import PackedLayout
+from onellm_dist.model.llm_per_layer import get_token_ids
+from onellm_dist.model.media_cache import MediaCache, Medium, encode_media
+from onellm_dist.model.sequence_lengths import to_device_tensor
+from onellm_dist.model.token_ids import check_tokens, count_embeddings
+
+Ending = Literal["eos", "stop string", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be continued, and how.
+
+    Attributes:
+        ids: ids of the text, BOS first.
+        media: the media whose spans stand behind BOS, in order.
+        max_new_tokens: most tokens of the answer.
+        temperature: 0 takes the likeliest token; else tokens are drawn from the nucleus `top_p`.
+        top_p: probability mass of the nucleus.
+        seed: seed of this prompt's draws.
+    """
+
+    ids: Sequence[int]
+    media: Sequence[Medium] = ()
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def positions(self) -> int:
+        """Positions of text and spans."""
+        return len(self.ids) + SPAN_TOKENS * len(self.media)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The answer to one prompt.
+
+    Attributes:
+        tokens: the new tokens, those that ended the answer included.
+        ended: what ended it.
+    """
+
+    tokens: tuple[int, ...]
+    ended: Ending
+
+
+class AnswerRow:
+    """A prompt while it is being answered.
+
+    Args:
+        place: its place among all prompts.
+        prompt: the prompt.
+        end_ids: tokens that end an answer.
+        stop: from `place` and the new tokens so far to whether the answer ends there.
+        on_token: called with `place` and each new token.
+    """
+
+    def __init__(
+        self,
+        place: int,
+        prompt: Prompt,
+        end_ids: Sequence[int],
+        stop: Callable[[int, Sequence[int]], bool] | None,
+        on_token: Callable[[int, int], None] | None,
+    ) -> None:
+        self.place = place
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.ended: Ending | None = None
+        self._end_ids = frozenset(end_ids)
+        self._stop = stop
+        self._on_token = on_token
+        self._generator = torch.Generator().manual_seed(prompt.seed)
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token: [V] logits on the CPU -> id."""
+        if self.prompt.temperature <= 0:
+            return int(logits.argmax())
+        shares = torch.softmax(logits.float() / self.prompt.temperature, -1)
+        shares, ids = shares.sort(descending=True, stable=True)
+        before = shares.cumsum(0) - shares
+        kept = torch.where(before <= self.prompt.top_p, shares, 0.0)
+        return int(ids[torch.multinomial(kept, 1, generator=self._generator)])
+
+    def add(self, token: int) -> None:
+        """Add a token, and find out whether it ends the answer."""
+        self.tokens.append(token)
+        if self._on_token:
+            self._on_token(self.place, token)
+        if token in self._end_ids:
+            self.ended = "eos"
+        elif self._stop and self._stop(self.place, self.tokens):
+            self.ended = "stop string"
+        elif len(self.tokens) >= self.prompt.max_new_tokens:
+            self.ended = "length"
+
+
+@dataclass(frozen=True)
+class PackedPrompts:
+    """Prompts as the LLM reads them, end to end."""
+
+    sequence: torch.Tensor
+    """[T, d] embeddings."""
+    token_ids: torch.Tensor
+    """[T], MEDIA inside a span."""
+    layout: PackedLayout
+
+
+def pack_prompts(
+    model: Any, prompts: Sequence[Prompt], media_cache: MediaCache | None
+) -> PackedPrompts:
+    """Lay prompts out as one pack.
+
+    Args:
+        model: a OneLLMForConditionalGeneration.
+        prompts: the prompts.
+        media_cache: keeps the tokens of media.
+
+    Raises:
+        UsageError: a token that the LLM has no embedding of.
+    """
+    known = model.config.modalities
+    media = [[m for p in prompts for m in p.media if m.modality == name] for name in known]
+    tokens = encode_media(model, [m for group in media for m in group], media_cache)
+    layout = PackedLayout.build(
+        [len(p.ids) for p in prompts], [[m.modality for m in p.media] for p in prompts], known
+    )
+    device, embedding = model.llm.device, model.llm.get_input_embeddings()
+    host = torch.from_numpy(np.concatenate([np.asarray(p.ids, np.int64) for p in prompts]))
+    check_tokens(host, count_embeddings(embedding))
+    ids = to_device_tensor(host, device)
+    text = embedding(ids)
+    table = torch.cat([text, *(t.to(text.dtype) for t in tokens), model._get_tags().to(text.dtype)])
+    gather = to_device_tensor(layout.gather, device)
+    return PackedPrompts(table.index_select(0, gather), get_token_ids(ids, gather), layout)

@@ -1,0 +1,157 @@
+"""Continuing several texts at once: a packed prefill without padding, then one token a row.
+
+The prefill runs all prompts as one pack, with packed attention, and keeps the keys and values of
+every layer. They are then laid out as the rows of a batch, aligned on the right, and each step adds
+one token to every row. Whether this is exact for an LLM is tried when it is opened
+(`llm_probe_cached.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.model.llm_call import LLMSupport, run_packed
+from onellm_dist.model.llm_rope import set_lengths
+from onellm_dist.model.sequence_lengths import to_device_tensor
+
+
+@dataclass
+class CachedRows:
+    """Texts that are being continued, as the rows of a batch.
+
+    Attributes:
+        cache: keys and values of each layer, [B, H, L, D/H], aligned on the right.
+        lengths: positions of each row that are real; the L - length before them are padding.
+    """
+
+    cache: DynamicCache
+    lengths: list[int]
+
+    @property
+    def columns(self) -> int:
+        """L: positions of each row, padding included."""
+        return int(self.cache.get_seq_length())
+
+    def keep(self, rows: Sequence[int]) -> CachedRows:
+        """Some of the rows, without the columns that are padding in all of them.
+
+        Args:
+            rows: which of the rows, in order.
+        """
+        lengths = [self.lengths[row] for row in rows]
+        layers = _get_layers(self.cache)
+        at = to_device_tensor(list(rows), layers[0][0].device)
+        first = self.columns - max(lengths)
+        kept = [
+            (k.index_select(0, at)[:, :, first:], v.index_select(0, at)[:, :, first:])
+            for k, v in layers
+        ]
+        return CachedRows(_build_cache(kept), lengths)
+
+
+def prefill(
+    llm: Any,
+    support: LLMSupport,
+    sequence: torch.Tensor,
+    *,
+    token_ids: torch.Tensor,
+    lengths: Sequence[int],
+    position_ids: torch.Tensor,
+) -> tuple[torch.Tensor, CachedRows]:
+    """Run prompts as one pack.
+
+    Args:
+        llm: the causal LM.
+        support: how it runs exactly; it must be `cached`.
+        sequence: [T, d] embeddings of all prompts, end to end.
+        token_ids: [T], id of each token; MEDIA inside a span.
+        lengths: positions of each prompt.
+        position_ids: [T], 0, 1, ... within each prompt.
+
+    Returns:
+        ([B, V] logits of each prompt's next token, the rows to continue).
+
+    Raises:
+        OneLLMError: the LLM was changed after it was opened, or keeps something else than keys and
+            values of every position.
+        UsageError: a prompt is longer than the LLM's learned positions.
+    """
+    cache = DynamicCache()
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    logits = run_packed(
+        llm,
+        support,
+        sequence,
+        token_ids=token_ids,
+        lengths=lengths,
+        position_ids=position_ids,
+        places=to_device_tensor(ends, sequence.device),
+        cache=cache,
+    )
+    return logits, CachedRows(_split_rows(cache, lengths), list(lengths))
+
+
+def decode(llm: Any, rows: CachedRows, tokens: torch.Tensor) -> torch.Tensor:
+    """Add one token to every row: [B] ids -> [B, V] logits of the next ones.
+
+    Args:
+        llm: the causal LM.
+        rows: the texts so far; they grow by one position.
+        tokens: [B] ids.
+    """
+    set_lengths(llm, None)
+    device, columns = tokens.device, rows.columns + 1
+    count = to_device_tensor(rows.lengths, device)
+    column = torch.arange(columns, device=device)
+    mask = (column >= columns - 1 - count[:, None]).to(torch.int64)
+    output = llm(
+        input_ids=tokens[:, None],
+        attention_mask=mask,
+        position_ids=count[:, None],
+        past_key_values=rows.cache,
+        use_cache=True,
+    )
+    rows.lengths = [length + 1 for length in rows.lengths]
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
+
+
+def _split_rows(cache: DynamicCache, lengths: Sequence[int]) -> DynamicCache:
+    """[1, H, T, D/H] keys and values of a pack -> [B, H, L, D/H], a row for each text."""
+    longest, total = max(lengths), sum(lengths)
+    layers = _get_layers(cache)
+    if not layers or any(len(x) != 1 or x.shape[2] != total for layer in layers for x in layer):
+        raise OneLLMError(
+            "the LLM does not keep keys and values of every position",
+            "texts could not be continued exactly as a batch.",
+            "this is a fault of onellm_dist: report the LLM.",
+        )
+    count = torch.tensor(lengths)
+    starts = count.cumsum(0) - count
+    place = torch.arange(longest) - (longest - count)[:, None]
+    at = to_device_tensor((starts[:, None] + place.clamp(min=0)).flatten(), layers[0][0].device)
+
+    def lay_out(x: torch.Tensor) -> torch.Tensor:
+        rows: Any = x[0].index_select(1, at).unflatten(1, (len(lengths), longest))
+        laid: torch.Tensor = rows.transpose(0, 1).contiguous()
+        return laid
+
+    return _build_cache([(lay_out(k), lay_out(v)) for k, v in layers])
+
+
+def _get_layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    layers: list[Any] = list(cache.layers)
+    return [(layer.keys, layer.values) for layer in layers if layer.keys is not None]
+
+
+def _build_cache(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    cache = DynamicCache()
+    for place, (keys, values) in enumerate(layers):
+        cache.update(keys, values, place)
+    return cache
