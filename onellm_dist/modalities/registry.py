@@ -15,7 +15,6 @@ import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator
 from functools import cache
-from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.plugins import MODALITIES, load_plugins
@@ -80,14 +79,19 @@ def sort_modalities(found: Iterable[tuple[str, Modality]]) -> dict[str, Modality
 
 def _find_in_package() -> Iterator[tuple[str, Modality]]:
     """Yield place and modality for every module of this folder that has a `MODALITY`."""
-    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    for info in pkgutil.iter_modules(importlib.import_module(__package__).__path__):
         module = importlib.import_module(f"{__package__}.{info.name}")
         if hasattr(module, "MODALITY"):
             yield module.__name__, module.MODALITY
 
 
 def _find_in_entry_points() -> Iterator[tuple[str, Modality]]:
-    """Yield place and modality for every entry point of the group."""
+    """Yield place and modality for every entry point of the group.
+
+    The code in a model's folder has all that the model reads, and knows no other packages.
+    """
+    if __package__ != MODALITIES:
+        return
     for name, loaded in load_plugins(MODALITIES).items():
         place = f"entry point {name} of group {MODALITIES}"
         modality = getattr(loaded, "MODALITY", loaded)

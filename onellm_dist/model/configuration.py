@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import all_modalities, get_modality
+from onellm_dist.model.folder_code.files import CONFIG_MAP, has_all_modalities
 from onellm_dist.model.saving import KeepsSums
 
 ROUTERS = ("soft", "constant", "sparse")
@@ -201,6 +202,7 @@ class OneLLMConfig(KeepsSums, PretrainedConfig):
     """
 
     model_type = "onellm"
+    code_map = CONFIG_MAP
     # transformers declares a plain dict, not a ClassVar.
     sub_configs = {"text_config": AutoConfig, "vision": OneLLMVisionConfig, "upm": OneLLMUPMConfig}  # noqa: RUF012
 
@@ -226,6 +228,10 @@ class OneLLMConfig(KeepsSums, PretrainedConfig):
         _check_divides("upm.heads", self.upm.heads, "vision.width", self.vision.width)
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
+
+    def can_give_code(self) -> bool:
+        """Whether all modalities are of this package: the code of others is not given away."""
+        return has_all_modalities(self.modalities)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """The LLM's config: transformers' generation reads vocabulary and cache sizes from it."""
@@ -276,8 +282,3 @@ def _check_divides(key: str, value: int, total_key: str, total: int) -> None:
             "every head has the same number of channels.",
             "choose a number that divides it.",
         )
-
-
-AutoConfig.register(OneLLMConfig.model_type, OneLLMConfig, exist_ok=True)
-AutoConfig.register(OneLLMVisionConfig.model_type, OneLLMVisionConfig, exist_ok=True)
-AutoConfig.register(OneLLMUPMConfig.model_type, OneLLMUPMConfig, exist_ok=True)

@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_torch_cuda_available
 from onellm_dist.common.checksums import SEAL, is_intact, seal
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.resources import user_cache
+from onellm_dist.common.source_texts import list_modules, read_source
 from onellm_dist.model.llm_call import LLMSupport
 from onellm_dist.model.llm_reduction import reduce_values
 
@@ -92,10 +93,11 @@ def get_library_versions() -> dict[str, str]:
 @cache
 def _hash_sources() -> str:
     """Hash of the code that decides whether an LLM is exact."""
-    folder = Path(__file__).parent
-    names = ["attention.py", "sequence_lengths.py", "llm_*.py", "kernels/*.py"]
-    files = sorted(file for name in names for file in folder.glob(name))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    model = __name__.rpartition(".")[0]
+    names = list_modules(model, ("attention", "sequence_lengths", "llm_"))
+    names += list_modules(f"{model}.kernels", ("",))
+    texts = [read_source(name) or "" for name in names]
+    return hashlib.sha256("".join(texts).encode("utf-8")).hexdigest()
 
 
 def read_result(path: Path) -> Result | None:

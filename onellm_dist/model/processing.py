@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from onellm_dist.common.control_tokens import (
     describe_control_token,
@@ -25,7 +25,7 @@ from onellm_dist.common.token_limit import (
 )
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.modalities.files import read_file_value
-from onellm_dist.model.configuration import OneLLMConfig
+from onellm_dist.model.folder_code.files import PROCESSOR_MAP
 from onellm_dist.model.saving import KeepsSums
 
 _log = get_logger(__name__)
@@ -45,6 +45,7 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
     # transformers declares a plain list, not a ClassVar.
     attributes = ["tokenizer"]  # noqa: RUF012
     tokenizer_class = "AutoTokenizer"
+    code_map = PROCESSOR_MAP
 
     def __init__(self, tokenizer: Any, **kwargs: Any) -> None:
         super().__init__(tokenizer, **kwargs)  # type: ignore[no-untyped-call]  # transformers'
@@ -201,6 +202,3 @@ def _make_item_error(name: str, item: Any, why: str) -> UsageError:
         f"give a file's path, or a float tensor {list(get_modality(name).value_shape)} that the "
         "modality's transform made; pictures also as PIL.Image or uint8 array.",
     )
-
-
-AutoProcessor.register(OneLLMConfig, OneLLMProcessor, exist_ok=True)

@@ -1,12 +1,18 @@
-"""`from_pretrained` and `save_pretrained` with folders that record checksums of their files."""
+"""`from_pretrained` and `save_pretrained` with folders that record checksums of their files.
+
+What is saved also carries its code (`folder_code/`), so that `trust_remote_code=True` loads it
+where this package is not installed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from onellm_dist.common.checksums import check_folder, renewed_sums
 from onellm_dist.common.files import FileStamp, stamp_file
+from onellm_dist.model.folder_code.files import write_code
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Weights in one file, and the index of several: a folder has one of them."""
@@ -14,6 +20,17 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 class KeepsSums:
     """A mixin of transformers' classes: what is saved over a converted folder can be loaded."""
+
+    code_map: ClassVar[Mapping[str, str]] = {}
+    """Auto class to the file and class in a saved folder; empty: the class has no JSON for it."""
+
+    @classmethod
+    def register_for_auto_class(cls, *_: Any, **__: Any) -> None:
+        """Do nothing: transformers would copy one file of the code, and all of it is saved."""
+
+    def can_give_code(self) -> bool:
+        """Whether the code of this object may be saved with it."""
+        return bool(self.code_map)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save as transformers does; checksums of files that are written anew are renewed.
@@ -28,9 +45,14 @@ class KeepsSums:
             return parent.save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         with renewed_sums(folder):
+            if self.code_map:
+                given = dict(self.code_map) if self.can_give_code() else None
+                vars(self)["auto_map"] = given
             before = {name: stamp_file(folder / name) for name in WEIGHTS}
             found = parent.save_pretrained(save_directory, *args, **kwargs)
             _remove_old_weights(folder, before)
+            if self.can_give_code():
+                write_code(folder)
         return found
 
 
