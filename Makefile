@@ -73,7 +73,7 @@ bounds: $(STAMP)  ## fast tests at the oldest and newest supported versions, and
 
 constraints: $(STAMP)  ## resolve constraints.txt anew
 	$(BIN)/python -m pip install --quiet uv
-	{ head -n 2 constraints.txt; $(BIN)/uv pip compile setup.cfg --extra dev --extra docs --extra remote --universal \
+	{ head -n 2 constraints.txt; $(BIN)/uv pip compile setup.cfg --extra dev --extra docs --extra remote --extra serve --universal \
 	  --python-version 3.10 --no-annotate --no-header --quiet --upgrade | grep -v jsfetch; } > constraints.new
 	mv constraints.new constraints.txt
 

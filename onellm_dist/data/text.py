@@ -9,8 +9,8 @@ sample has several captions, captions.py chooses one.
 
 Each answer with its end, " {answer}\n###", is supervised. A system turn replaces the header.
 
-`chat`: the LLM's own chat template (chat.py), with BOS. Each answer is supervised together with
-the token with which the template ends it.
+`chat`: the LLM's own chat template (`common/chat_template.py`), with BOS. Each answer is supervised
+together with the token with which the template ends it.
 
 Supervised tokens are found by their character offsets while the text is built, so an answer that
 also occurs elsewhere, or inside a question, cannot be mistaken. Longer texts are cut at the end.
@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from tokenizers import Encoding, Tokenizer
 
+from onellm_dist.common.chat_template import ChatTemplate
 from onellm_dist.common.control_tokens import describe_control_token, list_forbidden_ids
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.start_token import get_start_id
@@ -32,7 +33,6 @@ from onellm_dist.common.token_limit import (
     find_tokens_without_embedding,
 )
 from onellm_dist.common.turns import ConversationTurn, Role
-from onellm_dist.data.chat import ChatTemplate
 from onellm_dist.data.text_parts import read_captions, read_turns
 from onellm_dist.modalities.base import Part
 from onellm_dist.packed import IGNORE

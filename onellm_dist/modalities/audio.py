@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,8 +16,8 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.io.arrays import require_finite
-from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS, read_sound
-from onellm_dist.modalities.limits import LIMITS
+from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS, make_wave, read_sound
+from onellm_dist.modalities.limits import LIMITS, check_rate
 from onellm_dist.modalities.transforms.fbank import MELS, RATE, SHIFT, WINDOW, compute_fbank
 from onellm_dist.modalities.transforms.resample import resample
 
@@ -98,6 +99,25 @@ class AudioModality(Modality):
         require_finite(wave, f".{part.extension}")
         _check_peak(wave, f".{part.extension}")
         return Sound(wave, rate)
+
+    def make_raw(self, item: Any) -> Any:
+        """Take a mapping with `array` and `sampling_rate`, as datasets give sounds.
+
+        The array is [N], [channels, N] or [N, channels]; 16- and 32-bit integers are full scale at
+        the largest of their type.
+        """
+        if not isinstance(item, Mapping) or not {"array", "sampling_rate"} <= item.keys():
+            return item
+        wave = make_wave(np.asarray(item["array"]))
+        require_finite(wave, "the array")
+        _check_peak(wave, "the array")
+        rate = int(item["sampling_rate"])
+        check_rate(self.limits, rate, "the array")
+        return Sound(wave[: math.ceil(SECONDS * rate)], rate)
+
+    def is_one_medium(self, items: Sequence[Any]) -> bool:
+        """Numbers are one sound."""
+        return bool(items) and isinstance(items[0], int | float)
 
     def transform(self, raw: Sound, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """[1, 128, 1024]: resampled to 16 kHz, Kaldi's filter bank, zeros after the end.

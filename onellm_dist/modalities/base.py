@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +201,14 @@ class Modality(ABC):
             SampleError: the object cannot be media of this modality.
         """
         return item
+
+    def is_one_medium(self, items: Sequence[Any]) -> bool:
+        """Whether a list or tuple is one medium, as the frames of a film are, and not several.
+
+        Args:
+            items: the list.
+        """
+        return False
 
     def read_raw(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Any:
         """Decode, with every fault of the file as a SampleError: what previews call.

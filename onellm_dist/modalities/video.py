@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
 from onellm_dist.modalities.io.frames import read_frames
+from onellm_dist.modalities.io.pictures import make_rgb_picture
 from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD, PATCHES, SIDE
 
@@ -82,6 +83,32 @@ class VideoModality(Modality):
             )
         return VideoClip(tuple(frames), tuple(seconds))
 
+    def make_raw(self, item: Any) -> Any:
+        """Take a list of pictures, or an array of them, as a film.
+
+        Five frames are taken from the first to the last, evenly: without times it is not known how
+        long the film is. All frames must have one size.
+        """
+        is_array = isinstance(item, np.ndarray) and item.ndim == 4 and len(item)
+        if not is_array and not (isinstance(item, list | tuple) and self.is_one_medium(item)):
+            return item
+        places = np.linspace(0, len(item) - 1, CLIPS).round().astype(int).tolist()
+        held = {i: np.array(make_rgb_picture(_to_picture(item[i]), self.limits)) for i in places}
+        if len({frame.shape for frame in held.values()}) > 1:
+            raise SampleError(
+                f"frames of {sorted({f.shape[1::-1] for f in held.values()})} pixels",
+                "frames must have one size.",
+                "resize them.",
+            )
+        return VideoClip(tuple(held[i] for i in places), tuple(map(float, places)))
+
+    def is_one_medium(self, items: Sequence[Any]) -> bool:
+        """Pictures are the frames of one film."""
+        first = items[0] if items else None
+        return isinstance(first, Image.Image) or (
+            isinstance(first, np.ndarray | torch.Tensor) and first.ndim == 3
+        )
+
     def transform(self, raw: VideoClip, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """[15, 3, 224, 224]: the frames in order, each as three crops along its long side."""
         mean = torch.tensor(CLIP_MEAN)[:, None, None]
@@ -103,6 +130,11 @@ class VideoModality(Modality):
     def preview(self, raw: VideoClip) -> Image.Image:
         """The five frames as a strip, 446 pixels wide if they are wider than high."""
         return join_pictures([make_thumbnail(Image.fromarray(f), 86) for f in raw.frames])
+
+
+def _to_picture(frame: Any) -> Any:
+    """A frame as a picture that is no tensor."""
+    return frame.numpy() if isinstance(frame, torch.Tensor) else frame
 
 
 def compute_clip_starts(total: int, rate: float) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from onellm_dist.model.llm_per_layer import get_token_ids
 from onellm_dist.model.llm_rope import split_rope
 from onellm_dist.model.losses import DEFAULT_LOSS, get_loss
 from onellm_dist.model.modality_tokens import compute_modality_tokens
+from onellm_dist.model.other_trainers import WorksInTrainers, name_values, take_options
 from onellm_dist.model.padded import (
     VALUES_SUFFIX,
     PaddedInputs,
@@ -42,7 +42,7 @@ from onellm_dist.model.upm import UPM
 from onellm_dist.packed import IGNORE, PackedBatch, PackedOutput
 
 
-class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin):
+class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel, GenerationMixin):
     """The complete model.
 
     The LLM is checked before it is built (`llm_check.py`): an LLM that is not exact is refused with
@@ -180,25 +180,6 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
         """
         refuse_attention(attn_implementation, self.llm_support.attention)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Recompute every block of encoder, UPM and LLM in backward.
-
-        Args:
-            gradient_checkpointing_kwargs: options of torch's checkpoint; default: non-reentrant.
-            kwargs: as of transformers' method.
-        """
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        with warnings.catch_warnings():
-            # transformers 5.23 renames the method; 5.17 has only this name.
-            warnings.simplefilter("ignore", FutureWarning)
-            parent: Any = super()
-            parent.gradient_checkpointing_enable(options, **kwargs)
-        if not options["use_reentrant"]:
-            # Else text embeddings would get gradients that nobody needs.
-            cast(Any, self).disable_input_require_grads()
-
     def encode(
         self, values: Mapping[str, torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -217,6 +198,7 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
         """[2 * modalities, d]: start and end tag of every modality."""
         return torch.cat([self.get_projector(name).get_tags() for name in self.config.modalities])
 
+    @name_values
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -225,7 +207,7 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
         *,
         packed: PackedBatch | None = None,
         modality_order: Sequence[str] | None = None,
-        **values: torch.Tensor | None,
+        **values: Any,
     ) -> PackedOutput | CausalLMOutputWithPast:
         """Run a pack or a padded batch.
 
@@ -236,11 +218,13 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
             packed: a PackedBatch in place of all the others.
             modality_order: order of the media spans; default: image, video, audio, point, depth,
                 normal, imu, fmri.
-            values: `image_values=[B, 3, 224, 224]` and so on, for any of the modalities.
+            values: `image_values=[B, 3, 224, 224]` and so on, for any of the modalities; and
+                `num_items_in_batch`, the supervised tokens of the whole batch of a trainer.
 
         Returns:
             A PackedOutput for a pack. Else logits [B, S + 32n, V] for n modalities and, with
-            labels, the mean loss over supervised tokens.
+            labels, the mean loss over supervised tokens (their sum, divided by
+            `num_items_in_batch`, where that is given).
 
         Raises:
             UsageError: neither `input_ids` nor `packed`, or values that do not fit the texts.
@@ -254,6 +238,7 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
                 "there is nothing to run.",
                 "give one of them.",
             )
+        items = take_options(values)
         inputs = self.build_inputs(input_ids, attention_mask, values, modality_order)
         update_dropout(self.llm)
         ids = inputs.get_token_ids(input_ids)
@@ -262,7 +247,7 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
         loss = (
             None
             if labels is None
-            else compute_padded_loss(logits, labels, input_ids, attention_mask, inputs)
+            else compute_padded_loss(logits, labels, input_ids, attention_mask, inputs, items)
         )
         # torch annotates these fields as FloatTensor, which no tensor of autograd is.
         return CausalLMOutputWithPast(loss=cast(Any, loss), logits=cast(Any, logits))

@@ -148,6 +148,7 @@ def compute_padded_loss(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     inputs: PaddedInputs,
+    items: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean cross-entropy over supervised tokens, each predicted by the position before it.
 
@@ -159,6 +160,7 @@ def compute_padded_loss(
         input_ids: [B, S].
         attention_mask: [B, S], 0 for padding.
         inputs: the batch as the LLM read it.
+        items: what the sum is divided by; default: the number of supervised tokens.
 
     Returns:
         [] fp32; 0 where no token is supervised.
@@ -172,4 +174,4 @@ def compute_padded_loss(
     total = F.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="sum"
     )
-    return total / (targets != IGNORE).sum().clamp(min=1)
+    return total / ((targets != IGNORE).sum().clamp(min=1) if items is None else items)

@@ -1,12 +1,10 @@
-"""From prompts and media files to the model's inputs: a processor of transformers."""
+"""From prompts and media to the model's inputs: a processor of transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
@@ -23,9 +21,11 @@ from onellm_dist.common.token_limit import (
     describe_tokens_without_embedding,
     find_tokens_without_embedding,
 )
-from onellm_dist.modalities import all_modalities, get_modality
-from onellm_dist.modalities.files import read_file_value
+from onellm_dist.model.content_parts import HeldMedium, read_conversation
 from onellm_dist.model.folder_code.files import PROCESSOR_MAP
+from onellm_dist.model.processing_chat import encode_conversation, render_conversations
+from onellm_dist.model.processing_media import list_media, name_modality, stack_media
+from onellm_dist.model.processing_rows import Padding, make_features
 from onellm_dist.model.saving import KeepsSums
 
 _log = get_logger(__name__)
@@ -34,7 +34,7 @@ _log = get_logger(__name__)
 class OneLLMProcessor(KeepsSums, ProcessorMixin):
     """A tokenizer and the evaluation transforms of all modalities.
 
-    `processor(text="Describe the image.", image="x.jpg")` gives `input_ids`, `attention_mask` and
+    `processor(text="Describe the image.", images="x.jpg")` gives `input_ids`, `attention_mask` and
     `image_values`.
 
     Args:
@@ -51,48 +51,86 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
         super().__init__(tokenizer, **kwargs)  # type: ignore[no-untyped-call]  # transformers'
         self.tokenizer = tokenizer
 
-    def __call__(self, text: str | Sequence[str] = "", **media: Any) -> BatchFeature:
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        return_tensors: str | None = "pt",
+        padding: bool | str = True,
+        padding_side: str = "left",
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool = True,
+        sampling_rate: float | None = None,
+        **media: Any,
+    ) -> BatchFeature:
         """Turn prompts and media into inputs of `generate`.
 
         Args:
-            text: a prompt, or B of them. BOS is put before each; batches are padded on the left.
-                Control tokens in it (`</s>`) are read as text, as in training.
-            media: by name of a modality: a file, a tensor of the modality's value shape, the raw
+            text: a prompt, or B of them. BOS is put before each. Control tokens in it (`</s>`) are
+                read as text, as in training.
+            return_tensors: `pt`, `np`, or None for lists.
+            padding: True or `longest`, `max_length`, or False.
+            padding_side: `left` (for `generate`) or `right`.
+            truncation: whether prompts are cut at their ends to `max_length` tokens.
+            max_length: tokens of a prompt, BOS included.
+            pad_to_multiple_of: rows are filled up to a multiple of it.
+            add_special_tokens: must be true: media stand behind BOS.
+            sampling_rate: samples per second of sounds that are given as arrays.
+            media: by name of a modality or its plural (`image=`, `images=`, `audio=`, `videos=`): a
+                file, its bytes, a `data:` URL, a tensor of the modality's value shape, the raw
                 signal that the modality's `transform` takes, what its `make_raw` takes (a
-                `PIL.Image` of any mode, an array of its pixels), or a list of B of these.
+                `PIL.Image` of any mode, an array of its pixels), or a list of B of these, which may
+                be nested.
 
         Returns:
             input_ids [B, S], attention_mask [B, S], and `<modality>_values` [B, *value_shape] for
             each modality given.
 
         Raises:
-            UsageError: an unknown modality, a missing file, a list whose length is not B, or a
-                prompt with a control token that the tokenizer cannot read as text, or with a token
-                that the LLM has no embedding of.
+            UsageError: an unknown modality, a missing file, a list whose length is not B, a prompt
+                with a control token that the tokenizer cannot read as text, or with a token that
+                the LLM has no embedding of, or an option that has no meaning here.
             SampleError: a file is not readable media of its modality.
         """
-        prompts = [text] if isinstance(text, str) else list(text)
-        data: dict[str, torch.Tensor] = self._encode(prompts)
-        for name, given in media.items():
+        prompts = [text or ""] if text is None or isinstance(text, str) else list(text)
+        shape = Padding(
+            return_tensors, padding, padding_side, truncation, max_length, pad_to_multiple_of
+        )
+        if not add_special_tokens:
+            raise UsageError(
+                "add_special_tokens=False",
+                "media stand behind BOS, and control tokens in a text are read as text.",
+                "give conversations to apply_chat_template(tokenize=True), or leave it out.",
+            )
+        rows = [self._encode_prompt(prompt) for prompt in prompts]
+        held: dict[str, list[Any]] = {}
+        for key, given in media.items():
             if given is None:
                 continue
-            if name not in all_modalities():
+            name = name_modality(key)
+            if name in held:
                 raise UsageError(
-                    f"unknown modality {name!r}",
-                    "the model would ignore it.",
-                    f"give any of: {', '.join(all_modalities())}.",
+                    f"{name} is given twice, as {name} and in the plural",
+                    "only one of them could be read.",
+                    "give one of them.",
                 )
-            items = list(given) if isinstance(given, list | tuple) else [given]
-            if len(items) != len(prompts):
-                raise UsageError(
-                    f"{len(items)} {name} inputs for {len(prompts)} prompts",
-                    "every prompt needs one input.",
-                    "give as many inputs as prompts.",
-                )
-            data[f"{name}_values"] = torch.stack([_read_value(name, item) for item in items])
-        return BatchFeature(data)
+            held[name] = list_media(name, given, len(prompts))
+        values = {
+            f"{name}_values": stack_media(name, items, sampling_rate)
+            for name, items in held.items()
+        }
+        return make_features(self.tokenizer, rows, values, shape)
 
-    def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        """Ids of BOS and a prompt; control tokens in it are text, as in training."""
+        if not isinstance(prompt, str):
+            raise UsageError(
+                f"a prompt is a {type(prompt).__name__}",
+                "prompts are texts.",
+                "give media by name: images=, audio=.",
+            )
         start = get_start_id(self.tokenizer)
         if start is None:
             raise UsageError(
@@ -100,27 +138,6 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
                 "media spans stand behind it.",
                 "set `tokenizer.bos_token`.",
             )
-        rows = [[start, *self._encode_prompt(prompt)] for prompt in prompts]
-        beyond = find_tokens_without_embedding(self.tokenizer)
-        found = describe_tokens_without_embedding({i for row in rows for i in row}, beyond)
-        if found is not None:
-            raise UsageError(
-                f"a prompt has {found}, which the LLM has no embedding of",
-                "the LLM cannot read it.",
-                "leave it out of the prompt.",
-            )
-        longest = max(map(len, rows))
-        pad = next(
-            i
-            for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-            if i is not None and i not in beyond
-        )
-        ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
-        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def _encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a prompt; control tokens in it are text, as in training."""
         ids: list[int] = self.tokenizer(
             prompt, add_special_tokens=False, split_special_tokens=True
         )["input_ids"]
@@ -130,37 +147,106 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
                 "the LLM would take it for the end or the beginning of a text.",
                 "remove it from the prompt.",
             )
+        self._check_embeddings(ids)
         written = find_control_token(prompt, list_control_tokens(self.tokenizer).values())
         if written is not None:
             _log.warning(
                 "the prompt contains %r, which is read as text, as in training; a conversation in "
-                "the LLM's chat template is encoded by onellm_dist.data.text.TextEncoder "
-                "(encode_prompt)",
+                "the LLM's chat template is encoded by apply_chat_template(tokenize=True)",
                 written,
             )
-        return ids
+        return [start, *ids]
 
-    def apply_chat_template(self, *args: Any, tokenize: bool = False, **kwargs: Any) -> Any:
-        """Render a conversation in the tokenizer's chat template.
+    def _check_embeddings(self, ids: Sequence[int]) -> None:
+        beyond = find_tokens_without_embedding(self.tokenizer)
+        found = describe_tokens_without_embedding(set(ids), beyond)
+        if found is not None:
+            raise UsageError(
+                f"a prompt has {found}, which the LLM has no embedding of",
+                "the LLM cannot read it.",
+                "leave it out of the prompt.",
+            )
+
+    # transformers' signature promises a text alone, and takes options that are refused here.
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "pt",
+        return_assistant_tokens_mask: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render conversations in the tokenizer's chat template.
 
         Args:
-            args: as of the tokenizer's method.
-            tokenize: must be false: turns could write control tokens, and BOS would be missing or
-                doubled.
-            kwargs: as of the tokenizer's method.
+            conversation: messages whose content is text or content parts (`content_parts.py`), or a
+                list of such conversations.
+            chat_template: a template in place of the tokenizer's (only without `tokenize`).
+            tokenize: whether ids are returned: those of training, with BOS. A turn may not contain
+                control tokens then.
+            add_generation_prompt: whether the text ends where an answer would begin.
+            return_dict: whether `tokenize` gives all inputs of the model, media included, and not
+                `input_ids` alone.
+            return_tensors: as of a call of the processor.
+            return_assistant_tokens_mask: whether to add `assistant_masks`: 1 for the tokens that
+                training supervises.
+            processor_kwargs: options of a call of the processor (padding and the like).
+            kwargs: more of them; without `tokenize`, variables of the template.
 
         Raises:
-            UsageError: `tokenize` is true.
+            UsageError: a part cannot be read, or an option that has no meaning here.
+            SampleError: the template refuses the conversation, or media cannot be read.
         """
-        if tokenize:
-            raise UsageError(
-                "apply_chat_template(tokenize=True)",
-                "its ids differ from those of training: control tokens in a turn would count, and "
-                "BOS would be missing or doubled.",
-                "use TextEncoder(tokenizer, 'chat', n).encode_prompt(turns) of "
-                "onellm_dist.data.text, or `onellm generate --format chat`.",
+        several = bool(conversation) and not isinstance(conversation[0], Mapping)
+        found = [read_conversation(c) for c in (conversation if several else [conversation])]
+        turns = [each.turns for each in found]
+        if not tokenize:
+            texts = render_conversations(
+                self.tokenizer,
+                turns,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **kwargs,
             )
-        return self.tokenizer.apply_chat_template(*args, tokenize=False, **kwargs)
+            return texts if several else texts[0]
+        if chat_template not in (None, self.tokenizer.chat_template):
+            raise UsageError(
+                "chat_template with tokenize=True",
+                "ids are those of training, which reads the tokenizer's own template.",
+                "set processor.tokenizer.chat_template.",
+            )
+        options = {k: v for k, v in kwargs.items() if v not in (None, False)}
+        shape = Padding.from_options({**options, **(processor_kwargs or {})}, return_tensors)
+        encoded = [
+            encode_conversation(self.tokenizer, each, prompt=add_generation_prompt)
+            for each in turns
+        ]
+        for ids, _ in encoded:
+            self._check_embeddings(ids)
+        values = self._stack_parts([each.media for each in found])
+        masks = [mask for _, mask in encoded] if return_assistant_tokens_mask else None
+        data = make_features(self.tokenizer, [ids for ids, _ in encoded], values, shape, masks)
+        return data if return_dict else data["input_ids"]
+
+    def _stack_parts(self, media: Sequence[Sequence[HeldMedium]]) -> dict[str, torch.Tensor]:
+        """Values of the media of B conversations, which all have the same modalities."""
+        names = [[medium.modality for medium in each] for each in media]
+        for each in names:
+            if len(set(each)) < len(each) or set(each) != set(names[0]):
+                raise UsageError(
+                    f"conversations with {', '.join(each) or 'no media'} and "
+                    f"{', '.join(names[0]) or 'none'}",
+                    "the processor takes one medium of a modality for each conversation, and the "
+                    "same modalities for all.",
+                    "ask them one at a time.",
+                )
+        by_name = [{m.modality: m.item for m in each} for each in media]
+        return {f"{n}_values": stack_media(n, [each[n] for each in by_name]) for n in names[0]}
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Turn rows of token ids into texts, as the tokenizer does."""
@@ -169,36 +255,3 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
     def decode(self, *args: Any, **kwargs: Any) -> str:
         """Turn token ids into a text, as the tokenizer does."""
         return cast(str, self.tokenizer.decode(*args, **kwargs))
-
-
-def _read_value(name: str, item: Any) -> torch.Tensor:
-    """One medium in any of its forms -> [*value_shape]."""
-    modality = get_modality(name)
-    if isinstance(item, torch.Tensor) and tuple(item.shape) == tuple(modality.value_shape):
-        if not item.is_floating_point():
-            raise _make_item_error(name, item, "the model's input has floats, after the transform")
-        return item.float()
-    if isinstance(item, str) and "://" in item:
-        raise UsageError(f"{name}: {item} is a URL", "nothing is fetched.", "download it first.")
-    if isinstance(item, str | Path):
-        path = Path(item)
-        if not path.is_file():
-            raise UsageError(f"no file {path}", f"it was given as {name}.", "check the path.")
-        return read_file_value(modality, path)
-    raw = modality.make_raw(item)
-    try:
-        return modality.make_value(raw, train=False, rng=np.random.default_rng(0))
-    except (AttributeError, TypeError, IndexError) as error:  # not what its transform takes
-        raise _make_item_error(name, item, str(error)) from error
-
-
-def _make_item_error(name: str, item: Any, why: str) -> UsageError:
-    kind = type(item).__name__
-    if isinstance(item, torch.Tensor | np.ndarray):
-        kind = f"{kind} of {item.dtype} and shape {tuple(item.shape)}"
-    return UsageError(
-        f"a {kind} is not a medium of modality {name}: {why}",
-        "the model would be given something else than it was trained on.",
-        f"give a file's path, or a float tensor {list(get_modality(name).value_shape)} that the "
-        "modality's transform made; pictures also as PIL.Image or uint8 array.",
-    )

@@ -11,9 +11,9 @@ from data_worlds import tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from onellm_dist.common.chat_template import ChatTemplate
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.turns import ConversationTurn
-from onellm_dist.data.chat import ChatTemplate
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.modalities import Part
 from onellm_dist.packed import IGNORE

@@ -13,7 +13,7 @@ class Refuses(MetaPathFinder):
     """Stands for a machine where the package is not installed."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> None:
-        if name.split(".")[0] == "onellm_dist":
+        if name.partition(".")[0] == "onellm_dist":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     load = AutoModelForMultimodalLM.from_pretrained
     again = load(folder / "again", trust_remote_code=True)
     found["again"] = again(**given["inputs"]).logits
-    found["modules"] = sorted({name.split(".")[0] for name in sys.modules})
+    found["modules"] = sorted({name.partition(".")[0] for name in sys.modules})
     torch.save(found, folder / "found.pt")
 
 

@@ -24,7 +24,7 @@ from onellm_dist.model.presets import load_toy_tokenizer
 SCRIPT = Path(__file__).parents[1] / "helpers" / "without_package.py"
 
 
-def write_media(folder: Path) -> dict[str, str]:
+def write_media(folder: Path) -> dict[str, Any]:
     rng = np.random.default_rng(3)
     Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(folder / "x.png")
     wave = np.sin(np.arange(16000) * 0.05).astype(np.float32)
@@ -35,7 +35,7 @@ def write_media(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_folder_loads_without_the_package_and_gives_the_same(tmp_path: Path) -> None:
     processor = OneLLMProcessor(load_toy_tokenizer())
-    model = small_model(seed=3, words=len(processor.tokenizer)).eval()
+    model: Any = small_model(seed=3, words=len(processor.tokenizer)).eval()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     torch.manual_seed(0)

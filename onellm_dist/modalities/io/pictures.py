@@ -203,8 +203,9 @@ def make_rgb_picture(item: Any, limits: Limits = LIMITS["image"]) -> Any:
     """Convert a picture that a program holds as `decode_picture` converts a file.
 
     Args:
-        item: a `PIL.Image` of any mode, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of
-            uint8 (or uint16, if [H, W]); anything else is returned as it is.
+        item: a `PIL.Image` of any mode, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (or
+            with the bands first) of uint8, of floats from 0 to 1, or of uint16 if [H, W]; anything
+            else is returned as it is.
         limits: how large it may be.
 
     Raises:
@@ -244,13 +245,29 @@ def make_upright_picture(item: Any, limits: Limits = LIMITS["image"]) -> Upright
 
 
 def _make_picture(array: np.ndarray) -> Image.Image:
-    grey = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    pixels = _put_bands_last(array)
+    if pixels.dtype.kind == "f" and pixels.size and _is_within_unit(pixels):
+        pixels = np.rint(pixels * 255).astype(np.uint8)
+    grey = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
     deep = grey.dtype == np.uint16 and grey.ndim == 2
     bands = grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] in (3, 4))
     if not deep and not (grey.dtype == np.uint8 and bands):
         raise SampleError(
             f"an array of {array.dtype} and shape {array.shape} is not a picture",
-            "pictures are [height, width, 3] of uint8; 4 bands have opacity, 1 is grey.",
+            "pictures are [height, width, 3] of uint8, or of floats from 0 to 1; 4 bands have "
+            "opacity, 1 is grey.",
             "convert it, or give a PIL.Image.",
         )
     return Image.fromarray(np.ascontiguousarray(grey))
+
+
+def _put_bands_last(array: np.ndarray) -> np.ndarray:
+    """[H, W, bands] of [bands, H, W], as torch has pictures; others are as they are."""
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        return array.transpose(1, 2, 0)
+    return array
+
+
+def _is_within_unit(values: np.ndarray) -> bool:
+    """Whether all values lie within 0 and 1, which those of 0 to 255 do not; NaN does not."""
+    return bool((values >= 0).all() and (values <= 1).all())

@@ -307,3 +307,27 @@ def _decode_unframed(part: Part) -> _DecodedSound | None:
         except av.FFmpegError:
             return None
     return sound
+
+
+def make_wave(array: np.ndarray) -> np.ndarray:
+    """The first channel of a sound that a program holds, as `read_sound` gives that of a file.
+
+    Args:
+        array: [N], [channels, N] or [N, channels]; floats, or integers of 16 or 32 bits whose full
+            scale is the largest of their type.
+
+    Returns:
+        [N] fp32, full scale at 1.
+
+    Raises:
+        SampleError: the array is no sound.
+    """
+    scale = {"i2": 2.0**15, "i4": 2.0**31}.get(f"{array.dtype.kind}{array.dtype.itemsize}", 1.0)
+    if array.ndim not in (1, 2) or not (array.dtype.kind == "f" or scale > 1) or not array.size:
+        raise SampleError(
+            f"an array of {array.dtype} and shape {array.shape} is not a sound",
+            "sounds are [samples] or [channels, samples] of floats, int16 or int32.",
+            "convert it: floats have full scale at 1.",
+        )
+    wave = array if array.ndim == 1 else array[0] if len(array) < array.shape[1] else array[:, 0]
+    return (wave / scale).astype(np.float32)

@@ -40,7 +40,7 @@ CONFIG_MAP = {
 """`auto_map` of config.json: Auto class to file and class."""
 PROCESSOR_MAP = {"AutoProcessor": CONFIG_MAP["AutoProcessor"]}
 """`auto_map` of processor_config.json."""
-_LIBRARIES = ("av", "numpy", "PIL", "scipy", "soundfile")
+_LIBRARIES = ("av", "jinja2", "numpy", "PIL", "scipy", "soundfile")
 """What the code needs besides torch and transformers, for transformers' message if one is missing.
 """
 

@@ -1,0 +1,216 @@
+"""Media in any of the forms that programs hold them in, as the model's inputs."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import torch
+
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.modalities import Modality, Part, all_modalities, get_modality
+from onellm_dist.modalities.files import read_file_value
+
+DATA_URL = "data:"
+
+
+def name_modality(key: str) -> str:
+    """The modality that an argument of the processor names: its name, or its plural.
+
+    Args:
+        key: the argument, such as `image` or `images`.
+
+    Raises:
+        UsageError: there is no such modality.
+    """
+    name = key if key in all_modalities() else key.removesuffix("s")
+    if name not in all_modalities():
+        raise UsageError(
+            f"unknown modality {key!r}",
+            "the model would ignore it.",
+            f"give any of: {', '.join(all_modalities())}.",
+        )
+    return name
+
+
+def list_media(name: str, given: Any, prompts: int) -> list[Any]:
+    """One medium for each prompt.
+
+    Args:
+        name: the modality.
+        given: a medium; or a list of one for each prompt, each in a list of its own or not.
+        prompts: number of prompts.
+
+    Raises:
+        UsageError: there are more or fewer media than prompts.
+    """
+    is_list = isinstance(given, list | tuple) and not get_modality(name).is_one_medium(given)
+    items = list(given) if is_list else [given]
+    flat: list[Any] = []
+    for item in items:
+        nested = isinstance(item, list | tuple) and not get_modality(name).is_one_medium(item)
+        if nested and len(item) != 1:
+            raise UsageError(
+                f"{len(item)} {name} inputs for one prompt",
+                "the processor takes one medium of a modality for each prompt.",
+                "give one for each.",
+            )
+        flat.append(item[0] if nested else item)
+    if len(flat) != prompts:
+        raise UsageError(
+            f"{len(flat)} {name} inputs for {prompts} prompts",
+            "every prompt needs one input.",
+            "give as many inputs as prompts.",
+        )
+    return flat
+
+
+def read_medium(name: str, item: Any, rate: float | None = None) -> torch.Tensor:
+    """One medium in any of its forms -> [*value_shape].
+
+    Args:
+        name: the modality.
+        item: a path, a `data:` URL, the bytes of a file, an open file, a mapping as datasets have
+            it (`bytes` or `path`), a mapping from the modality's parts to any of these, the model's
+            own input as a tensor, or what the modality's `make_raw` takes.
+        rate: samples per second, where an item is an array of them.
+
+    Raises:
+        UsageError: there is no such file, a URL would have to be fetched, or the item is no medium.
+        SampleError: the file is not readable media of its modality.
+    """
+    modality = get_modality(name)
+    if isinstance(item, torch.Tensor) and tuple(item.shape) == tuple(modality.value_shape):
+        if not item.is_floating_point():
+            raise _make_item_error(name, item, "the model's input has floats, after the transform")
+        return item.float()
+    item = _unwrap(item)
+    if isinstance(item, str | os.PathLike) and not _is_data_url(item):
+        return read_file_value(modality, _find_file(name, item))
+    parts = _read_parts(modality, item)
+    if parts is not None:
+        return modality.read_value(parts, {}, train=False, rng=np.random.default_rng(0))
+    if rate is not None and not isinstance(item, Mapping):
+        item = {"array": item, "sampling_rate": rate}
+    if isinstance(item, torch.Tensor):
+        item = item.detach().cpu()
+        item = item.numpy() if not item.is_floating_point() or item.ndim > 2 else item
+    try:
+        raw = modality.make_raw(item)
+        return modality.make_value(raw, train=False, rng=np.random.default_rng(0))
+    except OneLLMError:
+        raise
+    except (AttributeError, TypeError, IndexError, ValueError) as error:  # not what it takes
+        raise _make_item_error(name, item, str(error)) from error
+
+
+def _unwrap(item: Any) -> Any:
+    """What a mapping of a dataset (`{"bytes": ..., "path": ...}`) or an open file holds."""
+    if isinstance(item, Mapping) and item.keys() <= {"bytes", "path"} and item:
+        return item.get("bytes") if item.get("bytes") is not None else item.get("path")
+    if hasattr(item, "read") and not isinstance(item, np.ndarray):
+        return item.read()
+    return item
+
+
+def _read_parts(modality: Modality, item: Any) -> dict[str, Part] | None:
+    """The parts of a medium that is given as the contents of files; None: it is not."""
+    roles = {**modality.required_parts, **modality.optional_parts}
+    files = item if isinstance(item, Mapping) else {next(iter(roles)): item}
+    if not files.keys() <= roles.keys():
+        return None
+    parts: dict[str, Part] = {}
+    for role, content in files.items():
+        if isinstance(content, str | os.PathLike) and not _is_data_url(content):
+            path = _find_file(modality.name, content)
+            parts[role] = Part(path.name.partition(".")[2].lower(), path.read_bytes())
+        elif (data := read_bytes(modality.name, content)) is not None:
+            parts[role] = Part(roles[role][0], data)  # the bytes decide how it is read
+        else:
+            return None
+    missing = [role for role in modality.required_parts if role not in parts]
+    if missing:
+        raise UsageError(
+            f"{modality.name} without its {', '.join(missing)}",
+            f"it is read from {' and '.join(modality.required_parts)}.",
+            "give a mapping: "
+            + ", ".join(f"{role!r}: FILE" for role in modality.required_parts)
+            + ".",
+        )
+    return parts
+
+
+def read_bytes(name: str, content: Any) -> bytes | None:
+    """The bytes of a file that is given as such, or as a `data:` URL; None: it is neither.
+
+    Args:
+        name: the modality, for the message.
+        content: anything.
+
+    Raises:
+        UsageError: the URL has no data that could be decoded.
+    """
+    if isinstance(content, bytes | bytearray | memoryview):
+        return bytes(content)
+    if not _is_data_url(content):
+        return None
+    head, comma, data = str(content).partition(",")
+    try:
+        if not comma:
+            raise ValueError("it has no comma")
+        if head.endswith(";base64"):
+            return base64.b64decode(unquote_to_bytes(data), validate=True)
+        return unquote_to_bytes(data)
+    except (ValueError, binascii.Error) as error:
+        raise UsageError(
+            f"{name}: its data: URL cannot be decoded: {error}",
+            "it is not base64 as RFC 4648 has it.",
+            "encode the file again: data:TYPE;base64,DATA.",
+        ) from None
+
+
+def _is_data_url(content: Any) -> bool:
+    return isinstance(content, str) and content[: len(DATA_URL)].lower() == DATA_URL
+
+
+def _find_file(name: str, item: str | os.PathLike[str]) -> Path:
+    if "://" in str(item):
+        raise UsageError(f"{name}: {item} is a URL", "nothing is fetched.", "download it first.")
+    path = Path(item)
+    if not path.is_file():
+        raise UsageError(f"no file {path}", f"it was given as {name}.", "check the path.")
+    return path
+
+
+def _make_item_error(name: str, item: Any, why: str) -> UsageError:
+    kind = type(item).__name__
+    if isinstance(item, torch.Tensor | np.ndarray):
+        kind = f"{kind} of {item.dtype} and shape {tuple(item.shape)}"
+    return UsageError(
+        f"a {kind} is not a medium of modality {name}: {why}",
+        "the model would be given something else than it was trained on.",
+        f"give a file's path or bytes, or a float tensor "
+        f"{list(get_modality(name).value_shape)} that the modality's transform made; pictures also "
+        "as PIL.Image or array, sounds as array with sampling_rate.",
+    )
+
+
+def stack_media(name: str, items: Sequence[Any], rate: float | None = None) -> torch.Tensor:
+    """[B, *value_shape] of B media.
+
+    Args:
+        name: the modality.
+        items: the media, in any form.
+        rate: as of `read_medium`.
+
+    Raises:
+        UsageError: as of `read_medium`.
+        SampleError: as of `read_medium`.
+    """
+    return torch.stack([read_medium(name, item, rate) for item in items])
