@@ -131,7 +131,7 @@ class TextBackbone(nn.Module):
         states = _run_without_head(model, inputs, input_ids)
         places = _find_places(inputs, input_ids.shape[1])
         kept = states.gather(1, places[..., None].expand(*places.shape, states.shape[-1]))
-        return BaseModelOutput(last_hidden_state=kept)  # type: ignore[arg-type]  # any tensor
+        return BaseModelOutput(last_hidden_state=kept)
 
 
 def _run_without_head(model: Any, inputs: PaddedInputs, input_ids: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from onellm_dist.common.token_limit import (
     describe_tokens_without_embedding,
     find_tokens_without_embedding,
 )
-from onellm_dist.model.content_parts import HeldMedium, read_conversation
+from onellm_dist.model.content_parts import Conversation, HeldMedium, read_conversation
 from onellm_dist.model.folder_code.files import PROCESSOR_MAP
 from onellm_dist.model.processing_chat import encode_conversation, render_conversations
 from onellm_dist.model.processing_media import list_media, name_modality, stack_media
@@ -105,22 +105,7 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
                 "give conversations to apply_chat_template(tokenize=True), or leave it out.",
             )
         rows = [self._encode_prompt(prompt) for prompt in prompts]
-        held: dict[str, list[Any]] = {}
-        for key, given in media.items():
-            if given is None:
-                continue
-            name = name_modality(key)
-            if name in held:
-                raise UsageError(
-                    f"{name} is given twice, as {name} and in the plural",
-                    "only one of them could be read.",
-                    "give one of them.",
-                )
-            held[name] = list_media(name, given, len(prompts))
-        values = {
-            f"{name}_values": stack_media(name, items, sampling_rate)
-            for name, items in held.items()
-        }
+        values = _stack_media(media, len(prompts), sampling_rate)
         return make_features(self.tokenizer, rows, values, shape)
 
     def _encode_prompt(self, prompt: str) -> list[int]:
@@ -204,11 +189,10 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
         """
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
         found = [read_conversation(c) for c in (conversation if several else [conversation])]
-        turns = [each.turns for each in found]
         if not tokenize:
             texts = render_conversations(
                 self.tokenizer,
-                turns,
+                [each.turns for each in found],
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 **kwargs,
@@ -222,16 +206,20 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
             )
         options = {k: v for k, v in kwargs.items() if v not in (None, False)}
         shape = Padding.from_options({**options, **(processor_kwargs or {})}, return_tensors)
-        encoded = [
-            encode_conversation(self.tokenizer, each, prompt=add_generation_prompt)
-            for each in turns
-        ]
+        data = self._encode_conversations(
+            found, shape, add_generation_prompt, return_assistant_tokens_mask
+        )
+        return data if return_dict else data["input_ids"]
+
+    def _encode_conversations(
+        self, found: Sequence[Conversation], shape: Padding, prompt: bool, with_masks: bool
+    ) -> BatchFeature:
+        encoded = [encode_conversation(self.tokenizer, c.turns, prompt=prompt) for c in found]
         for ids, _ in encoded:
             self._check_embeddings(ids)
         values = self._stack_parts([each.media for each in found])
-        masks = [mask for _, mask in encoded] if return_assistant_tokens_mask else None
-        data = make_features(self.tokenizer, [ids for ids, _ in encoded], values, shape, masks)
-        return data if return_dict else data["input_ids"]
+        masks = [mask for _, mask in encoded] if with_masks else None
+        return make_features(self.tokenizer, [ids for ids, _ in encoded], values, shape, masks)
 
     def _stack_parts(self, media: Sequence[Sequence[HeldMedium]]) -> dict[str, torch.Tensor]:
         """Values of the media of B conversations, which all have the same modalities."""
@@ -255,3 +243,22 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
     def decode(self, *args: Any, **kwargs: Any) -> str:
         """Turn token ids into a text, as the tokenizer does."""
         return cast(str, self.tokenizer.decode(*args, **kwargs))
+
+
+def _stack_media(
+    media: Mapping[str, Any], prompts: int, rate: float | None
+) -> dict[str, torch.Tensor]:
+    """Values of the media that a call names."""
+    held: dict[str, list[Any]] = {}
+    for key, given in media.items():
+        if given is None:
+            continue
+        name = name_modality(key)
+        if name in held:
+            raise UsageError(
+                f"{name} is given twice, as {name} and in the plural",
+                "only one of them could be read.",
+                "give one of them.",
+            )
+        held[name] = list_media(name, given, prompts)
+    return {f"{name}_values": stack_media(name, items, rate) for name, items in held.items()}

@@ -35,7 +35,8 @@ def write_media(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_folder_loads_without_the_package_and_gives_the_same(tmp_path: Path) -> None:
     processor = OneLLMProcessor(load_toy_tokenizer())
-    model: Any = small_model(seed=3, words=len(processor.tokenizer)).eval()
+    model: Any = small_model(seed=3, words=len(processor.tokenizer))
+    model.eval()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
