@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ def check_alike(folder: Path, modality: str, seeds: Sequence[int]) -> int:
         reason = read_as_builder(own, modality, parts)
         page = render_samples(dataset, [(shard, number)])
         path = own / f"x.{parts[modality].extension}"
+        given: dict[str, Any] = {modality: path}
         seen = trained[number]
         if isinstance(seen, str):
             assert reason is not None, f"{where}: only training refuses: {seen}"
@@ -101,13 +103,13 @@ def check_alike(folder: Path, modality: str, seeds: Sequence[int]) -> int:
                 read_files([(modality, path)])
             assert words in error.value.what and error.value.do, where
             with pytest.raises(SampleError):
-                processor(text="", **{modality: path})
+                processor(text="", **given)
         else:
             used += 1
             assert reason is None, f"{where}: the builder refuses: {reason}"
             assert "data:image/jpeg" in page and "cannot be drawn" not in page, where
             assert torch.equal(read_files([(modality, path)])[modality][0], seen), where
-            value = processor(text="", **{modality: path})[f"{modality}_values"][0]
+            value = processor(text="", **given)[f"{modality}_values"][0]
             assert torch.equal(value, seen), where
     return used
 
