@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Ranks that a test starts import helpers too; pytest itself has `pythonpath` in pyproject.toml.
 HELPERS = str(Path(__file__).parent / "helpers")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HELPERS, os.environ.get("PYTHONPATH")]))
+
+# Under nohup, processes that a test starts would ignore the signal too; a handler is not inherited.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # The same examples in every run; `make soak` draws new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
