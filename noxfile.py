@@ -6,6 +6,7 @@ Each session makes an environment of its own (about 6 GB with torch). They are n
 
 from __future__ import annotations
 
+import configparser
 import os
 import pwd
 import subprocess
@@ -15,10 +16,8 @@ import nox
 
 ROOT = Path(__file__).parent
 FAST = ("-m", "not slow and not soak", "-p", "no:cacheprovider", "-n", "3", "--dist", "loadfile")
-TEST_TOOLS = (
-    "pytest>=8", "pytest-timeout", "pytest-xdist>=3.7", "pytest-cov", "hypothesis",
-    "jsonschema>=4.18", "gguf", "trimesh", "s3fs", "moto[s3]", "flask", "flask-cors",
-)  # fmt: skip
+NO_TEST_TOOLS = ("ruff", "mypy", "import-linter", "pre-commit", "types-", "build")
+"""What of the extra `dev` no test needs."""
 CHECK_INSTALLED = """
 import onellm_dist
 from onellm_dist.common.resources import ds_configs_dir, recipes_dir, shard_recipes_dir
@@ -40,6 +39,14 @@ def run_fast_tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *FAST, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
+def list_test_tools() -> list[str]:
+    """Requirements of the extra `dev` that tests need."""
+    metadata = configparser.ConfigParser()
+    metadata.read(ROOT / "setup.cfg")
+    every = metadata["options.extras_require"]["dev"].split("\n")
+    return [line for line in every if line and not line.startswith(NO_TEST_TOOLS)]
+
+
 @nox.session(python="3.10")
 def oldest(session: nox.Session) -> None:
     """The lower bounds of setup.cfg, as uv resolves them."""
@@ -48,7 +55,7 @@ def oldest(session: nox.Session) -> None:
         "uv", "pip", "compile", "setup.cfg", "--python-version", "3.10", "--resolution",
         "lowest-direct", "--no-annotate", "--quiet", "--output-file", str(lowest), external=True,
     )  # fmt: skip
-    session.install("-c", str(lowest), "-e", ".", *TEST_TOOLS)
+    session.install("-c", str(lowest), "-e", ".", *list_test_tools())
     run_fast_tests(session)
 
 
