@@ -14,6 +14,7 @@ import typer
 
 from onellm_dist.cli import cluster, convert, plan, runs, shards
 from onellm_dist.cli.generate import add_modality_options, generate
+from onellm_dist.cli.serve import serve
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError
 from onellm_dist.common.logging import configure_logging
 
@@ -24,6 +25,7 @@ for _commands in (runs, cluster, plan):
 app.add_typer(shards.app, name="shards")
 app.add_typer(convert.app, name="convert")
 app.command("generate")(generate)
+app.command("serve")(serve)
 COMPLETION_VARIABLE = "_ONELLM_COMPLETE"
 """Set by the shell that wants a command line completed (click)."""
 

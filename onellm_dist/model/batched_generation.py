@@ -101,6 +101,7 @@ def generate_batch(
     end_ids: Sequence[int],
     stop: Callable[[int, Sequence[int]], bool] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    on_logits: Callable[[int, torch.Tensor], None] | None = None,
     batch: int = BATCH,
     max_positions: int = MAX_POSITIONS,
     media_cache: MediaCache | None = None,
@@ -115,6 +116,7 @@ def generate_batch(
         stop: from a prompt's place and its new tokens so far to whether its answer ends there
             (`TextStop`).
         on_token: called with a prompt's place and each of its new tokens, as they come.
+        on_logits: called before it, with the [V] logits that the token was chosen by.
         batch: most prompts that are continued together.
         max_positions: most positions of a batch, padding and new tokens included.
         media_cache: keeps the encoded media between calls; default: media are reused within a
@@ -134,7 +136,9 @@ def generate_batch(
     statistics = BatchStatistics() if statistics is None else statistics
     answers: dict[int, Continuation] = {}
     for places in split_batches(prompts, batch, max_positions):
-        rows = [AnswerRow(place, prompts[place], end_ids, stop, on_token) for place in places]
+        rows = [
+            AnswerRow(place, prompts[place], end_ids, stop, on_token, on_logits) for place in places
+        ]
         if model.llm_support.cached:
             _continue_rows(model, list(rows), media_cache, statistics)
         else:
@@ -213,8 +217,8 @@ def _continue_rows(
         position_ids=to_device_tensor(packed.layout.position_ids, packed.sequence.device),
     )
     while True:
-        for row, token in zip(rows, _choose(rows, logits), strict=True):
-            row.add(token)
+        for row, token, seen in zip(rows, _choose(rows, logits), logits, strict=True):
+            row.add(token, seen)
         rows, cached = _take_out_ended(rows, cached)
         if not rows:
             return

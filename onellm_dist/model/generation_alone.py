@@ -28,7 +28,7 @@ class _OwnChoice(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         token = self._row.choose(scores[0].float().cpu())
-        self._row.add(token)
+        self._row.add(token, scores[0])
         forced = torch.full_like(scores, -torch.inf)
         forced[:, token] = 0
         return forced

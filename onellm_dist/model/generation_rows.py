@@ -67,6 +67,7 @@ class AnswerRow:
         end_ids: tokens that end an answer.
         stop: from `place` and the new tokens so far to whether the answer ends there.
         on_token: called with `place` and each new token.
+        on_logits: called with `place` and the [V] logits of each new token, before `on_token`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class AnswerRow:
         end_ids: Sequence[int],
         stop: Callable[[int, Sequence[int]], bool] | None,
         on_token: Callable[[int, int], None] | None,
+        on_logits: Callable[[int, torch.Tensor], None] | None = None,
     ) -> None:
         self.place = place
         self.prompt = prompt
@@ -84,6 +86,7 @@ class AnswerRow:
         self._end_ids = frozenset(end_ids)
         self._stop = stop
         self._on_token = on_token
+        self._on_logits = on_logits
         self._generator = torch.Generator().manual_seed(prompt.seed)
 
     def choose(self, logits: torch.Tensor) -> int:
@@ -96,9 +99,11 @@ class AnswerRow:
         kept = torch.where(before <= self.prompt.top_p, shares, 0.0)
         return int(ids[torch.multinomial(kept, 1, generator=self._generator)])
 
-    def add(self, token: int) -> None:
-        """Add a token, and find out whether it ends the answer."""
+    def add(self, token: int, logits: torch.Tensor) -> None:
+        """Add a token that was chosen by [V] logits, and find out whether it ends the answer."""
         self.tokens.append(token)
+        if self._on_logits:
+            self._on_logits(self.place, logits)
         if self._on_token:
             self._on_token(self.place, token)
         if token in self._end_ids:

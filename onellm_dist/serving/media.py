@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.workers.samples import SampleFunction, SampleLimits, SamplePool
+from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.common.workers.words import PoolWords
-from onellm_dist.modalities import get_modality
+from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.base import Modality
 from onellm_dist.modalities.files import read_file
 
@@ -32,6 +33,14 @@ _WORDS = PoolWords(
 class _File(NamedTuple):
     modality: Modality
     path: Path
+
+
+class GivenFiles(NamedTuple):
+    """A medium whose files came with a request."""
+
+    modality: str
+    files: Mapping[str, bytes]
+    """The modality's part -> the bytes of its file."""
 
 
 def read_files(
@@ -74,3 +83,63 @@ def read_files(
 
 def _refuse(file: _File, reason: str) -> tuple[torch.Tensor, list[str]]:
     raise SampleError(f"{file.path}: its decoder failed: {reason}")
+
+
+def read_given_files(
+    media: Sequence[GivenFiles], limits: SampleLimits | None = None
+) -> list[torch.Tensor]:
+    """Read media from the bytes of their files, with the evaluation transforms.
+
+    Args:
+        media: the media.
+        limits: the time and the memory that a medium may take; default: those of training's
+            recipes.
+
+    Returns:
+        [*value_shape] fp32 of each.
+
+    Raises:
+        SampleError: a medium cannot be decoded within its limits; the message begins with its place
+            and modality.
+    """
+    numbered = list(enumerate(media, start=1))
+    function = SampleFunction[tuple[int, GivenFiles], "torch.Tensor"](
+        _read_given, _refuse_given, lambda medium: _name_given(*medium)
+    )
+    with closing(SamplePool(function, _WORDS, limits or SampleLimits())) as pool:
+        return list(pool.map(numbered))
+
+
+def _read_given(medium: tuple[int, GivenFiles]) -> torch.Tensor:
+    import numpy as np
+
+    number, given = medium
+    modality = get_modality(given.modality)
+    roles = {**modality.required_parts, **modality.optional_parts}
+    unknown = sorted(given.files.keys() - roles.keys())
+    missing = sorted(modality.required_parts.keys() - given.files.keys())
+    if unknown or missing:
+        raise SampleError(
+            f"{_name_given(number, given)}: "
+            + (f"it lacks {', '.join(missing)}" if missing else f"it has {', '.join(unknown)}"),
+            f"it is read from {' and '.join(modality.required_parts)}.",
+            "send its files by the names of these parts.",
+        )
+    # The bytes decide how they are read, not the extension.
+    parts = {role: Part(roles[role][0], data) for role, data in given.files.items()}
+    try:
+        with decoding():
+            return modality.read_value(parts, {}, train=False, rng=np.random.default_rng(0))
+    except SampleError as error:
+        name = _name_given(number, given)
+        raise SampleError(f"{name}: {error.what}", error.why, error.do) from error
+
+
+def _name_given(number: int, given: GivenFiles) -> str:
+    return f"medium {number} ({given.modality})"
+
+
+def _refuse_given(medium: tuple[int, GivenFiles], reason: str) -> torch.Tensor:
+    raise SampleError(
+        f"{_name_given(*medium)}: {reason}", "it is not decoded a third time.", "send another."
+    )

@@ -1,0 +1,225 @@
+"""One request for a chat completion: from its messages to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.modalities import SPAN_TOKENS, get_modality
+from onellm_dist.model.batched_generation import Prompt
+from onellm_dist.model.content_parts import Conversation, HeldMedium, read_conversation
+from onellm_dist.model.llm_positions import check_new_tokens, get_context
+from onellm_dist.model.media_cache import Medium
+from onellm_dist.model.processing_media import read_bytes
+from onellm_dist.serving.media import GivenFiles
+from onellm_dist.serving.server.engine import make_deadline
+from onellm_dist.serving.server.errors import RequestError, make_busy_error, make_late_error
+from onellm_dist.serving.server.fetch import check_url, fetch
+from onellm_dist.serving.server.jobs import Ending, Event, Job, JobQueue, Piece, QueueFullError
+from onellm_dist.serving.server.media import MediaReader, hash_files, to_files
+from onellm_dist.serving.server.prompts import PromptFormat
+from onellm_dist.serving.server.schema import ChatRequest, parse_request, read_json
+from onellm_dist.serving.server.settings import ServerSettings
+
+_CHARACTERS_OF_TOKEN = 64
+"""More characters than any tokenizer makes one token of, but for blanks."""
+_MOST_CHARACTERS = 4_000_000
+"""Characters of the messages where the LLM takes texts of any length."""
+_GRACE = 1.0
+"""Seconds behind a request's deadline in which the engine may still say how it ended."""
+
+
+@dataclass(frozen=True)
+class ChatService:
+    """What requests are answered with.
+
+    Attributes:
+        model: a OneLLMForConditionalGeneration.
+        text: how messages become text.
+        media: decodes media.
+        queue: where requests wait for the engine.
+        settings: the server's.
+    """
+
+    model: Any
+    text: PromptFormat
+    media: MediaReader
+    queue: JobQueue
+    settings: ServerSettings
+
+    async def prepare(self, body: bytes) -> RunningChat:
+        """Read a request.
+
+        Args:
+            body: its JSON.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        try:
+            # In a thread: other answers go on while a large request is read.
+            request, ids, media = await asyncio.to_thread(self._read, body)
+            most = self._choose_length(request, len(ids), media)
+            given = [await self._read_item(medium) for medium in media]
+            # As in training: spans in the order of the modalities.
+            given.sort(key=lambda files: get_modality(files.modality).order)
+            values = await self.media.read(given)
+        except OneLLMError as error:
+            raise RequestError.from_error(error) from None
+        prompt = Prompt(
+            ids=ids,
+            media=[
+                Medium(files.modality, value, hash_files(files))
+                for files, value in zip(given, values, strict=True)
+            ],
+            max_new_tokens=most,
+            temperature=_choose(request.temperature, self.settings.temperature),
+            top_p=_choose(request.top_p, 1.0),
+            seed=secrets.randbits(63) if request.seed is None else request.seed,
+        )
+        return RunningChat(self, request, prompt)
+
+    def _read(self, body: bytes) -> tuple[ChatRequest, list[int], list[HeldMedium]]:
+        """The request, its text's ids, and its media."""
+        request = parse_request(read_json(body))
+        if request.model != self.settings.name:
+            raise RequestError(
+                f"there is no model {request.model!r}; this server has {self.settings.name!r}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        conversation = read_conversation(request.messages)
+        self._check_media(conversation)
+        context = get_context(self.model.config.text_config, self.model.llm_support)
+        most = _MOST_CHARACTERS if context is None else context * _CHARACTERS_OF_TOKEN
+        if sum(len(turn.text) for turn in conversation.turns) > most:
+            raise RequestError(f"the messages have more than {most} characters")
+        return request, self.text.encode(conversation.turns), conversation.media
+
+    def _check_media(self, conversation: Conversation) -> None:
+        """Refuse media that the model does not read, or whose files would not be the client's."""
+        if len(conversation.media) > self.settings.media:
+            raise RequestError(
+                f"{len(conversation.media)} media; this server takes {self.settings.media} in a "
+                "request"
+            )
+        known = self.model.config.modalities
+        for modality, item in conversation.media:
+            if modality not in known:
+                raise RequestError(
+                    f"the model does not read {modality}; it reads {', '.join(known)}"
+                )
+            if isinstance(item, str) and read_bytes(modality, item) is None:
+                check_url(item, self.settings.url_hosts)
+
+    async def _read_item(self, medium: HeldMedium) -> GivenFiles:
+        modality, item = medium
+        if isinstance(item, str):
+            data = read_bytes(modality, item)
+            if data is None:
+                most = self.settings.request_mb << 20
+                data = await asyncio.to_thread(fetch, item, self.settings.url_hosts, most)
+            item = data
+        try:
+            return to_files(modality, item)
+        except TypeError as error:
+            raise RequestError(f"{error}; send its file in base64") from None
+
+    def _choose_length(self, request: ChatRequest, tokens: int, media: list[HeldMedium]) -> int:
+        """The most new tokens.
+
+        Raises:
+            RequestError: more are asked for than the server allows.
+            UsageError: there is no room for them.
+        """
+        allowed = self.settings.max_new_tokens
+        asked = request.most_tokens
+        if asked is not None and asked > allowed:
+            raise RequestError(
+                f"max_tokens is {asked}; this server allows {allowed}", param="max_tokens"
+            )
+        positions = tokens + SPAN_TOKENS * len(media)
+        context = get_context(self.model.config.text_config, self.model.llm_support)
+        if asked is None and context is not None:
+            asked = max(1, min(allowed, context - positions))
+        most = allowed if asked is None else asked
+        check_new_tokens(type(self.model.llm).__name__, context, positions, most)
+        return most
+
+
+def _choose(asked: float | None, default: float) -> float:
+    return default if asked is None else asked
+
+
+class RunningChat:
+    """A request that waits or is being answered.
+
+    Args:
+        service: what answers it.
+        request: what was asked.
+        prompt: what the model continues.
+    """
+
+    def __init__(self, service: ChatService, request: ChatRequest, prompt: Prompt) -> None:
+        self.request = request
+        self.prompt = prompt
+        self._service = service
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._job = Job(
+            prompt,
+            (*service.text.stops, *request.stops),
+            (request.top_logprobs or 0) if request.logprobs else None,
+            make_deadline(service.settings.request_seconds),
+            lambda event: _send(loop, self._events, event),
+        )
+
+    def start(self) -> None:
+        """Let the request wait for its turn.
+
+        Raises:
+            RequestError: too many wait already.
+        """
+        try:
+            self._service.queue.put(self._job)
+        except QueueFullError:
+            raise make_busy_error("too many requests wait") from None
+
+    def cancel(self) -> None:
+        """Give the request up: its client has left."""
+        self._job.cancel()
+        self._service.queue.discard(self._job)
+        self._events.put_nowait(RequestError("the client left", status=499))
+
+    async def read(self) -> AsyncIterator[Piece | Ending]:
+        """Yield the answer as it comes; the last item is its ending.
+
+        Raises:
+            RequestError: it could not be answered.
+        """
+        while True:
+            left = self._job.deadline - time.monotonic()
+            try:
+                event = await asyncio.wait_for(self._events.get(), max(left, 0) + _GRACE)
+            except asyncio.TimeoutError:
+                self.cancel()
+                raise make_late_error() from None
+            if isinstance(event, Exception):
+                raise event
+            yield event
+            if isinstance(event, Ending):
+                return
+
+
+def _send(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
+    """Hand an event to the loop (from the engine's thread)."""
+    try:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+    except RuntimeError:  # the loop has ended, and its clients with it
+        return

@@ -1,0 +1,85 @@
+"""Fetching media from hosts that the server was told to trust, and from no others."""
+
+from __future__ import annotations
+
+import http.client
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from onellm_dist.serving.server.errors import RequestError
+
+SECONDS = 20.0
+"""Longest wait for a host."""
+_CHUNK = 1 << 16
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect could lead to a host that is not trusted."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def check_url(url: str, hosts: Sequence[str]) -> None:
+    """Refuse a URL that is not of a trusted host.
+
+    Args:
+        url: the URL.
+        hosts: names of trusted hosts, with a port where it is not the usual one.
+
+    Raises:
+        RequestError: it may not be fetched.
+    """
+    try:
+        parts = urlsplit(url)
+        usual = {"http": 80, "https": 443}.get(parts.scheme)
+        port = parts.port or usual
+    except ValueError:
+        raise RequestError("a URL of the request is not valid") from None
+    name = (parts.hostname or "").lower()
+    place = name if port == usual else f"{name}:{port}"
+    if usual is None or parts.username or parts.password or place not in hosts or not name:
+        raise RequestError(
+            "this server does not fetch this URL; send the file as a data: URL "
+            "(data:TYPE;base64,DATA)",
+            code="url_not_allowed",
+        )
+
+
+def fetch(url: str, hosts: Sequence[str], most: int) -> bytes:
+    """Fetch a file from a trusted host.
+
+    Args:
+        url: its URL.
+        hosts: as of `check_url`.
+        most: bytes of the largest file.
+
+    Raises:
+        RequestError: it may not be fetched, cannot be, or is too large.
+    """
+    check_url(url, hosts)
+    # No proxies and no other protocols: what is opened is what was checked.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _NoRedirects(),
+    ):
+        opener.add_handler(handler)
+    data = bytearray()
+    try:
+        with opener.open(url, timeout=SECONDS) as response:
+            while chunk := response.read(_CHUNK):
+                data += chunk
+                if len(data) > most:
+                    raise RequestError(f"a file of the request is larger than {most >> 20} MiB")
+    except urllib.error.HTTPError as error:
+        raise RequestError(f"a file of the request cannot be fetched: HTTP {error.code}") from None
+    except (OSError, ValueError, http.client.HTTPException):
+        raise RequestError("a file of the request cannot be fetched") from None
+    return bytes(data)

@@ -1,0 +1,169 @@
+"""Requests that wait for their answers, and the queue in which they wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from onellm_dist.model.batched_generation import Prompt
+
+LINGER = 0.005
+"""Seconds that a first request waits for others to be answered with it."""
+
+
+class QueueFullError(Exception):
+    """More requests wait than the server allows."""
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """A token of an answer, and how likely it and others were.
+
+    Attributes:
+        token: its id.
+        logprob: natural logarithm of its probability.
+        top: (id, logprob) of the likeliest tokens.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token added to an answer.
+
+    Attributes:
+        text: text that can be shown now.
+        records: tokens since the last piece, where their probabilities were asked for.
+    """
+
+    text: str
+    records: tuple[TokenRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an answer ended.
+
+    Attributes:
+        reason: `stop` or `length`.
+        tokens: number of new tokens.
+    """
+
+    reason: str
+    tokens: int
+
+
+Event = Piece | Ending | Exception
+
+
+@dataclass
+class Job:
+    """A request that is answered.
+
+    Attributes:
+        prompt: what the model continues.
+        stops: strings that end the answer.
+        top_logprobs: how many likeliest tokens are recorded with each; None: none, nor its own.
+        deadline: `time.monotonic()` at which it is given up.
+        send: called in the engine's thread with each event; the last is an Ending or an exception.
+    """
+
+    prompt: Prompt
+    stops: tuple[str, ...]
+    top_logprobs: int | None
+    deadline: float
+    send: Callable[[Event], None]
+    started: bool = False
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Give the request up; its place is free with the next token."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self._cancelled.is_set()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() > self.deadline
+
+
+class JobQueue:
+    """Requests in the order in which they came.
+
+    Args:
+        limit: most requests that wait.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._waiting: list[Job] = []
+        self._change = threading.Condition()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, job: Job) -> None:
+        """Add a request.
+
+        Raises:
+            QueueFullError: as many wait as may, or the server ends.
+        """
+        with self._change:
+            if self._closed or len(self._waiting) >= self._limit:
+                raise QueueFullError
+            self._waiting.append(job)
+            self._change.notify()
+
+    def discard(self, job: Job) -> None:
+        """Remove a request that waits; nothing happens if it does not."""
+        with self._change:
+            if any(waiting is job for waiting in self._waiting):
+                self._waiting = [waiting for waiting in self._waiting if waiting is not job]
+
+    def take(self, most: int) -> list[Job]:
+        """Wait for requests, and take those that are answered together.
+
+        The first one has waited longest; the others are those nearest to its length, so that rows
+        of a batch are alike.
+
+        Args:
+            most: most requests.
+
+        Returns:
+            The requests; empty: the queue is closed and nobody waits.
+        """
+        with self._change:
+            self._change.wait_for(lambda: self._waiting or self._closed)
+            if len(self._waiting) < most and not self._closed:
+                self._change.wait_for(
+                    lambda: len(self._waiting) >= most or self._closed, timeout=LINGER
+                )
+            if not self._waiting:
+                return []
+            first, *others = self._waiting
+            others.sort(key=lambda job: abs(_count(job) - _count(first)))
+            taken = [first, *others[: most - 1]]
+            chosen = {id(job) for job in taken}
+            self._waiting = [job for job in self._waiting if id(job) not in chosen]
+            return taken
+
+    def close(self) -> None:
+        """Take no more requests; those that wait are still answered."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+
+
+def _count(job: Job) -> int:
+    """Positions of a prompt and its longest answer."""
+    return job.prompt.positions + job.prompt.max_new_tokens

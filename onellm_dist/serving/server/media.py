@@ -1,0 +1,146 @@
+"""Media of requests as model inputs, decoded in processes of their own within limits.
+
+Each medium is decoded in a sandbox (`serving/media.py`): one that takes too much time or memory, or
+that makes its decoder crash, is refused, and harms nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+import torch
+
+from onellm_dist.common.errors import MachineError, OneLLMError
+from onellm_dist.common.workers.samples import SampleLimits
+from onellm_dist.modalities import all_modalities
+from onellm_dist.serving.media import GivenFiles, read_given_files
+
+
+class MediaReader:
+    """Decodes media in worker processes.
+
+    Args:
+        workers: number of processes.
+        limits: what one medium may take.
+    """
+
+    def __init__(self, workers: int, limits: SampleLimits) -> None:
+        self._workers = workers
+        self._limits = limits
+        self._pool = self._open()
+
+    def warm_up(self) -> None:
+        """Start the processes, and let them import what decodes.
+
+        Raises:
+            BrokenProcessPool: they cannot be started.
+        """
+        for future in [self._pool.submit(_prepare) for _ in range(self._workers)]:
+            future.result()
+
+    async def read(self, media: Sequence[GivenFiles]) -> list[torch.Tensor]:
+        """Decode the media of a request.
+
+        Args:
+            media: their files.
+
+        Returns:
+            [*value_shape] of each.
+
+        Raises:
+            SampleError: one of them cannot be decoded within its limits.
+            MachineError: the processes end without a word.
+        """
+        if not media:
+            return []
+        for _ in range(2):
+            pool = self._pool
+            try:
+                found = await asyncio.wrap_future(pool.submit(_read, list(media), self._limits))
+            except BrokenProcessPool:
+                if self._pool is pool:  # another request may have replaced it already
+                    self._pool = self._open()
+                continue
+            if isinstance(found, OneLLMError):
+                raise found
+            return [torch.from_numpy(array) for array in found]
+        raise MachineError(
+            "the processes that decode media were ended",
+            "the machine has no memory left for them, or someone ended them.",
+            "try again.",
+        )
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _open(self) -> ProcessPoolExecutor:
+        # Not forked: this process has threads, and a model.
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_settle)
+
+
+def _settle() -> None:
+    """Outlive the signals that end the server, but not the server (in a worker)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _prepare() -> None:
+    """Import all modalities (in a worker)."""
+    torch.set_num_threads(1)
+    all_modalities()
+
+
+def _read(media: list[GivenFiles], limits: SampleLimits) -> list[np.ndarray] | OneLLMError:
+    """Decode media (in a worker); arrays, since tensors would go through shared memory."""
+    _prepare()
+    try:
+        return [value.numpy() for value in read_given_files(media, limits)]
+    except OneLLMError as error:
+        return error
+
+
+def to_files(modality: str, item: Any) -> GivenFiles:
+    """The files of a medium.
+
+    Args:
+        modality: its modality.
+        item: the bytes of its first part, or part -> bytes.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(item, bytes):
+        role = next(iter(all_modalities()[modality].required_parts))
+        return GivenFiles(modality, {role: item})
+    if isinstance(item, Mapping) and all(isinstance(data, bytes) for data in item.values()):
+        return GivenFiles(modality, dict(item))
+    raise TypeError(f"a medium of {modality} is a {type(item).__name__}")
+
+
+def hash_files(given: GivenFiles) -> str:
+    """SHA-256 of the files of a medium: what its encoded tokens are kept by."""
+    digest = hashlib.sha256()
+    for role, data in sorted(given.files.items()):
+        digest.update(f"{role} {len(data)} ".encode())
+        digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,134 @@
+"""Starting the server, and ending it without losing a request."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.common.logging import get_logger
+from onellm_dist.common.workers.samples import SampleLimits
+from onellm_dist.serving.generate import choose_dtype
+from onellm_dist.serving.server.app import build_app
+from onellm_dist.serving.server.chat import ChatService
+from onellm_dist.serving.server.engine import Engine
+from onellm_dist.serving.server.jobs import JobQueue
+from onellm_dist.serving.server.media import MediaReader
+from onellm_dist.serving.server.metrics import ServerMetrics
+from onellm_dist.serving.server.prompts import PromptFormat
+from onellm_dist.serving.server.settings import ServerSettings
+
+_log = get_logger(__name__)
+KEEP_ALIVE_SECONDS = 15
+
+
+def serve(model: Path, settings: ServerSettings) -> None:
+    """Serve a model until SIGTERM or Ctrl-C; requests that were accepted are answered first.
+
+    Args:
+        model: a onellm directory.
+        settings: the server's.
+
+    Raises:
+        UsageError: the model or the address cannot be used.
+    """
+    import torch
+
+    from onellm_dist.model.presets import load_model
+
+    dtype = choose_dtype(model)
+    listening = listen(settings.host, settings.port)
+    network: Any
+    network, processor = load_model(path=model, preset=None, seed=0, **dtype)
+    network.eval()
+    if torch.cuda.is_available():
+        network.to("cuda")
+    app = assemble(network, processor.tokenizer, settings)
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    run(app, settings, listening, f"serving {model} on http://{shown}:{port}/v1")
+
+
+def assemble(model: Any, tokenizer: Any, settings: ServerSettings) -> FastAPI:
+    """Put an application together, and start the processes that decode media.
+
+    Args:
+        model: a OneLLMForConditionalGeneration in evaluation mode.
+        tokenizer: its tokenizer.
+        settings: the server's.
+
+    Raises:
+        UsageError: the tokenizer does not fit the prompt format.
+    """
+    text = PromptFormat.choose(settings.prompt_format, tokenizer)
+    reader = MediaReader(settings.readers, SampleLimits(settings.media_seconds, settings.media_mb))
+    reader.warm_up()
+    queue, metrics = JobQueue(settings.queue), ServerMetrics()
+    engine = Engine(model, tokenizer, text.end_ids, queue, metrics, settings.batch)
+    return build_app(ChatService(model, text, reader, queue, settings), engine, metrics)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the address before the model is loaded: a taken port is said at once.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"--host {host} --port {port}: {error.strerror or error}",
+            "the server cannot listen there.",
+            "choose another port; 0 takes a free one.",
+        ) from None
+    return listening
+
+
+def make_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    """The configuration of uvicorn, with the limits of the server.
+
+    Args:
+        app: the application.
+        settings: the server's.
+    """
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http="h11",
+        ws="none",
+        limit_concurrency=settings.connections,
+        backlog=2048,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )
+
+
+def run(app: FastAPI, settings: ServerSettings, listening: socket.socket, message: str) -> None:
+    """Run an application until a signal; then finish what was accepted.
+
+    Args:
+        app: the application.
+        settings: the server's.
+        listening: the socket.
+        message: printed once requests are taken.
+    """
+
+    class Announcing(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(message, flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises the signal again once it has ended; a proper end is no failure.
+        signal.signal(number, lambda *_: None)
+    Announcing(make_config(app, settings)).run(sockets=[listening])
