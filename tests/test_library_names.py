@@ -36,6 +36,9 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "torch.utils.tensorboard": ("train/",),
     "rich": ("common/", "diagnostics/", "cli/"),
     "typer": ("cli/",),
+    "fastapi": ("serving/server/",),
+    "uvicorn": ("serving/server/",),
+    "prometheus_client": ("serving/server/",),
 }
 """Library -> where it may be imported; elsewhere it is reached through what is there."""
 ENGINE_NAMES = re.compile(r"deepspeed|\bds_|_ds_|fsdp|fully_shard|\bZeRO\b", re.IGNORECASE)

@@ -19,6 +19,7 @@ COMMANDS = [
     "plan",
     "rehearse",
     "generate",
+    "serve",
     "shards build",
     "shards index",
     "shards verify",

@@ -54,14 +54,11 @@ class AnswerText:
 
     def _count_held(self) -> int:
         """Characters at the end that are not shown yet."""
-        text = self._decoded
-        held = len(text) - len(text.rstrip().rstrip(_UNFINISHED).rstrip())
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(text)), held, -1):
-                if text.endswith(stop[:length]):
-                    held = length
-                    break
-        return held
+        known = self._decoded.rstrip(_UNFINISHED)
+        prefixes = [stop[:length] for stop in self._stops for length in range(1, len(stop))]
+        beginning = max((p for p in prefixes if known.endswith(p)), key=len, default="")
+        shown = known[: len(known) - len(beginning)].rstrip()
+        return len(self._decoded) - len(shown)
 
     def _show(self, end: int) -> str:
         start = max(self._shown, len(self._decoded) - len(self._decoded.lstrip()))

@@ -48,26 +48,30 @@ def serve(model: Path, settings: ServerSettings) -> None:
     network.eval()
     if torch.cuda.is_available():
         network.to("cuda")
-    app = assemble(network, processor.tokenizer, settings)
+    app = assemble(network, processor.tokenizer, settings, warm_up=True)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     run(app, settings, listening, f"serving {model} on http://{shown}:{port}/v1")
 
 
-def assemble(model: Any, tokenizer: Any, settings: ServerSettings) -> FastAPI:
-    """Put an application together, and start the processes that decode media.
+def assemble(
+    model: Any, tokenizer: Any, settings: ServerSettings, *, warm_up: bool = False
+) -> FastAPI:
+    """Put an application together.
 
     Args:
         model: a OneLLMForConditionalGeneration in evaluation mode.
         tokenizer: its tokenizer.
         settings: the server's.
+        warm_up: whether to start the processes that decode media now, not with the first medium.
 
     Raises:
         UsageError: the tokenizer does not fit the prompt format.
     """
     text = PromptFormat.choose(settings.prompt_format, tokenizer)
     reader = MediaReader(settings.readers, SampleLimits(settings.media_seconds, settings.media_mb))
-    reader.warm_up()
+    if warm_up:
+        reader.warm_up()
     queue, metrics = JobQueue(settings.queue), ServerMetrics()
     engine = Engine(model, tokenizer, text.end_ids, queue, metrics, settings.batch)
     return build_app(ChatService(model, text, reader, queue, settings), engine, metrics)
