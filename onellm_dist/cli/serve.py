@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A onellm directory.")],
     host: Annotated[str, typer.Option(help="Address; others than 127.0.0.1 need a key.")] = (
         "127.0.0.1"
@@ -52,6 +54,13 @@ def serve(
 
     Example: onellm serve runs/tune/model --port 8000
     """
+    _start(model, api_key or (), url_host or (), context.params)
+
+
+def _start(
+    model: Path, api_keys: Sequence[str], url_hosts: Sequence[str], options: Mapping[str, Any]
+) -> None:
+    """Start the server with the options of the command line."""
     from onellm_dist.common.errors import UsageError
 
     try:
@@ -63,21 +72,11 @@ def serve(
             "the server needs it.",
             "pip install 'onellm-dist[serve]'",
         ) from None
+    rest = {k: v for k, v in options.items() if k not in ("model", "name", "api_key", "url_host")}
     settings = ServerSettings(
-        name=name or model.resolve().name,
-        host=host,
-        port=port,
-        api_keys=tuple(api_key or ()),
-        prompt_format=prompt_format,
-        batch=batch,
-        queue=queue,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        request_mb=request_mb,
-        media=media,
-        readers=readers,
-        request_seconds=request_seconds,
-        requests_per_minute=requests_per_minute,
-        url_hosts=tuple(host.lower() for host in url_host or ()),
+        name=options["name"] or model.resolve().name,
+        api_keys=tuple(api_keys),
+        url_hosts=tuple(host.lower() for host in url_hosts),
+        **rest,
     )
     run_server(model, settings)

@@ -27,7 +27,7 @@ from onellm_dist.model import OneLLMProcessor
 from onellm_dist.model.batched_generation import Prompt
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.serving.server.answer_text import AnswerText
-from onellm_dist.serving.server.engine import Engine
+from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError
 from onellm_dist.serving.server.fetch import fetch
 from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece, QueueFullError
@@ -92,7 +92,7 @@ def test_the_queue_keeps_the_first_and_groups_by_length() -> None:
 def test_a_request_that_fails_its_batch_fails_alone() -> None:
     tokenizer = load_toy_tokenizer()
     queue = JobQueue(9)
-    engine = Engine(served.make_model(), tokenizer, [2], queue, ServerMetrics(), 9)
+    engine = AnswerEngine(served.make_model(), tokenizer, [2], queue, ServerMetrics(), 9)
     bad, bad_events = make_job(1, prompt=Prompt([1, 10**6]))
     gone, gone_events = make_job(3)
     gone.cancel()

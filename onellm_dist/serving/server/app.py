@@ -16,7 +16,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from onellm_dist.common.logging import get_logger
 from onellm_dist.serving.server.chat import ChatService, RunningChat
 from onellm_dist.serving.server.completions import CompletionWriter
-from onellm_dist.serving.server.engine import Engine
+from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError, make_internal_error, make_json
 from onellm_dist.serving.server.jobs import Ending, Piece
 from onellm_dist.serving.server.limits import RequestLimits
@@ -26,7 +26,7 @@ _log = get_logger(__name__)
 _STARTED = int(time.time())
 
 
-def build_app(service: ChatService, engine: Engine, metrics: ServerMetrics) -> FastAPI:
+def build_app(service: ChatService, engine: AnswerEngine, metrics: ServerMetrics) -> FastAPI:
     """Build the application.
 
     Args:
@@ -72,7 +72,7 @@ async def _answer_fault(_: Request, __: Exception) -> Response:
 class _Routes:
     """What the paths answer."""
 
-    def __init__(self, service: ChatService, engine: Engine, metrics: ServerMetrics) -> None:
+    def __init__(self, service: ChatService, engine: AnswerEngine, metrics: ServerMetrics) -> None:
         self._service = service
         self._engine = engine
         self._metrics = metrics

@@ -21,7 +21,7 @@ from onellm_dist.serving.server.metrics import ServerMetrics
 _log = get_logger(__name__)
 
 
-class Engine:
+class AnswerEngine:
     """Answers the requests of a queue, one batch after the other.
 
     Args:
@@ -108,7 +108,7 @@ class Engine:
                 job.send(make_internal_error())
 
     def _run(self, jobs: Sequence[Job]) -> None:
-        rows = [_Row(job, self._tokenizer, self._end_ids, self._metrics) for job in jobs]
+        rows = [_RunningAnswer(job, self._tokenizer, self._end_ids, self._metrics) for job in jobs]
         wants_logits = any(job.top_logprobs is not None for job in jobs)
         generate_batch(
             self._model,
@@ -122,7 +122,7 @@ class Engine:
         )
 
 
-class _Row:
+class _RunningAnswer:
     """A request while its tokens come."""
 
     def __init__(

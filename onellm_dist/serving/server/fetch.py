@@ -1,4 +1,4 @@
-"""Fetching media from hosts that the server was told to trust, and from no others."""
+"""Fetching media from the hosts that the server trusts, and from no others."""
 
 from __future__ import annotations
 

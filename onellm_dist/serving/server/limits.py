@@ -102,7 +102,7 @@ class RequestLimits:
         if not self._settings.api_keys:
             return ""
         kind, _, given = header.partition(b" ")
-        # All are compared, in constant time: how long it takes tells nothing.
+        # All are compared, in constant time: its duration gives nothing away.
         found = [
             key
             for key in self._settings.api_keys
@@ -128,7 +128,8 @@ class _Replay:
 
     async def __call__(self) -> Message:
         if self._body is not None:
-            body, self._body = self._body, None
+            body = self._body
+            self._body = None
             return {"type": "http.request", "body": body, "more_body": False}
         message = await self._receive()
         while message["type"] == "http.request":  # the end of a body that nobody reads

@@ -16,7 +16,7 @@ from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.serving.generate import choose_dtype
 from onellm_dist.serving.server.app import build_app
 from onellm_dist.serving.server.chat import ChatService
-from onellm_dist.serving.server.engine import Engine
+from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.jobs import JobQueue
 from onellm_dist.serving.server.media import MediaReader
 from onellm_dist.serving.server.metrics import ServerMetrics
@@ -73,7 +73,7 @@ def assemble(
     if warm_up:
         reader.warm_up()
     queue, metrics = JobQueue(settings.queue), ServerMetrics()
-    engine = Engine(model, tokenizer, text.end_ids, queue, metrics, settings.batch)
+    engine = AnswerEngine(model, tokenizer, text.end_ids, queue, metrics, settings.batch)
     return build_app(ChatService(model, text, reader, queue, settings), engine, metrics)
 
 

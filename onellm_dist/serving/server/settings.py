@@ -1,4 +1,4 @@
-"""What a server may be told, and its defaults."""
+"""The settings of a server, and their defaults."""
 
 from __future__ import annotations
 
