@@ -21,8 +21,8 @@ _DEQUANTISE = (
 )
 _SAFETENSORS = "download the safetensors of the same model."
 
-MOST_MODULES = 4096
-"""Layers and heads of the largest models are some hundreds."""
+MOST_MODULES = 1024
+"""Layers and heads of the largest models are some hundreds; to build a thousand takes seconds."""
 MOST_EXPERTS = 1 << 17
 """Doge has 16,384 experts of one vector each."""
 LARGEST_SIZE = 1 << 40

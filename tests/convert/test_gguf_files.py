@@ -158,3 +158,17 @@ def test_all_parts_of_a_split_file_are_read(tmp_path: Path) -> None:
     (tmp_path / "m-00002-of-00002.gguf").unlink()
     with pytest.raises(UsageError, match=r"1 are missing: m-00002-of-00002\.gguf"):
         open_checkpoint(tmp_path / "m-00001-of-00002.gguf")
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 1026])
+def test_blocks_without_tensors_are_refused_before_a_model_of_so_many_is_built(
+    blocks: int, tmp_path: Path
+) -> None:
+    def state(writer: Any) -> None:
+        (values,) = writer.kv_data
+        values["llama.block_count"].value = blocks
+
+    path = write(tmp_path / "m.gguf", tensors_of(llama()), state)
+    with pytest.raises(UsageError, match=f"block_count is {blocks}, 2 have tensors"):
+        convert("gguf", path, tmp_path / "hf", quiet=True)
+    assert not (tmp_path / "hf").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ DEFAULT_TARGET = "hf"
 
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "starcoder2", "stablelm")
 """Architectures whose tensors differ from transformers' by names and rotary order alone."""
+_LAYER = re.compile(r"blk\.(\d{1,9})\.")
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -56,6 +57,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     parts = _find_parts(path)
     keys = GGUFKeys(parts[0], read_gguf_header(parts[0]).values)
     entries = _read_tensors(parts)
+    _check_layers(keys, entries)
     config = _build_config(keys, parts[0], set(entries))
     factors = entries.pop("rope_freqs.weight", None)
     if others := sorted(name for name in entries if name.startswith("rope_factors")):
@@ -121,6 +123,14 @@ def _read_tensors(parts: Sequence[Path]) -> dict[str, Any]:
             raise _make_reader_error(part, f"{repeated[0]} is in another part too")
         entries |= found
     return entries
+
+
+def _check_layers(keys: GGUFKeys, names: Iterable[str]) -> None:
+    """Hold the number of layers against the tensors, before a model of so many is built."""
+    stated = keys.values["block_count"]
+    found = {int(match[1]) for match in map(_LAYER.match, names) if match}
+    if found != set(range(len(found))) or stated != len(found):
+        raise keys.refuse(f"{keys.architecture}.block_count is {stated}, {len(found)} have tensors")
 
 
 def _make_reader_error(path: Path, error: object) -> UsageError:
