@@ -23,6 +23,10 @@ def _check_decay_rates(rates: tuple[float, ...]) -> tuple[float, ...]:
     return rates
 
 
+MOST_STEPS = 1 << 40
+MOST_SAMPLES = 1 << 20
+"""No run has more steps, or more samples in one: records of a run that say so are damaged."""
+
 DecayRates = Annotated[tuple[float, float], AfterValidator(_check_decay_rates)]
 """Decay rates of the averages of the gradient and of its square."""
 
@@ -105,7 +109,7 @@ class DataSection(Section):
     resolved. Default: the current directory."""
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
     """The datasets and their weights."""
-    global_batch: PositiveInt
+    global_batch: int = Field(gt=0, le=MOST_SAMPLES)
     """Samples per optimizer step, over all ranks."""
     follow_links: bool = False
     """Whether the tars and indexes of a dataset may be links that lead out of its folder. Default:

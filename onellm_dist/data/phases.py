@@ -18,12 +18,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.config.schema import MOST_SAMPLES, MOST_STEPS
 from onellm_dist.data.mixture import EXACT_PERIOD, Mixture
 
-MOST_STEPS = 1 << 40
-MOST_SAMPLES = 1 << 22
 MOST_COUNT = 1 << 53
-"""No run has more steps, more samples in one, or a longer period of its mixture."""
+"""No mixture has a longer period."""
 
 
 @dataclass(frozen=True)

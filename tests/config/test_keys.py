@@ -32,7 +32,7 @@ def test_every_section_has_a_description() -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "default"),
     [
-        ("data.global_batch", "integer > 0", REQUIRED),
+        ("data.global_batch", "integer > 0 and <= 1048576", REQUIRED),
         ("data.cache_dir", "path or null", "null"),
         ("data.root", "path or URL", "."),
         ("data.mixture[].weight", "number > 0", "1.0"),

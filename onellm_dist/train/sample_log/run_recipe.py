@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.data.phases import MOST_STEPS
+from onellm_dist.config.schema import MOST_STEPS
 
 
 class RunRecipe(NamedTuple):
