@@ -29,7 +29,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "fsspec": ("shards/storage/",),
     "av": ("modalities/io/", "shards/", "testing/integration/"),
     "soundfile": ("modalities/", "shards/sources/", "testing/integration/"),
-    "scipy": ("modalities/",),
+    "scipy": ("modalities/", "shards/sources/readers/"),
     "open_clip": ("convert/",),
     "gguf": ("convert/",),
     "accelerate": ("model/", "train/callbacks/"),
@@ -54,7 +54,7 @@ NAMES_AN_ENGINE: dict[str, str] = {
     "testing/": "whole runs that are started by the launcher, with its environment",
 }
 """Files and folders that name an engine all the same -> why."""
-MODALITY_ROOMS = ("modalities/", "convert/", "shards/sources/", "testing/")
+MODALITY_ROOMS = ("modalities/", "convert/", "shards/sources/", "testing/", "evaluation/tasks/")
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from onellm_dist.cli import cluster, convert, plan, runs, shards
+from onellm_dist.cli import cluster, convert, evaluate, plan, runs, shards
 from onellm_dist.cli.generate import add_modality_options, generate
 from onellm_dist.cli.serve import serve
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError
@@ -20,7 +20,7 @@ from onellm_dist.common.logging import configure_logging
 
 app = typer.Typer(name="onellm", no_args_is_help=True, pretty_exceptions_enable=False)
 
-for _commands in (runs, cluster, plan):
+for _commands in (runs, cluster, plan, evaluate):
     app.add_typer(_commands.app)
 app.add_typer(shards.app, name="shards")
 app.add_typer(convert.app, name="convert")

@@ -1,10 +1,10 @@
 """Captions of a dataset's test splits, in batches: shards and a model in, JSON lines out.
 
     python -m onellm_dist.evaluation.captioning MODEL OUT.jsonl DATASET...
-        [--task toy-captions] [--splits test_seen,test_held_out] [--limit 120]
+        [--splits test_seen,test_held_out] [--limit 120]
 
-The task says which splits are asked, with which question, and how long an answer may be. Decoding
-is greedy and ends at EOS or at the reference's stop string. The output has one line per sample.
+The default splits are those of the toy world. Decoding is greedy and ends at EOS or at the
+reference's stop string. The output has one line per sample.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from onellm_dist.data.text import (
 )
 from onellm_dist.data.text_parts import read_caption, read_meta, read_turns
 from onellm_dist.evaluation.report import Caption
-from onellm_dist.evaluation.tasks import get_task
+from onellm_dist.evaluation.toy_captions import SPLITS
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
 from onellm_dist.shards.format.parts import read_parts
@@ -261,8 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("datasets", type=Path, nargs="+")
-    parser.add_argument("--task", default="toy-captions", help="what is asked (toy-captions)")
-    parser.add_argument("--splits", default=None, help="default: those of the task")
+    parser.add_argument("--splits", default=",".join(SPLITS), help="separated by commas")
     parser.add_argument("--limit", type=int, default=None, help="maximum samples per split")
     parser.add_argument(
         "--no-question",
@@ -275,15 +274,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="also read tars that are links out of their dataset's folder",
     )
     given = parser.parse_args(arguments)
-    task = get_task(given.task)
     caption_datasets(
         given.model,
         given.datasets,
         given.out,
-        splits=given.splits.split(",") if given.splits else task.splits,
+        splits=given.splits.split(","),
         limit=given.limit,
-        ask=task.ask and not given.no_question,
-        new_tokens=task.new_tokens,
+        ask=not given.no_question,
         follow_links=given.follow_links,
     )
     return 0

@@ -132,20 +132,20 @@ def test_rows_end_by_themselves_and_the_others_go_on(
 ) -> None:
     ends = {alone[0][0], alone[5][3]}
     shorter = [replace(p, max_new_tokens=1 + i % NEW) for i, p in enumerate(prompts)]
-    told: dict[int, list[int]] = {}
+    heard: dict[int, list[int]] = {}
     found = generate_batch(
         model,
         shorter,
         end_ids=sorted(ends),
         stop=lambda place, tokens: place == 7 and len(tokens) == 2,
-        on_token=lambda place, token: told.setdefault(place, []).append(token),
+        on_token=lambda place, token: heard.setdefault(place, []).append(token),
     )
     for i, (got, expected) in enumerate(zip(found, alone, strict=True)):
         cut = next((j + 1 for j, t in enumerate(expected) if t in ends), NEW + 1)
         most = 2 if i == 7 else 1 + i % NEW
         assert got.tokens == expected[: min(cut, most)]
         assert got.ended == ("eos" if cut <= most else "stop string" if i == 7 else "length")
-    assert {place: tuple(tokens) for place, tokens in told.items()} == {
+    assert {place: tuple(tokens) for place, tokens in heard.items()} == {
         i: c.tokens for i, c in enumerate(found)
     }
     assert {"eos", "stop string", "length"} == {c.ended for c in found}

@@ -261,7 +261,7 @@ def _read_texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]
         if captions and all(isinstance(one, str) for one in captions):
             for one in captions:
                 encode_caption(one, ".json: ")
-        elif find_conversation(meta) is None:
+        elif find_conversation(meta) is None and not meta.get("questions"):  # of a benchmark
             raise BadSampleError("no caption: neither a caption nor a conversation belongs to it")
     return parts, meta
 

@@ -15,7 +15,7 @@ from onellm_dist.common.logging import get_logger
 from onellm_dist.common.progress import format_seconds
 from onellm_dist.evaluation.captioning import read_captions
 from onellm_dist.evaluation.report import ModalityResult, format_table, to_json_rows
-from onellm_dist.evaluation.tasks import get_task
+from onellm_dist.evaluation.toy_captions import score_toy_captions
 from onellm_dist.launch.local import exit_by_signal, handle_termination
 from onellm_dist.testing.demo.journal import Journal, open_journal
 from onellm_dist.testing.demo.layout import RUNS, Demo, count_ranks, describe_device
@@ -69,7 +69,7 @@ def run_demo(out: Path, full: bool = False) -> int:
         if table.start_stage():
             stage(demo, table, journal)
             table.finish_stage()
-    results = get_task("toy-captions").score(read_captions(demo.captions))
+    results = score_toy_captions(read_captions(demo.captions))
     if table.start_stage():
         _write_results(demo, results, table)
         table.finish_stage()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onellm_dist.evaluation.report import Caption, ModalityResult, summarize_captions
-from onellm_dist.evaluation.tasks.base import Task
 from onellm_dist.shards.sources.toyworld import world
+
+SPLITS = ("test_seen", "test_held_out")
+"""The splits that are captioned."""
 
 
 def score_toy_captions(captions: Sequence[Caption]) -> list[ModalityResult]:
@@ -23,11 +25,3 @@ def get_every_caption() -> dict[str, list[str]]:
         ]
         for name in world.MODALITIES
     }
-
-
-TASK = Task(
-    name="toy-captions",
-    summary="Exact captions of toy scenes, seen and held-out combinations.",
-    splits=("test_seen", "test_held_out"),
-    score=score_toy_captions,
-)

@@ -1,0 +1,146 @@
+"""`onellm evaluate` and `onellm score`: benchmarks answered, and the answers scored."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+def _list_tasks(wanted: bool) -> None:
+    if not wanted:
+        return
+    from onellm_dist.evaluation.tasks import all_tasks
+
+    for task in all_tasks().values():
+        typer.echo(f"{task.name:18}{task.summary}")
+    raise typer.Exit
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A onellm directory.")],
+    tasks: Annotated[list[str], typer.Argument(help="Benchmarks; see --list.")],
+    out: Annotated[Path, typer.Option(help="Folder of the answers; an existing one is resumed.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder of the datasets: shards/gqa-eval and so on.")
+    ] = Path("shards"),
+    split: Annotated[
+        str | None, typer.Option(help="The split.", show_default="the task's own")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt by name: paper, training, lmms-eval.")
+    ] = None,
+    prompt_format: Annotated[
+        str, typer.Option("--format", help="conversation, chat or raw.")
+    ] = "conversation",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions.")] = None,
+    any_count: Annotated[
+        bool, typer.Option("--any-count", help="Accept a dataset that lacks questions.")
+    ] = False,
+    as_reference: Annotated[
+        bool,
+        typer.Option("--as-reference", help="Temperature 0.1, top-p 0.75, 128 tokens, as OneLLM."),
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 16,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Start this many processes on this machine.")
+    ] = None,
+    _list: Annotated[
+        bool, typer.Option("--list", is_eager=True, callback=_list_tasks, help="List benchmarks.")
+    ] = False,
+) -> None:
+    """Answer benchmarks; the same command again answers what is missing, on any number of ranks.
+
+    Example: onellm evaluate runs/tune/model gqa vqav2 --data shards --out evaluation
+    """
+    from onellm_dist.evaluation.tasks import get_task
+    from onellm_dist.launch.ranks import discover_ranks
+
+    for name in tasks:
+        get_task(name)
+    found = discover_ranks()
+    if ranks is not None and ranks > 1 and found is None:
+        _start_ranks(ranks, out)
+        return
+    from onellm_dist.evaluation.evaluate import EvaluationOptions, evaluate_folder
+
+    options = EvaluationOptions(
+        split=split,
+        prompt=prompt,
+        format=prompt_format,
+        limit=limit,
+        any_count=any_count,
+        as_reference=as_reference,
+        batch=batch,
+    )
+    typer.echo(evaluate_folder(model, tasks, data, out, options, found))
+
+
+def _start_ranks(ranks: int, out: Path) -> None:
+    """Run this command once more in each of several processes."""
+    from onellm_dist.common.errors import EXIT_DONE
+    from onellm_dist.launch.local import launch_local
+
+    command = [sys.executable, "-m", "onellm_dist.cli", *sys.argv[1:]]
+    code = launch_local(command, ranks, out / "logs")
+    if code != EXIT_DONE:
+        raise typer.Exit(code)
+
+
+@app.command()
+def score(
+    out: Annotated[
+        list[Path], typer.Argument(help="The --out of `onellm evaluate`; two with --compare.")
+    ],
+    task: Annotated[
+        list[str] | None, typer.Option(help="This task alone; may be repeated.")
+    ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Score what is there, although answers are missing.")
+    ] = False,
+    without: Annotated[
+        Path | None,
+        typer.Option(help="A list of question ids, one a line, that are left out."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare two evaluations by the paired bootstrap.")
+    ] = False,
+) -> None:
+    """Score answers; needs no model and no GPU.
+
+    Example: onellm score evaluation
+    """
+    from onellm_dist.common.errors import UsageError
+    from onellm_dist.evaluation.compare import compare_scores
+    from onellm_dist.evaluation.score import read_ids, score_folder, write_scores
+    from onellm_dist.evaluation.score_page import (
+        format_differences,
+        format_scores,
+        write_score_page,
+    )
+
+    if len(out) != (2 if compare else 1):
+        raise UsageError(
+            f"{len(out)} folders{' to compare' if compare else ''}",
+            "one evaluation is scored, two are compared.",
+            "see onellm score --help.",
+        )
+    left_out = read_ids(without) if without is not None else frozenset[str]()
+    scores = [
+        score_folder(folder, partial=partial, without=left_out, tasks=task or ()) for folder in out
+    ]
+    if compare:
+        typer.echo(format_differences(compare_scores(*scores)))
+        return
+    typer.echo(format_scores(scores[0]))
+    if left_out:
+        typer.echo("\nwithout the questions that were left out; all of them:\n")
+        typer.echo(format_scores(score_folder(out[0], partial=partial, tasks=task or ())))
+        return
+    for path in (*write_scores(out[0], scores[0]), write_score_page(out[0], scores[0])):
+        typer.echo(str(path))

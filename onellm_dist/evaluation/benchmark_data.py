@@ -1,0 +1,182 @@
+"""The questions of a benchmark's dataset, and what they are about."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.workers.sandbox import decoding
+from onellm_dist.data.text_parts import read_meta
+from onellm_dist.evaluation.questions import BenchmarkQuestion
+from onellm_dist.evaluation.tasks.base import Task
+from onellm_dist.modalities import get_modality
+from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
+from onellm_dist.shards.format.dataset import Dataset, ShardInfo
+from onellm_dist.shards.format.parts import read_parts
+from onellm_dist.shards.tools.safe_decoding import map_rows
+
+EXAMPLE_SIDE = 224
+"""Pixels of the longer side of a drawn example."""
+
+
+@dataclass(frozen=True)
+class AskedMedium:
+    """One sample: a medium (or a picture and its map, a video and its sound) and its questions."""
+
+    shard: ShardInfo
+    row: int
+    key: str
+    questions: Sequence[BenchmarkQuestion]
+
+
+@dataclass(frozen=True)
+class ReadMedium:
+    """A sample that was decoded."""
+
+    key: str
+    values: Mapping[str, torch.Tensor]
+    """Modality -> model input."""
+    content: Mapping[str, str]
+    """Modality -> what identifies its content."""
+    picture: bytes | None = None
+    """A PNG of it for people, if it was asked for."""
+
+
+def list_media(
+    dataset: Dataset, task: Task, split: str, limit: int | None, *, any_count: bool = False
+) -> list[AskedMedium]:
+    """List the samples of a split with their questions.
+
+    Args:
+        dataset: the benchmark's dataset.
+        task: the task.
+        split: its split.
+        limit: only the first N questions.
+        any_count: whether questions may be missing, because their media could not be read.
+
+    Raises:
+        UsageError: it is another benchmark's dataset, questions are missing, or an id is repeated.
+        SampleError: a sample has no questions.
+    """
+    attributes = dataset.manifest.attributes
+    if attributes.get("benchmark") != task.name:
+        raise UsageError(
+            f"{dataset.location} is not a dataset of the benchmark {task.name}",
+            f"it was built from {attributes.get('benchmark') or 'another source'}.",
+            f"build it: onellm shards build {task.name}-eval IN OUT.",
+        )
+    found: list[AskedMedium] = []
+    left = limit if limit is not None else None
+    seen: set[str] = set()
+    for shard in dataset.shards(split):
+        for row in range(shard.samples):
+            if left == 0:
+                return found
+            medium = _read_questions(dataset, shard, row)
+            if left is not None:
+                kept = medium.questions[:left]
+                medium = AskedMedium(shard, row, medium.key, kept)
+                left -= len(kept)
+            _check_new(dataset, seen, medium)
+            found.append(medium)
+    expected = attributes.get("questions", {}).get(split)
+    if left is None and not any_count and expected is not None and len(seen) != expected:
+        raise UsageError(
+            f"{dataset.location}: {task.name} {split} has {len(seen):,} of {expected:,} questions",
+            "the media of the others could not be read when it was built; quarantine.jsonl there "
+            "names them.",
+            "repair them and build again, or score what is there: --any-count.",
+        )
+    return found
+
+
+def _read_questions(dataset: Dataset, shard: ShardInfo, row: int) -> AskedMedium:
+    key = dataset.index(shard).key(row)
+    listed = read_meta(read_parts(dataset, shard, row, ("json",))).get("questions")
+    try:
+        questions = [BenchmarkQuestion.from_json(value) for value in listed or ()]
+    except (TypeError, ValueError):
+        questions = []
+    if not questions:
+        raise SampleError(
+            f"{dataset.name}/{shard.name}/{key} has no questions",
+            "there is nothing to ask.",
+            "build the dataset again.",
+        )
+    return AskedMedium(shard, row, key, questions)
+
+
+def _check_new(dataset: Dataset, seen: set[str], medium: AskedMedium) -> None:
+    for question in medium.questions:
+        if question.id in seen:
+            raise UsageError(
+                f"{dataset.location}: the question {question.id} occurs twice",
+                "it would count twice.",
+                "build the dataset again.",
+            )
+        seen.add(question.id)
+
+
+def read_media(
+    dataset: Dataset, media: Sequence[AskedMedium], drawn: frozenset[str]
+) -> Generator[ReadMedium]:
+    """Decode samples in order, in a worker process, while others are being answered.
+
+    Args:
+        dataset: the dataset.
+        media: some of its samples.
+        drawn: keys of those that are drawn for people, too.
+
+    Raises:
+        SampleError: one cannot be read; the message names it.
+    """
+
+    def read(dataset: Dataset, shard: ShardInfo, row: int) -> ReadMedium:
+        return _read_medium(dataset, shard, row, drawn)
+
+    rows = [(medium.shard, medium.row) for medium in media]
+    with closing(map_rows(dataset, rows, read, _refuse)) as found:
+        yield from found
+
+
+def _read_medium(dataset: Dataset, shard: ShardInfo, row: int, drawn: frozenset[str]) -> ReadMedium:
+    key, parts = dataset.index(shard).key(row), read_parts(dataset, shard, row)
+    meta = read_meta(parts)
+    values, content, pictures = {}, {}, []
+    for modality in map(get_modality, dataset.modalities):
+        matched = {role: parts[extension] for role, extension in modality.match(parts).items()}
+        try:
+            with decoding():
+                rng = np.random.default_rng(0)
+                values[modality.name] = modality.read_value(matched, meta, train=False, rng=rng)
+                if key in drawn:
+                    picture = modality.preview(modality.read_raw(matched, meta))
+                    pictures.append(make_thumbnail(picture, EXAMPLE_SIDE))
+        except SampleError as error:
+            raise SampleError(
+                f"{dataset.name}/{shard.name}/{key}: {error.what}", error.why, error.do
+            ) from error
+        digest = hashlib.sha256()
+        for role in sorted(matched):
+            digest.update(matched[role].data)
+        content[modality.name] = digest.hexdigest()
+    return ReadMedium(key, values, content, _encode_png(pictures) if pictures else None)
+
+
+def _encode_png(pictures: list[Image.Image]) -> bytes:
+    out = io.BytesIO()
+    join_pictures(pictures).save(out, "PNG")
+    return out.getvalue()
+
+
+def _refuse(dataset: Dataset, shard: ShardInfo, row: int, reason: str) -> ReadMedium:
+    key = dataset.index(shard).key(row)
+    raise SampleError(f"{dataset.name}/{shard.name}/{key}: its decoder failed: {reason}")

@@ -1,0 +1,361 @@
+"""`onellm evaluate`: answers to benchmarks, rank by rank, without any exchange between ranks.
+
+Each rank computes by itself which questions are its own, leaves out those that any process has
+answered already, and writes what it answers into a file of its own. Ranks may start, end and be
+killed at any time; the same command, on any number of ranks, answers what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.common.files import sha256_file, write_atomic
+from onellm_dist.common.logging import get_logger
+from onellm_dist.common.progress import progress
+from onellm_dist.evaluation.answer_folder import (
+    EXAMPLES,
+    AnswerWriter,
+    WrittenAnswer,
+    name_picture,
+    read_answers,
+    write_task,
+)
+from onellm_dist.evaluation.assignment import assign
+from onellm_dist.evaluation.benchmark_data import (
+    AskedMedium,
+    ReadMedium,
+    list_media,
+    read_media,
+)
+from onellm_dist.evaluation.prompt_format import PromptFormat
+from onellm_dist.evaluation.questions import BenchmarkQuestion
+from onellm_dist.evaluation.tasks import Task, get_task
+from onellm_dist.launch.ranks import Ranks
+from onellm_dist.modalities import get_modality
+from onellm_dist.model.batched_generation import (
+    BATCH,
+    BatchStatistics,
+    MediaCache,
+    Medium,
+    Prompt,
+    generate_batch,
+)
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
+
+logger = get_logger(__name__)
+EXAMPLE_COUNT = 8
+"""Media of a task that are drawn for the page."""
+WINDOW = 4
+"""Batches that are sorted by length together."""
+_REFERENCE_TEMPERATURE, _REFERENCE_TOP_P, _REFERENCE_SEED = 0.1, 0.75, 1
+_CHARACTERS_A_TOKEN = 4
+_HEADER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How benchmarks are asked."""
+
+    split: str | None = None
+    """The split; None: each task's own."""
+    prompt: str | None = None
+    """Name of the prompt; None: each task's own."""
+    format: str = "conversation"
+    """One of `prompt_format.FORMATS`."""
+    limit: int | None = None
+    """Only the first N questions of each task."""
+    any_count: bool = False
+    """Whether questions may be missing, because their media could not be read."""
+    as_reference: bool = False
+    """Decode as the reference's scripts: temperature 0.1, top-p 0.75, 128 new tokens."""
+    batch: int = BATCH
+    """Prompts that are answered together."""
+    reuse_media: bool = True
+    """Whether a medium with several questions is encoded once."""
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question with its prompt."""
+
+    question: BenchmarkQuestion
+    text: str
+    prompt: Prompt
+
+
+def find_dataset(data: Path, task: Task) -> Path:
+    """The dataset of a task below a folder: `gqa-eval`, `gqa`, or the folder itself.
+
+    Raises:
+        UsageError: there is none.
+    """
+    names = (f"{task.name}-eval", task.name, "")
+    for name in names:
+        if (data / name / "manifest.json").is_file():
+            return data / name
+    raise UsageError(
+        f"{data}: there is no {task.name}-eval",
+        f"the questions of {task.title} are a dataset of shards.",
+        f"build it: onellm shards build {task.name}-eval IN {data / f'{task.name}-eval'}",
+    )
+
+
+def evaluate_model(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    data: Path,
+    out: Path,
+    options: EvaluationOptions,
+    *,
+    identity: str,
+) -> BatchStatistics:
+    """Answer this rank's questions of some tasks.
+
+    Args:
+        model: a OneLLMForConditionalGeneration.
+        tokenizer: its tokenizer.
+        tasks: their names.
+        data: folder of their datasets.
+        out: the output folder.
+        options: how they are asked.
+        identity: what the answers depend on of the model (`identify_model`).
+
+    Raises:
+        UsageError: an unknown task, prompt, format or split; a dataset that is not there or not
+            complete; or an output folder with answers of another evaluation.
+        SampleError: a medium cannot be read.
+    """
+    statistics = BatchStatistics()
+    model.eval()
+    form = PromptFormat(tokenizer, options.format)
+    opened = [(task, open_dataset(find_dataset(data, task))) for task in map(get_task, tasks)]
+    for task, dataset in opened:
+        if missing := sorted(set(dataset.modalities) - set(model.config.modalities)):
+            raise UsageError(
+                f"task {task.name} needs the modality {', '.join(missing)}",
+                f"the model reads {', '.join(model.config.modalities)}.",
+                "leave the task out, or use a model that was trained on it.",
+            )
+    for task, dataset in opened:
+        _evaluate_task(model, form, task, dataset, out, options, statistics, identity)
+    return statistics
+
+
+def evaluate_folder(
+    folder: Path,
+    tasks: Sequence[str],
+    data: Path,
+    out: Path,
+    options: EvaluationOptions,
+    ranks: Ranks | None,
+) -> str:
+    """Answer this process's questions with a saved model, and say what was done in one line.
+
+    Args:
+        folder: the model's folder.
+        tasks: names of tasks.
+        data: folder of their datasets.
+        out: the output folder.
+        options: how they are asked; `ranks` decides which questions.
+        ranks: this process's place among the ranks; None: there is one.
+
+    Raises:
+        UsageError: as `evaluate_model`, or there is no model.
+    """
+    model, tokenizer = load_for_evaluation(folder, 0 if ranks is None else ranks.local_rank)
+    if ranks is not None:
+        options = replace(options, rank=ranks.rank, world_size=ranks.world_size)
+    identity = identify_model(folder)
+    found = evaluate_model(model, tokenizer, tasks, data, out, options, identity=identity)
+    return (
+        f"rank {options.rank}: {found.prompts:,} questions answered, {found.new_tokens:,} tokens, "
+        f"{found.padding_share:.0%} padding"
+    )
+
+
+def _evaluate_task(
+    model: Any,
+    form: PromptFormat,
+    task: Task,
+    dataset: Dataset,
+    out: Path,
+    options: EvaluationOptions,
+    statistics: BatchStatistics,
+    identity: str,
+) -> None:
+    split = options.split or task.split
+    prompt_name, build = task.get_prompt(options.prompt)
+    media = list_media(dataset, task, split, options.limit, any_count=options.any_count)
+    questions = [question for medium in media for question in medium.questions]
+    folder = out / task.name
+    depends: dict[str, Any] = {
+        "task": task.name,
+        "split": split,
+        "prompt": prompt_name,
+        "model": identity,
+    }
+    depends |= {"format": options.format, "as_reference": options.as_reference}
+    depends |= {"dataset": dataset.fingerprint()}
+    write_task(folder, {**depends, "limit": options.limit, "questions": len(questions)}, questions)
+    answered = read_answers(folder).keys()
+    mine = _choose_media(task, dataset, media, options, answered)
+    drawn = frozenset(medium.key for medium in media[:EXAMPLE_COUNT])
+    if not (count := sum(len(medium.questions) for medium in mine)):
+        return
+
+    def ask(question: BenchmarkQuestion, read: ReadMedium) -> _Asked:
+        text, ids = form.encode(build(question))
+        spans = [
+            Medium(name, value, read.content[name] if options.reuse_media else None)
+            for name, value in read.values.items()
+        ]
+        return _Asked(question, text, _make_prompt(task, question, ids, spans, options))
+
+    with (
+        AnswerWriter(folder) as writer,
+        progress(count, f"Answering {task.name}", unit="questions") as bar,
+    ):
+        cache = MediaCache() if options.reuse_media else None
+        window: list[_Asked] = []
+
+        def answer() -> None:
+            for written in _answer(model, form, window, options, cache, statistics):
+                writer.write(written)
+                bar.advance(len(written))
+            window.clear()
+
+        with closing(read_media(dataset, mine, drawn)) as found:
+            for medium, read in zip(mine, found, strict=True):
+                if read.picture is not None:
+                    _keep_example(folder, medium.questions[0].medium, read.picture)
+                window += [ask(question, read) for question in medium.questions]
+                if len(window) >= WINDOW * options.batch:
+                    answer()
+        answer()
+
+
+def _answer(
+    model: Any,
+    form: PromptFormat,
+    window: Sequence[_Asked],
+    options: EvaluationOptions,
+    cache: MediaCache | None,
+    statistics: BatchStatistics,
+) -> Iterator[list[WrittenAnswer]]:
+    """Answer questions of similar length together; each batch is written as it ends."""
+    ordered = sorted(window, key=lambda asked: -asked.prompt.positions)
+    for first in range(0, len(ordered), options.batch):
+        batch = ordered[first : first + options.batch]
+        found = generate_batch(
+            model,
+            [asked.prompt for asked in batch],
+            end_ids=form.end_ids,
+            stop=form.stop,
+            batch=options.batch,
+            media_cache=cache,
+            statistics=statistics,
+        )
+        yield [
+            WrittenAnswer(
+                asked.question.id,
+                asked.text,
+                form.decode(continuation.tokens),
+                len(continuation.tokens),
+                continuation.ended,
+            )
+            for asked, continuation in zip(batch, found, strict=True)
+        ]
+
+
+def _choose_media(
+    task: Task,
+    dataset: Dataset,
+    media: Sequence[AskedMedium],
+    options: EvaluationOptions,
+    answered: Any,
+) -> list[AskedMedium]:
+    """This rank's samples with the questions that nobody has answered yet."""
+    encoding = sum(
+        get_modality(name).tokens * get_modality(name).frames for name in dataset.modalities
+    )
+    costs = [
+        encoding
+        + sum(len(q.text) / _CHARACTERS_A_TOKEN + task.max_new_tokens for q in medium.questions)
+        for medium in media
+    ]
+    mine = [media[i] for i in assign(costs, options.world_size)[options.rank]]
+    left = (
+        replace(medium, questions=[q for q in medium.questions if q.id not in answered])
+        for medium in mine
+    )
+    return [medium for medium in left if medium.questions]
+
+
+def _make_prompt(
+    task: Task,
+    question: BenchmarkQuestion,
+    ids: Sequence[int],
+    spans: Sequence[Medium],
+    options: EvaluationOptions,
+) -> Prompt:
+    if not options.as_reference:
+        return Prompt(ids, spans, task.max_new_tokens)
+    # The reference draws all answers from one generator: here each question has a seed of its own.
+    seed = _REFERENCE_SEED + zlib.crc32(f"{task.name}/{question.id}".encode())
+    return Prompt(ids, spans, task.reference_tokens, _REFERENCE_TEMPERATURE, _REFERENCE_TOP_P, seed)
+
+
+def _keep_example(folder: Path, medium: str, picture: bytes) -> None:
+    place = folder / EXAMPLES
+    place.mkdir(exist_ok=True)
+    write_atomic(place / f"{name_picture(medium)}.png", picture)
+
+
+def identify_model(folder: Path) -> str:
+    """What distinguishes a saved model from another one, without reading all of it.
+
+    It covers the config and, of each file of weights, size, first and last MiB.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")):
+        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {size}\n".encode())
+            digest.update(file.read(_HEADER_BYTES))
+            file.seek(max(0, size - _HEADER_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def load_for_evaluation(folder: Path, local_rank: int) -> tuple[Any, Any]:
+    """Load a saved model and its tokenizer: in bf16 on a GPU of this machine, else in fp32.
+
+    Args:
+        folder: the model's folder.
+        local_rank: which GPU.
+
+    Raises:
+        UsageError: there is no model.
+    """
+    from onellm_dist.model.presets import load_model
+
+    has_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if has_gpu else torch.float32
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if has_gpu else "cpu"
+    model, processor = load_model(path=folder, preset=None, seed=0, dtype=dtype)
+    loaded: Any = model
+    return loaded.to(device).eval(), processor.tokenizer

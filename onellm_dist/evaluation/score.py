@@ -1,0 +1,237 @@
+"""`onellm score`: scores of what was answered; it needs no model, no GPU and no torch.
+
+OUT/results.json           scores in the form of lm-evaluation-harness
+/report.html            the page
+/gqa/samples.jsonl      every question with its answer and its own scores
+/vqav2/vqav2.json       the file that the benchmark's server takes
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.files import write_atomic
+from onellm_dist.evaluation.answer_folder import (
+    WrittenAnswer,
+    check_known,
+    list_task_folders,
+    read_answers,
+    read_questions,
+    read_settings,
+)
+from onellm_dist.evaluation.questions import BenchmarkQuestion, GivenAnswer
+from onellm_dist.evaluation.scorers.coco_captions import NotComputedError
+from onellm_dist.evaluation.scorers.measure import Measure
+from onellm_dist.evaluation.tasks import Task, get_task
+
+RESULTS = "results.json"
+SAMPLES = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The scores of one task."""
+
+    task: Task
+    folder: Path
+    settings: Mapping[str, Any]
+    questions: Sequence[BenchmarkQuestion]
+    answers: Mapping[str, WrittenAnswer]
+    measures: Sequence[Measure]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Measure -> why it was not computed."""
+    left_out: int = 0
+    """Questions that `without` named."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every question of the set was answered and scored."""
+        return len(self.answers) == self.settings["questions"] and not self.left_out
+
+
+def score_folder(
+    out: Path, *, partial: bool = False, without: Collection[str] = (), tasks: Sequence[str] = ()
+) -> list[TaskScore]:
+    """Score all tasks below an output folder.
+
+    Args:
+        out: the output folder of `onellm evaluate`.
+        partial: score what has been answered, although answers are missing.
+        without: ids of questions that are left out, as `TASK/ID` or `ID`.
+        tasks: these tasks alone; (): all.
+
+    Raises:
+        UsageError: there is none, answers are missing, or there are answers to unknown questions.
+    """
+    folders = list_task_folders(out)
+    if unknown := sorted(set(tasks) - {folder.name for folder in folders}):
+        raise UsageError(
+            f"{out}: there are no answers to {unknown[0]}",
+            f"there are answers to {', '.join(folder.name for folder in folders)}.",
+            "name one of them.",
+        )
+    wanted = [folder for folder in folders if not tasks or folder.name in tasks]
+    return [score_task(folder, partial=partial, without=without) for folder in wanted]
+
+
+def score_task(folder: Path, *, partial: bool = False, without: Collection[str] = ()) -> TaskScore:
+    """Score one task; see `score_folder`."""
+    settings = read_settings(folder)
+    task = get_task(settings["task"])
+    questions, answers = read_questions(folder), read_answers(folder)
+    check_known(folder, questions, answers)
+    lacking = [q.id for q in questions if q.id not in answers]
+    if lacking and not partial:
+        raise UsageError(
+            f"{folder}: {len(lacking):,} of {len(questions):,} questions have no answer "
+            f"({lacking[0]}, ...)",
+            "scores of a part cannot be compared.",
+            "run the same `onellm evaluate` again, or score what is there: --partial.",
+        )
+    names = set(without)
+    kept = [q for q in questions if q.id not in names and f"{task.name}/{q.id}" not in names]
+    given = [GivenAnswer(q, answers[q.id].answer) for q in kept if q.id in answers]
+    measures, missing = _measure(task, given)
+    return TaskScore(
+        task,
+        folder,
+        settings,
+        kept,
+        {q.id: answers[q.id] for q in kept if q.id in answers},
+        measures,
+        missing,
+        left_out=len(questions) - len(kept),
+    )
+
+
+def _measure(task: Task, given: Sequence[GivenAnswer]) -> tuple[list[Measure], dict[str, str]]:
+    missing = dict(task.missing())
+    scored = [answer for answer in given if answer.question.answers]
+    if not scored:
+        return [], {**missing, "scores": "the references of this split are hidden, or none is left"}
+    try:
+        return task.measure(scored), missing
+    except NotComputedError as error:
+        return [], {**missing, "scores": str(error)}
+
+
+def write_scores(out: Path, scores: Sequence[TaskScore]) -> list[Path]:
+    """Write results, samples and answer files.
+
+    Raises:
+        OneLLMError: an answer file breaks the rules of its server.
+    """
+    written = []
+    for score in scores:
+        written.append(_write_samples(score))
+        written += _write_answer_files(score)
+    results = json.dumps(build_results(scores), indent=1, sort_keys=True, ensure_ascii=False)
+    write_atomic(out / RESULTS, results + "\n")
+    return [out / RESULTS, *written]
+
+
+def build_results(scores: Sequence[TaskScore]) -> dict[str, Any]:
+    """Build the content of results.json in the form of lm-evaluation-harness.
+
+    Scores are on the scale of the papers, mostly 0 to 100; `interval` has the 95% intervals.
+    """
+    results: dict[str, Any] = {}
+    for score in scores:
+        values: dict[str, Any] = {"alias": score.task.name}
+        for measure in score.measures:
+            interval = measure.compute_interval()
+            values[f"{measure.name},none"] = interval.mean
+            values[f"{measure.name}_stderr,none"] = float(measure.draw().std(ddof=1))
+            values[f"{measure.name}_interval,none"] = [interval.low, interval.high]
+        results[score.task.name] = values
+    names = [score.task.name for score in scores]
+    return {
+        "results": results,
+        "configs": {
+            s.task.name: {
+                "task": s.task.name,
+                "test_split": s.settings["split"],
+                "output_type": "generate_until",
+                "metadata": dict(s.settings),
+            }
+            for s in scores
+        },
+        "versions": dict.fromkeys(names, 1),
+        "n-shot": dict.fromkeys(names, 0),
+        "higher_is_better": {
+            s.task.name: {measure.name: True for measure in s.measures} for s in scores
+        },
+        "n-samples": {
+            s.task.name: {"original": s.settings["questions"], "effective": len(s.answers)}
+            for s in scores
+        },
+        "not-computed": {s.task.name: dict(s.missing) for s in scores if s.missing},
+        "model_name": scores[0].settings["model"] if scores else "",
+    }
+
+
+def _write_samples(score: TaskScore) -> Path:
+    own: dict[str, dict[str, float]] = {}
+    for measure in score.measures:
+        if measure.rows.shape[1:] == (2,):
+            for unit, row in zip(measure.units, measure.rows, strict=True):
+                own.setdefault(unit, {})[measure.name] = float(row[0] / row[1])
+    lines = []
+    for number, question in enumerate(score.questions):
+        answer = score.answers.get(question.id)
+        if answer is not None:
+            sample = {
+                "doc_id": number,
+                "doc": question.to_json(),
+                "target": list(question.answers),
+                "arguments": [[answer.prompt]],
+                "resps": [[answer.answer]],
+                "filtered_resps": [answer.answer],
+                "ended": answer.ended,
+                **own.get(question.id, {}),
+            }
+            lines.append(json.dumps(sample, ensure_ascii=True))
+    path = score.folder / SAMPLES
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
+    return path
+
+
+def _write_answer_files(score: TaskScore) -> list[Path]:
+    task = score.task
+    if task.answer_files is None or not score.is_complete:
+        return []
+    given = [GivenAnswer(q, score.answers[q.id].answer) for q in score.questions]
+    written = []
+    for name, content in task.answer_files(given).items():
+        problems = task.check_file(name, content) if task.check_file else ()
+        if problems:
+            raise OneLLMError(
+                f"{task.name}: {name} breaks the server's rules: {'; '.join(problems[:5])}",
+                "the server would refuse it.",
+                "this is a fault of the task's answer file: report it.",
+            )
+        write_atomic(score.folder / name, content)
+        written.append(score.folder / name)
+    return written
+
+
+def read_ids(path: Path) -> frozenset[str]:
+    """Read a list of ids of questions, one a line; what follows a tab is a remark.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(
+            f"{path}: {error.strerror}",
+            "which questions are left out stands in it.",
+            "`onellm shards overlap` writes such a list.",
+        ) from None
+    return frozenset(line.split("\t")[0].strip() for line in lines if line.strip())

@@ -1,0 +1,233 @@
+"""Answers survive: any ranks, any batches, any kills; nothing lost, nothing answered twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.evaluation import evaluate
+from onellm_dist.evaluation.answer_folder import (
+    ANSWERS,
+    AnswerWriter,
+    WrittenAnswer,
+    read_answers,
+)
+from onellm_dist.evaluation.assignment import assign
+from onellm_dist.evaluation.evaluate import EvaluationOptions, evaluate_model
+from onellm_dist.evaluation.tasks import get_task
+from onellm_dist.model.batched_generation import BatchStatistics
+
+pytest_plugins = ("benchmark_fixtures",)
+DataOf = Callable[[str], Path]
+Ask = Callable[..., BatchStatistics]
+TASK = "mme"
+COUNT = 10
+
+
+@pytest.fixture
+def ask(toy_model: tuple[Any, Any], benchmark_data: DataOf) -> Ask:
+    data = benchmark_data(TASK)
+
+    def run(out: Path, **options: Any) -> BatchStatistics:
+        model, tokenizer = toy_model
+        identity = options.pop("identity", "toy")
+        given = EvaluationOptions(**{"format": "raw", **options})
+        return evaluate_model(model, tokenizer, [TASK], data, out, given, identity=identity)
+
+    return run
+
+
+def read(out: Path) -> dict[str, WrittenAnswer]:
+    return read_answers(out / TASK)
+
+
+@pytest.fixture(scope="module")
+def expected(
+    toy_model: tuple[Any, Any], benchmark_data: DataOf, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, WrittenAnswer]:
+    out = tmp_path_factory.mktemp("expected")
+    options = EvaluationOptions(format="raw", batch=1, reuse_media=False)
+    model, tokenizer = toy_model
+    evaluate_model(model, tokenizer, [TASK], benchmark_data(TASK), out, options, identity="toy")
+    found = read(out)
+    assert len(found) == COUNT
+    assert len({answer.answer for answer in found.values()}) > 2, "equal answers test nothing"
+    return found
+
+
+def test_shares_are_disjoint_complete_and_alike() -> None:
+    rng = random.Random(0)
+    costs = [rng.randint(1, 100) for _ in range(101)]
+    for world in (1, 2, 3, 4, 7, 200):
+        shares = assign(costs, world)
+        assert sorted(item for share in shares for item in share) == list(range(len(costs)))
+        loads = [sum(costs[item] for item in share) for share in shares]
+        assert max(loads) - min(loads) <= max(costs)
+        assert all(
+            [costs[i] for i in s] == sorted((costs[i] for i in s), reverse=True) for s in shares
+        )
+    assert assign(costs, 3) == assign(list(costs), 3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(("batch", "reuse"), [(1, True), (4, False), (16, True)])
+def test_answers_do_not_depend_on_ranks_batches_or_reuse(
+    ask: Ask,
+    expected: dict[str, WrittenAnswer],
+    tmp_path: Path,
+    world: int,
+    batch: int,
+    reuse: bool,
+) -> None:
+    for rank in range(world):
+        ask(tmp_path, rank=rank, world_size=world, batch=batch, reuse_media=reuse)
+    assert read(tmp_path) == expected
+    assert len(list((tmp_path / TASK / ANSWERS).glob("*.jsonl"))) == world
+    assert ask(tmp_path).prompts == 0  # nothing is left
+
+
+def start(ask: Ask, out: Path, rank: int, world: int) -> int:
+    """A rank as a process of its own: a copy of this one, with its model."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        ask(out, rank=rank, world_size=world, batch=1)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def count_lines(out: Path) -> int:
+    return sum(p.read_bytes().count(b"\n") for p in (out / TASK / ANSWERS).glob("*.jsonl"))
+
+
+def kill_and_resume(ask: Ask, out: Path, kills: int, seed: int) -> None:
+    """Kill all ranks after a random number of answers, and start another number of them."""
+    rng = random.Random(seed)
+    for _ in range(kills):
+        world = rng.choice((1, 2, 4))
+        wanted = count_lines(out) + rng.choice((0, 1, 1, 2))
+        ranks = [start(ask, out, rank, world) for rank in range(world)]
+        deadline = time.monotonic() + 60
+        running = set(ranks)
+        while running and count_lines(out) < wanted and time.monotonic() < deadline:
+            time.sleep(0.002)
+            running -= {r for r in running if os.waitpid(r, os.WNOHANG)[0]}
+        for rank in running:
+            os.kill(rank, signal.SIGKILL)
+            os.waitpid(rank, 0)
+        if rng.random() < 0.5:  # what a kill within a write leaves
+            for path in sorted((out / TASK / ANSWERS).glob("*.jsonl"))[-1:]:
+                with path.open("ab") as file:
+                    file.write(b'{"id": "existence/0000-0", "pro')
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(5), pytest.param(20, marks=pytest.mark.soak)], ids=["5", "20"]
+)
+def test_kills_lose_nothing_and_repeat_nothing(
+    ask: Ask, expected: dict[str, WrittenAnswer], tmp_path: Path, kills: int
+) -> None:
+    kill_and_resume(ask, tmp_path, kills, seed=kills)
+    ask(tmp_path, world_size=3, rank=0)
+    ask(tmp_path, world_size=3, rank=1)
+    ask(tmp_path, world_size=3, rank=2)
+    assert read(tmp_path) == expected  # read_answers refuses what is answered twice
+
+
+def test_a_torn_line_is_asked_again(
+    ask: Ask, expected: dict[str, WrittenAnswer], tmp_path: Path
+) -> None:
+    ask(tmp_path)
+    (path,) = (tmp_path / TASK / ANSWERS).glob("*.jsonl")
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
+    assert len(read(tmp_path)) == COUNT - 1
+    assert ask(tmp_path).prompts == 1
+    assert read(tmp_path) == expected
+
+
+def test_damage_within_a_file_and_double_and_unknown_answers_are_refused(
+    ask: Ask, tmp_path: Path
+) -> None:
+    ask(tmp_path)
+    folder = tmp_path / TASK / ANSWERS
+    (path,) = folder.glob("*.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0][:-9] + b"\n" + b"".join(lines[1:]))
+    with pytest.raises(OneLLMError, match=r"line 1 is not an answer"):
+        read(tmp_path)
+    path.write_bytes(b"".join(lines))
+    (folder / "other.jsonl").write_bytes(lines[3])
+    name = json.loads(lines[3])["id"]
+    with pytest.raises(UsageError, match=f"question {name} is answered in .* and in"):
+        ask(tmp_path)
+    (folder / "other.jsonl").write_bytes(lines[3].replace(name.encode(), b"strange"))
+    with pytest.raises(UsageError, match="an answer to strange, which is not asked"):
+        ask(tmp_path)
+
+
+def test_answers_of_another_evaluation_are_not_mixed(ask: Ask, tmp_path: Path) -> None:
+    ask(tmp_path, limit=3)
+    assert len(read(tmp_path)) == 3
+    with pytest.raises(UsageError, match=r"prompt: 'paper' there, 'short' now"):
+        ask(tmp_path, prompt="short")
+    with pytest.raises(UsageError, match="model: 'toy' there, 'other' now"):
+        ask(tmp_path, identity="other")
+    assert ask(tmp_path, limit=5).prompts == 2  # a limit may grow
+    with pytest.raises(UsageError, match="which is not asked"):
+        ask(tmp_path, limit=4)
+    assert ask(tmp_path).prompts == COUNT - 5
+
+
+def test_the_references_decoding_is_repeatable_and_another(
+    ask: Ask, expected: dict[str, WrittenAnswer], tmp_path: Path
+) -> None:
+    ask(tmp_path / "a", as_reference=True, limit=4, batch=4)
+    ask(tmp_path / "b", as_reference=True, limit=4, batch=1)
+    first, second = read(tmp_path / "a"), read(tmp_path / "b")
+    assert first == second
+    longest = max(answer.tokens for answer in expected.values())
+    assert any(a.tokens > longest or a.answer != expected[i].answer for i, a in first.items())
+
+
+def test_wrong_names_are_refused(ask: Ask, benchmark_data: DataOf, tmp_path: Path) -> None:
+    for options, message in (
+        ({"prompt": "loud"}, "task mme has no prompt 'loud'"),
+        ({"format": "poem"}, "--format poem"),
+        ({"format": "chat"}, "no chat template"),
+        ({"split": "train"}, "has no split 'train'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ask(tmp_path, **options)
+    with pytest.raises(UsageError, match=r"there is no mme-eval"):
+        evaluate.find_dataset(tmp_path, get_task(TASK))
+
+
+def test_a_writer_never_appends_to_a_file_of_another_one(tmp_path: Path) -> None:
+    answer = WrittenAnswer("1", "p", "a\nb ü", 3, "eos")
+    with AnswerWriter(tmp_path) as first, AnswerWriter(tmp_path) as second:
+        first.write([answer])
+        second.write([])
+    assert len(list((tmp_path / ANSWERS).glob("*"))) == 2
+    assert read_answers(tmp_path) == {"1": answer}
+
+
+def test_a_models_identity_changes_with_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
+    before = evaluate.identify_model(tmp_path)
+    assert evaluate.identify_model(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
+    assert evaluate.identify_model(tmp_path) != before

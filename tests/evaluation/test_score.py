@@ -1,0 +1,221 @@
+"""`onellm score`: without torch, with what is missing said, in forms that other tools read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.evaluation.answer_folder import (
+    EXAMPLES,
+    AnswerWriter,
+    WrittenAnswer,
+    name_picture,
+    write_task,
+)
+from onellm_dist.evaluation.compare import compare_scores
+from onellm_dist.evaluation.questions import BenchmarkQuestion
+from onellm_dist.evaluation.score import (
+    build_results,
+    read_ids,
+    score_folder,
+    score_task,
+    write_scores,
+)
+from onellm_dist.evaluation.score_page import format_differences, format_scores, write_score_page
+from onellm_dist.evaluation.tasks import get_task
+from onellm_dist.evaluation.tasks.answer_files import make_list_check
+from onellm_dist.evaluation.tasks.mmbench_table import check_table
+from onellm_dist.evaluation.tasks.mme_files import check_lists
+
+COUNT = 60
+
+
+def write_evaluation(
+    out: Path, right: float, *, task: str = "vqav2", seed: int = 0, answered: int = COUNT
+) -> Path:
+    """Answers to a task, of which a share is right."""
+    questions = [
+        BenchmarkQuestion(
+            str(i),
+            f"what is {i}?",
+            answers=["red"] * 9 + ["blue"],
+            labels={"answer type": ("other", "number")[i % 2]},
+            extra={"question_id": i, "questionId": str(i)},
+            medium=f"m{i // 2}",
+        )
+        for i in range(COUNT)
+    ]
+    settings = {
+        "task": task, "split": "val", "prompt": "paper", "format": "raw", "as_reference": False,
+        "model": "m", "dataset": "d", "limit": None, "questions": COUNT,
+    }  # fmt: skip
+    write_task(out / task, settings, questions)
+    drawn = np.random.default_rng(seed).random(COUNT)
+    with AnswerWriter(out / task) as writer:
+        writer.write(
+            WrittenAnswer(q.id, "prompt", "red" if drawn[i] < right else "a <b>", 2, "eos")
+            for i, q in enumerate(questions[:answered])
+        )
+    (out / task / EXAMPLES).mkdir()
+    picture = b"\x89PNG not really"
+    (out / task / EXAMPLES / f"{name_picture('m1')}.png").write_bytes(picture)
+    return out
+
+
+def test_scores_files_and_page(tmp_path: Path) -> None:
+    out = write_evaluation(tmp_path, 0.5)
+    scores = score_folder(out)
+    written = {path.relative_to(out).as_posix() for path in write_scores(out, scores)}
+    assert written == {"results.json", "vqav2/samples.jsonl", "vqav2/vqav2.json"}
+    measure = scores[0].measures[0]
+    share = sum(json.loads(x)["accuracy"] for x in (out / "vqav2/samples.jsonl").open()) / COUNT
+    assert measure.value == pytest.approx(100 * share) and 30 < measure.value < 70
+    assert len(json.loads((out / "vqav2/vqav2.json").read_text())) == COUNT
+    page = write_score_page(out, scores).read_text()
+    assert "accuracy by answer type" in page and "71.6" in page
+    assert page.count("<img") == 1
+    wrong = write_evaluation(tmp_path / "wrong", 0.0)
+    assert "a &lt;b&gt;" in write_score_page(wrong, score_folder(wrong)).read_text()
+    table = format_scores(scores)
+    assert "vqav2" in table and "71.6" in table
+
+
+def test_results_have_the_form_of_lm_evaluation_harness(tmp_path: Path) -> None:
+    out = write_evaluation(tmp_path, 0.5)
+    results = build_results(score_folder(out))
+    assert set(results) >= {
+        "results", "configs", "versions", "n-shot", "higher_is_better", "n-samples",
+    }  # fmt: skip
+    values = results["results"]["vqav2"]
+    assert values["alias"] == "vqav2"
+    low, high = values["accuracy_interval,none"]
+    assert low < values["accuracy,none"] < high
+    assert high - low == pytest.approx(4 * values["accuracy_stderr,none"], rel=0.15)
+    assert results["n-samples"]["vqav2"] == {"original": COUNT, "effective": COUNT}
+    json.dumps(results)
+
+
+def test_missing_answers_are_refused_unless_a_part_is_wanted(tmp_path: Path) -> None:
+    out = write_evaluation(tmp_path, 1.0, answered=10)
+    with pytest.raises(UsageError, match=r"50 of 60 questions have no answer \(10, \.\.\.\)"):
+        score_folder(out)
+    (score,) = score_folder(out, partial=True)
+    assert score.measures[0].n == 10 and not score.is_complete
+    assert "10 of 60 questions" in format_scores([score])
+    write_scores(out, [score])
+    assert not (out / "vqav2" / "vqav2.json").exists()  # a server wants all of them
+
+
+def test_questions_can_be_left_out(tmp_path: Path) -> None:
+    out = write_evaluation(tmp_path, 0.5)
+    (score,) = score_folder(out)
+    wrong = [
+        question.id for question in score.questions if score.answers[question.id].answer != "red"
+    ]
+    listed = tmp_path / "left-out.txt"
+    listed.write_text("".join(f"vqav2/{key}\tdHash 3\n" for key in wrong) + "\n")
+    (clean,) = score_folder(out, without=read_ids(listed))
+    assert clean.left_out == len(wrong) and clean.measures[0].n == COUNT - len(wrong)
+    assert clean.measures[0].value == pytest.approx(100 * score.measures[0].rows[:, 0].max())
+    with pytest.raises(UsageError, match="No such file"):
+        read_ids(tmp_path / "nothing")
+
+
+def test_two_evaluations_are_compared_question_by_question(tmp_path: Path) -> None:
+    weak = score_folder(write_evaluation(tmp_path / "a", 0.3))
+    strong = score_folder(write_evaluation(tmp_path / "b", 0.6))
+    other = score_folder(write_evaluation(tmp_path / "c", 0.31))
+    (found,) = compare_scores(weak, strong)
+    assert found.is_clear and found.difference.low > 0
+    assert found.difference.mean == pytest.approx(found.second - found.first)
+    same = compare_scores(weak, weak)[0]
+    assert (same.difference.low, same.difference.high, same.is_clear) == (0, 0, False)
+    # paired: both draws have the same questions, so a few others cannot be a clear difference
+    close = compare_scores(weak, other)[0]
+    assert not close.is_clear and close.difference.high < 8
+    assert "not clear" in format_differences([close, found])
+    with pytest.raises(UsageError, match="no task in common"):
+        compare_scores(weak, score_folder(write_evaluation(tmp_path / "d", 0.5, task="gqa")))
+    part = score_folder(tmp_path / "b", without=["3"])
+    with pytest.raises(UsageError, match=r"asked different questions \(3, \.\.\.\)"):
+        compare_scores(weak, part)
+
+
+def test_a_split_without_references_is_exported_alone(tmp_path: Path) -> None:
+    settings = {
+        "task": "vqav2", "split": "test", "prompt": "paper", "format": "raw",
+        "as_reference": False, "model": "m", "dataset": "d", "limit": None, "questions": 1,
+    }  # fmt: skip
+    questions = [BenchmarkQuestion("7", "what?", extra={"question_id": 7})]
+    write_task(tmp_path / "vqav2", settings, questions)
+    with AnswerWriter(tmp_path / "vqav2") as writer:
+        writer.write([WrittenAnswer("7", "", "ball", 1, "eos")])
+    score = score_task(tmp_path / "vqav2")
+    assert not score.measures and "hidden" in score.missing["scores"]
+    write_scores(tmp_path, [score])
+    assert json.loads((tmp_path / "vqav2" / "vqav2.json").read_text()) == [
+        {"question_id": 7, "answer": "ball"}
+    ]
+
+
+def test_rules_of_servers_find_what_breaks_them() -> None:
+    check = make_list_check(question_id=int, answer=str)
+    good = [{"question_id": 1, "answer": "x"}, {"question_id": 2, "answer": ""}]
+    assert check("a.json", json.dumps(good).encode()) == []
+    bad = [{"question_id": "1", "answer": "x"}, {"answer": "x"}, good[0], good[0]]
+    problems = " ".join(check("a.json", json.dumps(bad).encode()))
+    assert "question_id has another type" in problems and "repeats question_id 1" in problems
+    assert "entry 1 has the keys ['answer']" in problems
+    assert check("a.json", b"{") and check("a.json", b"{}")
+    assert check_lists("a.txt", b"1.jpg\tq\tYes\tyes\n1.jpg\tr\tNo\tno\n") == []
+    assert "are about" in check_lists("a.txt", b"1.jpg\tq\tYes\tyes\n2.jpg\tr\tNo\tno\n")[0]
+    assert "3 fields" in check_lists("a.txt", b"1.jpg\tq\tYes\n")[0]
+    assert "columns" in check_table("a.csv", b"index,prediction\n1,A\n")[0]
+
+
+def test_a_file_that_breaks_the_rules_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write_evaluation(tmp_path, 0.5)
+    scores = score_folder(out)
+    task = scores[0].task
+    object.__setattr__(task, "check_file", lambda name, content: ["it is too green"])
+    try:
+        with pytest.raises(OneLLMError, match="breaks the server's rules: it is too green"):
+            write_scores(out, scores)
+    finally:
+        object.__setattr__(task, "check_file", make_list_check(question_id=int, answer=str))
+    assert not (out / "vqav2" / "vqav2.json").exists()
+    assert get_task("vqav2") is task
+
+
+@pytest.mark.parametrize("arguments", [["--partial"], []])
+def test_the_command_needs_no_torch(tmp_path: Path, arguments: list[str]) -> None:
+    if arguments:
+        out = write_evaluation(tmp_path, 0.5, answered=20)
+    else:
+        out = write_evaluation(tmp_path, 0.5)
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'torchvision', 'scipy'):\n"
+        "    sys.modules[name] = None\n"
+        "from onellm_dist.cli import main\n"
+        f"main({['score', str(out), *arguments]!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "vqav2" in done.stdout and (out / "report.html").is_file()
+
+
+def test_a_folder_without_answers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no task has been evaluated there"):
+        score_folder(tmp_path)
+    write_evaluation(tmp_path, 0.5)
+    with pytest.raises(UsageError, match="there are no answers to gqa"):
+        score_folder(tmp_path, tasks=["gqa"])
