@@ -14,18 +14,20 @@ IGNORE = -100
 class PackedBatch:
     """A micro-batch without padding: n complete samples, concatenated end to end.
 
-    The LLM sequence of sample i is `BOS, one span of 32 positions for each of its modalities, the
-    rest of its text`. The model derives this layout from `text_token_counts` and `modalities`
-    (`model/layout.py`); nothing else describes it.
+    The LLM sequence of sample i is its text with spans of 32 positions at their places: by default
+    `BOS, one span for each of its modalities, the rest of its text`. The model derives this layout
+    from `text_token_counts`, `modalities` and `places` (`model/layout.py`); nothing else describes
+    it.
 
     Attributes:
         input_ids: [T_text] int64, text tokens of the samples, each beginning with BOS.
         labels: [T_text] int64, `input_ids` where supervised, else IGNORE. Position t is the target
             of the LLM position before it; the BOS of a sample is never supervised.
         text_token_counts: number of text tokens of each sample, n integers >= 1.
-        modalities: modality names of each sample, in span order; empty for text only.
-        values: each modality of the model -> [n_m, *value_shape] in the order of the samples;
-            n_m = 0 is normal.
+        modalities: modality of each span of each sample, in the order of the sequence; empty for
+            text only.
+        values: each modality of the model -> [n_m, *value_shape] in the order of the samples and of
+            their spans; n_m = 0 is normal.
         weights: [n] fp32 loss weight of each sample: 1, or 0 for a skipped sample and for the
             placeholder of an empty micro-batch.
         sample_ids: `dataset/shard-name/key@epoch` of each sample.
@@ -35,6 +37,8 @@ class PackedBatch:
         supervised: [N] int64 positions of `labels` that are not IGNORE, or None if they have not
             been counted. `to` counts them before a move to a GPU, where counting would make the
             host wait for the device.
+        places: for each span of each sample, how many of its text tokens stand before it, BOS
+            included, ascending; () if all spans stand behind BOS.
     """
 
     input_ids: torch.Tensor
@@ -47,6 +51,7 @@ class PackedBatch:
     is_empty: bool = False
     skipped_samples: dict[int, str] = field(default_factory=dict)
     supervised: torch.Tensor | None = None
+    places: tuple[tuple[int, ...], ...] = ()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
         """The same batch with its tensors on `device`."""
@@ -68,6 +73,7 @@ class PackedBatch:
             self.is_empty,
             self.skipped_samples,
             None if supervised is None else move(supervised),
+            self.places,
         )
 
     def pin_memory(self) -> PackedBatch:
@@ -83,6 +89,7 @@ class PackedBatch:
             self.is_empty,
             self.skipped_samples,
             None if self.supervised is None else self.supervised.pin_memory(),
+            self.places,
         )
 
 

@@ -1,4 +1,4 @@
-"""Where everything stands in the LLM's packed sequence, from token counts and modalities alone."""
+"""Where everything stands in the LLM's packed sequence: token counts, modalities and places."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class PackedLayout:
 
     The table holds the T_text text embeddings; then the modality tokens, 30 a span, modality by
     modality in the model's order and samples in the order of the pack; then start tag and end tag
-    of every modality. The sequence of a sample is its BOS, its media spans (start tag, 30 tokens,
-    end tag) and the rest of its text.
+    of every modality. The sequence of a sample is its text with media spans (start tag, 30 tokens,
+    end tag) at their places, by default behind BOS.
 
     Attributes:
         lengths: LLM positions of each of the n samples.
@@ -44,6 +44,7 @@ class PackedLayout:
         text_token_counts: Sequence[int],
         modalities: Sequence[Sequence[str]],
         known: Sequence[str],
+        places: Sequence[Sequence[int]] = (),
     ) -> PackedLayout:
         """Lay out a pack.
 
@@ -51,11 +52,15 @@ class PackedLayout:
             text_token_counts: text tokens of each sample, BOS included, each at least 1.
             modalities: modality of each span of each sample, in order.
             known: every modality of the model, in its order.
+            places: text tokens before each span of each sample; () if all stand behind BOS.
 
         Raises:
-            OneLLMError: an empty text, an unknown modality, or lists of different lengths.
+            OneLLMError: an empty text, an unknown modality, a place outside the text, or lists of
+                different lengths.
         """
         _check_arguments(text_token_counts, modalities, known)
+        if places:
+            _check_places(text_token_counts, modalities, places)
         counts = {name: sum(list(spans).count(name) for spans in modalities) for name in known}
         # The first token row of each modality, and behind the last one the first tag row.
         starts = sum(text_token_counts) + QUERY_TOKENS * np.cumsum([0, *counts.values()])
@@ -64,17 +69,20 @@ class PackedLayout:
         empty = np.empty(0, np.int64)
         gather, position_ids, predictor, lengths = [empty], [empty], [empty], []
         text_start = llm_start = 0
-        for length, spans in zip(text_token_counts, modalities, strict=True):
-            gather.append(np.array([text_start]))
-            for name in spans:
+        for i, (length, spans) in enumerate(zip(text_token_counts, modalities, strict=True)):
+            own_places = places[i] if places else (1,) * len(spans)
+            done = 0
+            for name, place in zip(spans, own_places, strict=True):
+                if place > done:
+                    gather.append(np.arange(text_start + done, text_start + place))
+                    done = place
                 tokens = np.arange(next_row[name], next_row[name] + QUERY_TOKENS)
                 gather += [np.array([tag_row[name]]), tokens, np.array([tag_row[name] + 1])]
                 next_row[name] += QUERY_TOKENS
-            gather.append(np.arange(text_start + 1, text_start + length))
+            gather.append(np.arange(text_start + done, text_start + length))
             total = length + SPAN_TOKENS * len(spans)
             position_ids.append(np.arange(total))
-            text_rest = np.arange(llm_start + total - length + 1, llm_start + total)
-            predictor.append(np.concatenate([[llm_start + 1], text_rest]) - 1)
+            predictor.append(_find_predictors(length, own_places, llm_start))
             lengths.append(total)
             text_start += length
             llm_start += total
@@ -108,6 +116,34 @@ class PackedLayout:
                 "samples would be mixed up.",
                 _DO,
             )
+
+
+def _find_predictors(length: int, places: Sequence[int], start: int) -> np.ndarray:
+    """[length] LLM position before each text token of a sample; for its BOS, its own position."""
+    before = np.bincount(np.asarray(places, np.int64), minlength=length + 1).cumsum()[:length]
+    positions: np.ndarray = start + np.arange(length) + SPAN_TOKENS * before - 1
+    positions[0] = start
+    return positions
+
+
+def _check_places(
+    text_token_counts: Sequence[int],
+    modalities: Sequence[Sequence[str]],
+    places: Sequence[Sequence[int]],
+) -> None:
+    wrong = len(places) != len(modalities) or any(
+        len(own) != len(spans)
+        or any(not 1 <= place <= length for place in own)
+        or list(own) != sorted(own)
+        for length, spans, own in zip(text_token_counts, modalities, places, strict=False)
+    )
+    if wrong:
+        raise OneLLMError(
+            f"the pack places the spans {list(map(tuple, modalities))!r:.200} at "
+            f"{list(map(tuple, places))!r:.200} of texts of {list(text_token_counts)!r:.90} tokens",
+            "each span stands behind one of the tokens of its sample, in ascending order.",
+            _DO,
+        )
 
 
 def _check_arguments(

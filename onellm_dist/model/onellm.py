@@ -27,17 +27,15 @@ from onellm_dist.model.other_trainers import WorksInTrainers, name_values, take_
 from onellm_dist.model.padded import (
     VALUES_SUFFIX,
     PaddedInputs,
-    check_values,
     compute_padded_loss,
-    find_text_starts,
-    get_span_order,
-    insert_spans,
 )
+from onellm_dist.model.padded_inputs import build_padded_inputs
+from onellm_dist.model.placed_spans import PlacedSpan
 from onellm_dist.model.projector import ModalityTokenizer, Projector
 from onellm_dist.model.refused_changes import refuse_attention, refuse_disk, refuse_resize
 from onellm_dist.model.saving import KeepsSums, check_source
 from onellm_dist.model.sequence_lengths import to_device_tensor
-from onellm_dist.model.token_ids import check_tokens, count_embeddings, replace_padding
+from onellm_dist.model.token_ids import check_tokens, count_embeddings
 from onellm_dist.model.upm import UPM
 from onellm_dist.packed import IGNORE, PackedBatch, PackedOutput
 
@@ -194,7 +192,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         """
         return compute_modality_tokens(self, values)
 
-    def _get_tags(self) -> torch.Tensor:
+    def get_tags(self) -> torch.Tensor:
         """[2 * modalities, d]: start and end tag of every modality."""
         return torch.cat([self.get_projector(name).get_tags() for name in self.config.modalities])
 
@@ -207,6 +205,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         *,
         packed: PackedBatch | None = None,
         modality_order: Sequence[str] | None = None,
+        media_spans: Sequence[Sequence[PlacedSpan]] | None = None,
         **values: Any,
     ) -> PackedOutput | CausalLMOutputWithPast:
         """Run a pack or a padded batch.
@@ -218,13 +217,17 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             packed: a PackedBatch in place of all the others.
             modality_order: order of the media spans; default: image, video, audio, point, depth,
                 normal, imu, fmri.
-            values: `image_values=[B, 3, 224, 224]` and so on, for any of the modalities; and
-                `num_items_in_batch`, the supervised tokens of the whole batch of a trainer.
+            media_spans: (modality, place) of each span of each text, for any number of media
+                anywhere; `place` is how many of the text's tokens stand before it. Default: one
+                span of each modality, behind BOS.
+            values: `image_values=[B, 3, 224, 224]` and so on, for any of the modalities (with
+                `media_spans`, a row for each span, text by text); and `num_items_in_batch`, the
+                supervised tokens of the whole batch of a trainer.
 
         Returns:
-            A PackedOutput for a pack. Else logits [B, S + 32n, V] for n modalities and, with
-            labels, the mean loss over supervised tokens (their sum, divided by
-            `num_items_in_batch`, where that is given).
+            A PackedOutput for a pack. Else logits [B, S + 32n, V] for n spans (of the text that has
+            most; the others are padded on the left) and, with labels, the mean loss over supervised
+            tokens (their sum, divided by `num_items_in_batch`, where that is given).
 
         Raises:
             UsageError: neither `input_ids` nor `packed`, or values that do not fit the texts.
@@ -239,7 +242,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
                 "give one of them.",
             )
         items = take_options(values)
-        inputs = self.build_inputs(input_ids, attention_mask, values, modality_order)
+        inputs = self.build_inputs(input_ids, attention_mask, values, modality_order, media_spans)
         update_dropout(self.llm)
         ids = inputs.get_token_ids(input_ids)
         at = {"mask": inputs.mask, "position_ids": inputs.position_ids}
@@ -258,36 +261,24 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         attention_mask: torch.Tensor | None,
         values: Mapping[str, Any],
         modality_order: Sequence[str] | None = None,
+        media_spans: Sequence[Sequence[PlacedSpan]] | None = None,
     ) -> PaddedInputs:
-        """Insert the media spans of a padded batch after each text's first token.
+        """Insert the media spans of a padded batch, by default after each text's first token.
 
         Args:
             input_ids: [B, S].
             attention_mask: [B, S], 0 for padding.
             values: `image_values` and so on -> [B, *value_shape].
             modality_order: order of the spans; default: the model's own.
+            media_spans: as of `forward`.
 
         Raises:
             UsageError: values that do not fit the texts, an order that does not fit the values, or
                 a token that the LLM has no embedding of.
         """
-        batch = len(input_ids)
-        by_name = check_values(values, self.config.modalities, batch)
-        order = get_span_order(by_name, self.config.modalities, modality_order)
-        tokens, _ = self.encode(by_name)
-        embedding = self.llm.get_input_embeddings()
-        text = embedding(replace_padding(input_ids, attention_mask, count_embeddings(embedding)))
-        tags = self._get_tags().to(text.dtype)
-        spans = [text[:, :0]]
-        for name in order:
-            start = 2 * self.config.modalities.index(name)
-            spans += [
-                tags[start].expand(batch, 1, -1),
-                tokens[name].to(text.dtype),
-                tags[start + 1].expand(batch, 1, -1),
-            ]
-        starts = find_text_starts(input_ids, attention_mask)
-        return insert_spans(text, attention_mask, torch.cat(spans, 1), starts)
+        return build_padded_inputs(
+            self, input_ids, attention_mask, values, modality_order, media_spans
+        )
 
     def compute_packed_logits(
         self, batch: PackedBatch
@@ -302,7 +293,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         """
         device = batch.input_ids.device
         layout = PackedLayout.build(
-            batch.text_token_counts, batch.modalities, self.config.modalities
+            batch.text_token_counts, batch.modalities, self.config.modalities, batch.places
         )
         layout.check(batch)
         tokens, router_weights = self.encode(batch.values)
@@ -311,7 +302,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             check_tokens(batch.input_ids, count_embeddings(embedding))
         text = embedding(batch.input_ids)
         media = [t.flatten(0, 1).to(text.dtype) for t in tokens.values()]
-        table = torch.cat([text, *media, self._get_tags().to(text.dtype)])
+        table = torch.cat([text, *media, self.get_tags().to(text.dtype)])
         gather = to_device_tensor(layout.gather, device)
         sequence = table.index_select(0, gather)
         supervised = (
@@ -353,6 +344,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         attention_mask: torch.Tensor | None = None,
         *,
         modality_order: Sequence[str] | None = None,
+        media_spans: Sequence[Sequence[PlacedSpan]] | None = None,
         decode_offset: str = "correct",
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -362,6 +354,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             input_ids: [B, S].
             attention_mask: [B, S]; prompts of unequal lengths are padded on the left.
             modality_order: order of the media spans; default: the model's own.
+            media_spans: as of `forward`.
             decode_offset: `correct`, or `reference`, which repeats a fault of the reference's
                 cache: after the prefill the last two positions are overwritten, and all later
                 positions are two too low.
@@ -376,7 +369,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             self.generation_config, self.llm.generation_config, kwargs, input_ids.shape[1]
         )
         update_dropout(self.llm)
-        inputs = self.build_inputs(input_ids, attention_mask, values, modality_order)
+        inputs = self.build_inputs(input_ids, attention_mask, values, modality_order, media_spans)
         return generate_text(
             self.llm, self.llm_support, input_ids, inputs, decode_offset, config, options
         )

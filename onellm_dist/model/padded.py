@@ -1,4 +1,4 @@
-"""Padded batches: media spans inserted after each text's first token, and the loss over them."""
+"""Padded batches: media spans behind each text's first token, and the loss over them."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class PaddedInputs:
 
 
 def check_values(
-    values: Mapping[str, Any], modalities: Sequence[str], batch: int
+    values: Mapping[str, Any], modalities: Sequence[str], batch: int | None
 ) -> dict[str, torch.Tensor]:
     """The values that were given, by modality.
 
     Args:
         values: `image_values` and so on -> [B, *value_shape], or None.
         modalities: names of the modalities that the model reads.
-        batch: B.
+        batch: B; None: there may be any number of rows.
 
     Raises:
         UsageError: an unknown name, or another number of rows than B.
@@ -67,7 +67,7 @@ def check_values(
             f"it takes {', '.join(sorted(known))}.",
         )
     for key, value in given.items():
-        if len(value) != batch:
+        if batch is not None and len(value) != batch:
             raise UsageError(
                 f"{key} has {len(value)} rows for {batch} texts",
                 "every text needs one row.",

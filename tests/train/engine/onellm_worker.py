@@ -18,6 +18,7 @@ from onellm_dist.model.presets import load_model
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
+from onellm_dist.train.engine.fsdp.description import FsdpOptions
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
 from onellm_dist.train.optim.optimizers import make_optimizer
@@ -30,19 +31,23 @@ ASSIGNED: tuple[tuple[list[list[str]], list[list[str]]], ...] = (
     ([["image"]], [["image", "image"]]),
     ([["image"], ["image"]], []),
     ([["image"]], [["audio"]]),
+    ([["image+audio+image+image", "image"], ["audio+audio"]], [["image+image"]]),
 )
 """Step -> packs of rank 0 and of rank 1.
 
-IMU is in the mixture and comes in no step; audio is absent for two steps.
+IMU is in the mixture and comes in no step; audio is absent for two steps. In the last step samples
+have several media, anywhere in their texts, and the ranks different numbers of them.
 """
 
 
 def make_pack(names: list[str], number: int) -> PackedBatch:
-    """One sample of each name, drawn from `number`; none: an empty micro-batch."""
+    """One sample of each name (`a+b`: several media), drawn from `number`; none: an empty pack."""
     generator = torch.Generator().manual_seed(number)
     kinds = all_modalities()
+    spans = [tuple(name.split("+")) for name in names]
+    flat = [name for own in spans for name in own]
     values = {
-        m: torch.randn((names.count(m), *kind.value_shape), generator=generator)
+        m: torch.randn((flat.count(m), *kind.value_shape), generator=generator)
         for m, kind in kinds.items()
     }
     if not names:
@@ -63,10 +68,16 @@ def make_pack(names: list[str], number: int) -> PackedBatch:
         ids.flatten(),
         labels.flatten(),
         (TOKENS,) * len(names),
-        tuple((n,) for n in names),
+        tuple(spans),
         values,
         torch.ones(len(names)),
         tuple(f"s{number}-{i}" for i in range(len(names))),
+        places=tuple(
+            tuple(sorted(torch.randint(1, TOKENS + 1, (len(own),), generator=generator).tolist()))
+            for own in spans
+        )
+        if len(flat) > len(names)
+        else (),
     )
 
 
@@ -94,20 +105,22 @@ def new_model() -> torch.nn.Module:
     return model
 
 
-def train_sharded(
-    dist: Distributed, config: dict[str, Any]
-) -> tuple[dict[str, torch.Tensor], list[float]]:
+def train_sharded(dist: Distributed, name: str) -> tuple[dict[str, torch.Tensor], list[float]]:
     model = new_model()
+    fsdp = name == "fsdp"
     settings = EngineSettings(
         world_size=dist.world_size,
         device=dist.device,
         bf16=False,
         optimizer=make_optimizer(OptimSection(lr=LR)),
         grad_clip=CLIP,
-        options=config,
+        options=FsdpOptions() if fsdp else load_ds_config(Path(name)),
+        parts={n: n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad},
     )
     engine = (
-        get_engine("deepspeed").load().wrap(model, build_parameter_groups(model, DECAY), settings)
+        get_engine("fsdp" if fsdp else "deepspeed")
+        .load()
+        .wrap(model, build_parameter_groups(model, DECAY), settings)
     )
     losses = []
     for step in range(len(ASSIGNED)):
@@ -176,7 +189,7 @@ def main() -> None:
     dist = join(ranks)
     results = {}
     for name in sys.argv[2:]:
-        results[name] = train_sharded(dist, load_ds_config(Path(name)))
+        results[name] = train_sharded(dist, name)
     if dist.is_rank_zero:
         right = train_plain()
         found = {name: compare(state, losses, right) for name, (state, losses) in results.items()}

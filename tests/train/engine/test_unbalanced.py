@@ -1,6 +1,7 @@
-"""The toy OneLLM under ZeRO-2 and ZeRO-3 with unbalanced modalities.
+"""The toy OneLLM under ZeRO-2, ZeRO-3 and FSDP2 with unbalanced modalities.
 
 Rank 0 gets only images and rank 1 only audio; then audio is absent for two steps; IMU never comes.
+At last samples have several media inside their texts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 from onellm_dist.launch.local import launch_local
 
 pytestmark = pytest.mark.slow
-ENGINES = ("zero2", "cpu", "zero3")
+ENGINES = ("zero2", "cpu", "zero3", "fsdp")
 
 
 @pytest.fixture(scope="module")
