@@ -1,4 +1,4 @@
-"""Sounds: a log-mel spectrogram of the first 10.24 seconds."""
+"""Sounds: a log-mel spectrogram of the first 10.24 seconds, or of several such windows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from PIL import Image
 from torch import nn
 
 from onellm_dist.common.errors import SampleError
+from onellm_dist.common.media_size import MediaSize
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.io.arrays import require_finite
-from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS, make_wave, read_sound
+from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS, make_wave, measure_sound, read_sound
 from onellm_dist.modalities.limits import LIMITS, check_rate
 from onellm_dist.modalities.transforms.fbank import MELS, RATE, SHIFT, WINDOW, compute_fbank
 from onellm_dist.modalities.transforms.resample import resample
@@ -24,6 +25,10 @@ from onellm_dist.modalities.transforms.resample import resample
 FRAMES = 1024
 SECONDS = 10.3
 """Length that is read of a file: 1024 frames need 10.255 s, and resampling a little more."""
+WINDOW_SECONDS = 10.24
+"""What one span hears of a recording, where `data.spans` allows several."""
+SHORTEST_REST = 1.0
+"""Seconds that a last window has at least."""
 FREQUENCY_MASK = 48
 TIME_MASK = 192
 MEAN = -4.2677393
@@ -70,6 +75,7 @@ class AudioModality(Modality):
     | raw signal | `Sound`: [N] fp32, full scale at 1, at the file's own rate |
     | model input | [1, 128, 1024]: log-mel energies at 16 kHz, 10 ms per frame, standardised |
     | encoder tokens | 12 x 101 = 1212 patches and the class token |
+    | spans | one; of several, windows of 10.24 s one after another |
 
     libsndfile reads WAV, FLAC, Ogg, AIFF and AU; FFmpeg reads everything else, and what libsndfile
     gives up on. The bytes decide, not the extension. Taking the first channel and 10.24 seconds is
@@ -91,6 +97,7 @@ class AudioModality(Modality):
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"audio": AUDIO_EXTENSIONS}
     value_shape = (1, MELS, FRAMES)
     tokens = 12 * 101
+    augments_spans = True
 
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Sound:
         """Read the beginning of the recording, at its own rate."""
@@ -99,6 +106,33 @@ class AudioModality(Modality):
         require_finite(wave, f".{part.extension}")
         _check_peak(wave, f".{part.extension}")
         return Sound(wave, rate)
+
+    def measure(self, parts: Mapping[str, Part]) -> MediaSize:
+        """Read the length of the recording from its header."""
+        return MediaSize(seconds=measure_sound(parts["audio"]))
+
+    def count_spans(self, size: MediaSize, most: int) -> int:
+        """One for each window of 10.24 s; a rest of less than a second has none."""
+        windows = math.floor(max(0.0, size.seconds - SHORTEST_REST) / WINDOW_SECONDS) + 1
+        return min(most, windows)
+
+    def decode_spans(
+        self, parts: Mapping[str, Part], meta: Mapping[str, Any], spans: int
+    ) -> list[Sound]:
+        """Windows of 10.24 s; what the file lacks of them, against its header, is silence."""
+        part = parts["audio"]
+        wave, rate = read_sound(part, (spans - 1) * WINDOW_SECONDS + SECONDS)
+        require_finite(wave, f".{part.extension}")
+        _check_peak(wave, f".{part.extension}")
+        least = math.ceil(WINDOW * rate / RATE)
+        windows = []
+        for number in range(spans):
+            start = round(number * WINDOW_SECONDS * rate)
+            window = wave[start : start + math.ceil(SECONDS * rate)]
+            if len(window) < least and number:
+                window = np.pad(window, (0, least - len(window)))
+            windows.append(Sound(window, rate))
+        return windows
 
     def make_raw(self, item: Any) -> Any:
         """Take a mapping with `array` and `sampling_rate`, as datasets give sounds.

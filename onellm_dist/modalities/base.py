@@ -53,6 +53,7 @@ import torch
 from torch import nn
 
 from onellm_dist.common.errors import OneLLMError, SampleError
+from onellm_dist.common.media_size import MediaSize
 from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.modalities.limits import Limits, check_input
 from onellm_dist.modalities.meta_keys import MetaKey
@@ -106,6 +107,8 @@ class Modality(ABC):
     """The keys of a sample's `.json` that say how its media are read, as `depth_is_distance`.
 
     Only those that may hold for a whole dataset."""
+    augments_spans: ClassVar[bool] = False
+    """Whether training augments each of several spans of a medium too."""
     limits: ClassVar[Limits] = Limits()
     """How large its media may be; those of this package are in `limits.LIMITS`."""
 
@@ -190,6 +193,74 @@ class Modality(ABC):
         check_input(self.limits, value, self.name)
         return value
 
+    def measure(self, parts: Mapping[str, Part]) -> MediaSize:
+        """Read from its headers how large a medium is: what decides how many spans it takes.
+
+        Args:
+            parts: role to part.
+
+        Raises:
+            SampleError: the headers cannot be read.
+        """
+        return MediaSize()
+
+    def count_spans(self, size: MediaSize, most: int) -> int:
+        """Say how many spans a medium takes: 1 .. most. By default one.
+
+        Args:
+            size: what `measure` read; zeros where it is not known.
+            most: `data.spans`.
+        """
+        return 1
+
+    def decode_spans(
+        self, parts: Mapping[str, Part], meta: Mapping[str, Any], spans: int
+    ) -> list[Any]:
+        """Decode a medium to the raw signal of each of several spans.
+
+        Args:
+            parts: as of `decode`.
+            meta: as of `decode`.
+            spans: at least 2; what `count_spans` said.
+
+        Raises:
+            SampleError: as of `decode`.
+        """
+        raise SampleError(
+            f"a medium of modality {self.name} takes one span, not {spans}",
+            "the index was made by another program.",
+            "index the dataset again: onellm shards index --media.",
+        )
+
+    def read_spans(
+        self,
+        parts: Mapping[str, Part],
+        meta: Mapping[str, Any],
+        *,
+        spans: int,
+        train: bool,
+        rng: np.random.Generator,
+    ) -> list[torch.Tensor]:
+        """Decode and transform a medium to the model's input for each of its spans.
+
+        One span is what `decode` and `make_value` give.
+
+        Args:
+            parts: as of `decode`.
+            meta: as of `decode`.
+            spans: how many.
+            train: as of `transform`.
+            rng: as of `transform`.
+
+        Raises:
+            SampleError: as of `decode` and `make_value`.
+        """
+        if spans == 1:
+            return [self.make_value(self.decode(parts, meta), train=train, rng=rng)]
+        raws = self.decode_spans(parts, meta, spans)
+        augment = train and self.augments_spans
+        return [self.make_value(raw, train=augment, rng=rng) for raw in raws]
+
     def make_raw(self, item: Any) -> Any:
         """Take a signal that a program holds in memory, instead of a file, as the raw signal.
 
@@ -220,7 +291,7 @@ class Modality(ABC):
         Raises:
             SampleError: as of `decode`, or a decoder failed in a way of its own.
         """
-        with _translate_errors(self.name):
+        with translate_errors(self.name):
             return self.decode(parts, meta)
 
     def read_value(
@@ -242,7 +313,7 @@ class Modality(ABC):
         Raises:
             SampleError: as of `decode` and `make_value`, or a decoder failed in a way of its own.
         """
-        with _translate_errors(self.name):
+        with translate_errors(self.name):
             return self.make_value(self.decode(parts, meta), train=train, rng=rng)
 
     def match(self, extensions: Mapping[str, Any] | set[str]) -> dict[str, str]:
@@ -301,7 +372,7 @@ class Modality(ABC):
 
 
 @contextmanager
-def _translate_errors(name: str) -> Iterator[None]:
+def translate_errors(name: str) -> Iterator[None]:
     """Turn a decoder's unexpected exception into a SampleError: a strange file costs one sample.
 
     Lack of memory and errors of the disk are the machine's and stay what they are.

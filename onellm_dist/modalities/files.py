@@ -13,7 +13,7 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.common.workers.sandbox import decoding
-from onellm_dist.modalities.base import Modality
+from onellm_dist.modalities.base import Modality, translate_errors
 from onellm_dist.modalities.io.damage import ASSUMED, collect_damage
 
 _log = logging.getLogger(__name__)
@@ -45,11 +45,35 @@ def read_file(modality: Modality, path: Path) -> tuple[torch.Tensor, list[str]]:
         SampleError: as of `read_file_value`.
         OneLLMError: as of `read_file_value`.
     """
+    values, notes = read_file_spans(modality, path, 1)
+    return values[0], notes
+
+
+def read_file_spans(modality: Modality, path: Path, most: int) -> tuple[torch.Tensor, list[str]]:
+    """Read a file as one or several spans, with the evaluation transform.
+
+    Args:
+        modality: its modality.
+        path: the file.
+        most: the most spans that it may take (`data.spans`).
+
+    Returns:
+        [spans, *value_shape] fp32, and its warnings.
+
+    Raises:
+        SampleError: as of `read_file_value`.
+        OneLLMError: as of `read_file_value`.
+    """
     try:
         parts = modality.read_parts(path)
         with collect_damage() as damage, decoding():
             meta = _read_sidecar_json(path, modality.name)
-            value = modality.read_value(parts, meta, train=False, rng=np.random.default_rng(0))
+            rng = np.random.default_rng(0)
+            if most > 1 and (spans := modality.count_spans(modality.measure(parts), most)) > 1:
+                with translate_errors(modality.name):
+                    values = modality.read_spans(parts, meta, spans=spans, train=False, rng=rng)
+            else:
+                values = [modality.read_value(parts, meta, train=False, rng=rng)]
     except SampleError as error:
         message = error.what if str(path) in error.what else f"{path}: {error.what}"
         raise SampleError(message, error.why, error.do) from error
@@ -59,7 +83,7 @@ def read_file(modality: Modality, path: Path) -> tuple[torch.Tensor, list[str]]:
             "the file cannot be read.",
             "check its permissions and the disk.",
         ) from error
-    return value, [
+    return torch.stack(values), [
         f"{path}: {what}"
         if what.startswith(ASSUMED)
         else f"{path} is damaged, and is used as it is: {what}"

@@ -9,9 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from onellm_dist.common.media_size import MediaSize
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import make_thumbnail
-from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture, make_rgb_picture
+from onellm_dist.modalities.io.pictures import (
+    IMAGE_EXTENSIONS,
+    decode_picture,
+    make_rgb_picture,
+    measure_picture,
+)
 from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.crops import (
     PATCHES,
@@ -21,6 +27,7 @@ from onellm_dist.modalities.transforms.crops import (
     crop_train,
     normalise,
 )
+from onellm_dist.modalities.transforms.tiles import choose_grid, cut_tiles
 
 
 class ImageModality(Modality):
@@ -32,6 +39,7 @@ class ImageModality(Modality):
     | raw signal | RGB `PIL.Image` |
     | model input | [3, 224, 224], CLIP's mean and standard deviation |
     | encoder tokens | 256 patches of 14 x 14 and the class token |
+    | spans | one; of several, the whole picture and its tiles (`transforms/tiles.py`) |
 
     The bytes decide on the format, whatever the extension says; of several frames or pages the
     first is read. EXIF orientation is applied, transparency is composited on white. Texts and
@@ -55,6 +63,22 @@ class ImageModality(Modality):
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Image.Image:
         """Decode to upright RGB (see `io.pictures.decode_picture`)."""
         return decode_picture(parts["image"], self.limits)
+
+    def measure(self, parts: Mapping[str, Part]) -> MediaSize:
+        """Read width and height, upright, without decoding pixels."""
+        width, height = measure_picture(parts["image"], self.limits)
+        return MediaSize(width=width, height=height)
+
+    def count_spans(self, size: MediaSize, most: int) -> int:
+        """One, or one for the whole picture and one for each tile of the best grid."""
+        columns, rows = choose_grid(size.width, size.height, range(1, most))
+        return 1 + columns * rows if columns * rows > 1 else 1
+
+    def decode_spans(
+        self, parts: Mapping[str, Part], meta: Mapping[str, Any], spans: int
+    ) -> list[Image.Image]:
+        """The whole picture, pressed into a square, and `spans - 1` tiles, row by row."""
+        return cut_tiles(self.decode(parts, meta), spans - 1)
 
     def make_raw(self, item: Any) -> Any:
         """Take a `PIL.Image` of any mode, or its array, as `decode` takes a file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,9 +14,10 @@ from PIL import Image
 from torch.nn import functional
 
 from onellm_dist.common.errors import SampleError
+from onellm_dist.common.media_size import MediaSize
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
-from onellm_dist.modalities.io.frames import read_frames
+from onellm_dist.modalities.io.frames import measure_film, read_frames
 from onellm_dist.modalities.io.pictures import make_rgb_picture
 from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD, PATCHES, SIDE
@@ -23,6 +25,8 @@ from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD, PATCHES
 CLIPS = 5
 CROPS = 3
 CLIP_SECONDS = 1.0
+STRETCH_SECONDS = 10.0
+"""Length of film for which a span is worth while, where `data.spans` allows several."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class VideoModality(Modality):
     | raw signal | `VideoClip`: the first frames of 5 one-second clips, spread evenly |
     | model input | [15, 3, 224, 224]: frame by frame, three crops each, CLIP's normalisation |
     | encoder tokens | 15 sequences of 256 patches and the class token |
+    | spans | one; of several, 5 clips each, all of them spread evenly over the film |
 
     Sound is not read. Training does not augment, as in the reference. Covers and thumbnails are no
     film; of several films in a file the default one is read, else the longest. Rotation and
@@ -73,8 +78,28 @@ class VideoModality(Modality):
         Raises:
             SampleError: as of `io.frames.read_frames`, or the frames have several sizes.
         """
-        part = parts["video"]
-        frames, seconds = read_frames(part, compute_clip_starts)
+        return self._read(parts["video"], CLIPS)
+
+    def measure(self, parts: Mapping[str, Part]) -> MediaSize:
+        """Read size, number of frames and length from the container, without decoding frames."""
+        return measure_film(parts["video"])
+
+    def count_spans(self, size: MediaSize, most: int) -> int:
+        """One for each 10 seconds of the film."""
+        return max(1, min(most, math.ceil(size.seconds / STRETCH_SECONDS)))
+
+    def decode_spans(
+        self, parts: Mapping[str, Part], meta: Mapping[str, Any], spans: int
+    ) -> list[VideoClip]:
+        """Read 5 clips for each span, all of them spread evenly over the film."""
+        film = self._read(parts["video"], spans * CLIPS)
+        return [
+            VideoClip(film.frames[i : i + CLIPS], film.seconds[i : i + CLIPS])
+            for i in range(0, spans * CLIPS, CLIPS)
+        ]
+
+    def _read(self, part: Part, clips: int) -> VideoClip:
+        frames, seconds = read_frames(part, partial(compute_clip_starts, clips=clips))
         if any(f.shape != frames[0].shape for f in frames):
             raise SampleError(
                 f".{part.extension}: frames of {sorted({f.shape[1::-1] for f in frames})} pixels",
@@ -137,21 +162,22 @@ def _to_picture(frame: Any) -> Any:
     return frame.numpy() if isinstance(frame, torch.Tensor) else frame
 
 
-def compute_clip_starts(total: int, rate: float) -> list[int]:
-    """Compute the first frames of 5 one-second clips that are spread evenly over a video.
+def compute_clip_starts(total: int, rate: float, clips: int = CLIPS) -> list[int]:
+    """Compute the first frames of one-second clips that are spread evenly over a video.
 
     This follows pytorchvideo's ConstantClipsPerVideoSampler and its decord reader: starts are in
-    seconds, rounded up to a frame. A video shorter than a second gives frame 0 five times.
+    seconds, rounded up to a frame. A video shorter than a second gives frame 0 every time.
 
     Args:
         total: frames of the video.
         rate: frames per second.
+        clips: how many, at least 2.
 
     Returns:
-        Indices of 5 frames.
+        Indices of as many frames.
     """
     last = max(float(total) / rate - CLIP_SECONDS, 0.0)
-    return [min(math.ceil(rate * (i * (last / (CLIPS - 1)))), total - 1) for i in range(CLIPS)]
+    return [min(math.ceil(rate * (i * (last / (clips - 1)))), total - 1) for i in range(clips)]
 
 
 def scale_short_side(frame: np.ndarray) -> torch.Tensor:

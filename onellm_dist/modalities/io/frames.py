@@ -11,6 +11,7 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type
 
+from onellm_dist.common.media_size import MediaSize
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.containers import find_films, open_media
 from onellm_dist.modalities.io.damage import note_damage
@@ -94,6 +95,19 @@ def read_frames(
             note_damage(what, len(lost) / len(wanted) if nearest else 1.0)
         found |= nearest
     return [found[table.times[i]] for i in indices], [i / table.rate for i in indices]
+
+
+def measure_film(part: Part) -> MediaSize:
+    """Read width, height, frames and seconds of a film from its packets, without decoding frames.
+
+    Raises:
+        SampleError: as of `read_frames`.
+    """
+    with open_media(part, "video") as container:
+        table = _choose_film(container, f".{part.extension}")
+        film = _get_film(container, table).codec_context
+        frames = len(table.times)
+        return MediaSize(film.width, film.height, frames, frames / table.rate)
 
 
 @dataclass

@@ -39,6 +39,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
 _COSTLY_FORMATS = {"WEBP", "AVIF", "JPEG2000"}
 _COSTLY_MODES = {"F", "I"}
 _CODECS = {
@@ -107,6 +109,30 @@ def open_picture(part: Part, limits: Limits = LIMITS["image"]) -> UprightPicture
             "download or encode it again, or drop the sample.",
         ) from error
     return _turn_upright(picture, orientation)
+
+
+def measure_picture(part: Part, limits: Limits = LIMITS["image"]) -> tuple[int, int]:
+    """Read width and height of a picture as viewers show it, without decoding its pixels.
+
+    Raises:
+        SampleError: its header cannot be read, or it exceeds the limits.
+    """
+    try:
+        with Image.open(io.BytesIO(part.data), formats=_FORMATS) as picture:
+            check_size(_get_limits(limits, picture), *picture.size, f".{part.extension}")
+            width, height = picture.size
+            orientation = _read_orientation(picture)
+    except SampleError:
+        raise
+    except Exception as error:  # as in `open_picture`
+        require_library(error)
+        raise SampleError(
+            f".{part.extension} ({len(part.data)} bytes) has no readable header: "
+            f"{_describe(error, part.data)}",
+            "the size of the picture is not known.",
+            "download or encode it again, or drop the sample.",
+        ) from error
+    return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
 def _require_codec(data: bytes) -> None:

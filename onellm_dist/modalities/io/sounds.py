@@ -88,6 +88,29 @@ def read_sound(part: Part, seconds: float) -> tuple[np.ndarray, int]:
         raise SampleError(f"{second.what} (libsndfile: {said})", second.why, second.do) from first
 
 
+def measure_sound(part: Part) -> float:
+    """Read the length of a sound in seconds, as far as its header states it; else 0.
+
+    Raises:
+        SampleError: neither library can open it.
+    """
+    if part.data.startswith(_SOUNDFILE_MAGIC):
+        try:
+            with soundfile.SoundFile(_QuietBytes(complete_header(part.data))) as file:
+                if file.frames < _UNKNOWN_FRAMES:
+                    return float(file.frames / file.samplerate)
+        except soundfile.SoundFileError:
+            pass  # FFmpeg may know it
+    stated = measure_mp3(part.data)
+    if stated is not None:
+        return stated
+    with open_media(part, "audio") as container:
+        stream = choose_audio_stream(container)
+        if stream.duration and stream.time_base:
+            return float(stream.duration * stream.time_base)
+        return container.duration / av.time_base if container.duration else 0.0
+
+
 class _QuietBytes(io.BytesIO):
     """Bytes in which a place before the start is not gone to.
 
