@@ -123,18 +123,54 @@ def shards_index(
         typer.Option("--again", help="Also index tars whose index fits (name, size, not older)."),
     ] = False,
     follow_links: LinksOption = False,
+    media: Annotated[
+        bool,
+        typer.Option(
+            "--media",
+            help="Also read the headers of the media (data.spans needs it), and let samples have "
+            "different media: 0.jpg, 1.jpg, with <image> in their texts.",
+        ),
+    ] = False,
 ) -> None:
     """Index existing WebDataset tars without rewriting them.
 
-    Example: onellm shards index laion/ --modality image --workers 8
+    Examples: onellm shards index laion/ --modality image --workers 8
+              onellm shards index interleaved/ --media
     """
     from onellm_dist.shards.command import index_command
 
     raise typer.Exit(
         index_command(
-            paths, modality or [], workers=workers, again=again, follow_links=follow_links
+            paths,
+            modality or [],
+            workers=workers,
+            again=again,
+            follow_links=follow_links,
+            media=media,
         )
     )
+
+
+@app.command("count")
+def shards_count(
+    recipe: Annotated[str, typer.Argument(help="A recipe, or the name of one that ships.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys of the recipe to change.", metavar="KEY=VALUE")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes.", show_default="one per CPU of the job")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="INDEX/COUNT: this process's share of the shards (Slurm arrays).")
+    ] = "0/1",
+) -> None:
+    """Count tokens and spans of a recipe's samples beforehand, so that its start counts nothing.
+
+    Example: onellm shards count stage1_image data.root=/data --task $SLURM_ARRAY_TASK_ID/16
+    """
+    from onellm_dist.train.count_command import count_recipe
+
+    raise typer.Exit(count_recipe(recipe, overrides or [], workers=workers, task=task))
 
 
 @app.command("verify")

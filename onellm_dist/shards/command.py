@@ -119,6 +119,7 @@ def index_command(
     workers: int = 1,
     again: bool = False,
     follow_links: bool = False,
+    media: bool = False,
 ) -> int:
     """Run `onellm shards index`: index tars and folders of tars.
 
@@ -128,6 +129,7 @@ def index_command(
         workers: processes.
         again: also index tars whose index fits.
         follow_links: whether tars may be links that lead out of their folder.
+        media: also list the media of each sample, with their sizes.
 
     Returns:
         The exit code.
@@ -135,7 +137,12 @@ def index_command(
     wanted = parse_modalities(",".join(modalities)) if modalities else None
     for path in paths:
         done = index_existing_shards(
-            path, modalities=wanted, workers=workers, again=again, follow_links=follow_links
+            path,
+            modalities=wanted,
+            workers=workers,
+            again=again,
+            follow_links=follow_links,
+            media=media,
         )
         tars = f"{done.tars} tar{'s' if done.tars != 1 else ''}"
         kept = f" ({done.kept} had an index already)" if done.kept else ""

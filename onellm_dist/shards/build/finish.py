@@ -299,7 +299,8 @@ def _rewrite_shard(
         return None
     own = job.scratch / unique_name() / "kept"
     own.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(own / tar.name, path=shard.info.path, split=shard.info.split)
+    info, media_of = shard.info, job.plan.media_of
+    writer = ShardWriter(own / tar.name, path=info.path, split=info.split, media_of=media_of)
     with tar.open("rb") as file:
         for row in range(index.samples):
             if row in dropped:

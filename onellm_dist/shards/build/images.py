@@ -11,6 +11,7 @@ from PIL import Image
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.pictures import decode_picture
+from onellm_dist.shards.format.media import split_prefix
 from onellm_dist.shards.sources.base import BadSampleError
 
 DEFAULT_QUALITY = 95
@@ -75,7 +76,9 @@ def reencode_pictures(
             continue
         size = resize if too_large else None
         try:
-            result[STORED] = _encode_jpeg(picture, size, quality or DEFAULT_QUALITY)
+            prefix = split_prefix(extension)[0]
+            stored = f"{prefix}.{STORED}" if prefix else STORED
+            result[stored] = _encode_jpeg(picture, size, quality or DEFAULT_QUALITY)
         except MemoryError:
             raise
         except Exception as error:  # a size that JPEG does not have

@@ -87,6 +87,16 @@ class BuildPlan:
     denylist_sha256: str | None = None
     """Digest of the denylist's bytes: a changed list makes another build."""
 
+    @property
+    def lists_media(self) -> bool:
+        """Whether each sample lists its media (see `Manifest.lists_media`)."""
+        return self.attributes.get("media") == "listed"
+
+    @property
+    def media_of(self) -> tuple[str, ...] | None:
+        """What the samples may have, if they list their media (see `ShardWriter`)."""
+        return self.modalities if self.lists_media else None
+
     @cached_property
     def tasks(self) -> tuple[ShardTask, ...]:
         """All output shards, in plan order.

@@ -7,17 +7,19 @@ import hashlib
 import json
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from onellm_dist.common.errors import OneLLMError, SampleError
+from onellm_dist.common.media_size import SampleMedium
+from onellm_dist.common.placeholders import check_placeholders
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
 from onellm_dist.common.workers.sandbox import decoding, is_out_of_memory
-from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities import get_modality
 from onellm_dist.modalities.io.damage import collect_damage
 from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.shards.build.descriptions import add_description, parse_description
@@ -25,6 +27,12 @@ from onellm_dist.shards.build.filters import filter_by_hash, filter_by_meta
 from onellm_dist.shards.build.images import compute_dhash, get_picture_extensions, reencode_pictures
 from onellm_dist.shards.build.questions import add_conversation, list_questions
 from onellm_dist.shards.build.settings import BuildSettings
+from onellm_dist.shards.format.media import (
+    get_medium_meta,
+    get_medium_parts,
+    list_media,
+    split_prefix,
+)
 from onellm_dist.shards.format.valid_names import check_names
 from onellm_dist.shards.format.writer import check_parts
 from onellm_dist.shards.sources.base import BadSampleError, Media, RawSample
@@ -76,7 +84,11 @@ class _SkippedError(Exception):
 
 
 def prepare_sample(
-    raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings
+    raw_sample: RawSample,
+    modalities: Sequence[str],
+    settings: BuildSettings,
+    *,
+    lists_media: bool = False,
 ) -> PreparedSample:
     """Read a raw sample, filter it, re-encode its picture if asked, and decode its media once.
 
@@ -84,6 +96,7 @@ def prepare_sample(
         raw_sample: what the source listed.
         modalities: what every sample of the dataset has.
         settings: the builder's settings.
+        lists_media: whether each sample lists its media; `modalities` are then what it may have.
 
     Raises:
         OneLLMError: the disk failed rather than the sample, or what makes the media (a model) is
@@ -95,7 +108,7 @@ def prepare_sample(
             raise BadSampleError(raw_sample.problem)
         if raw_sample.skip is not None:
             raise _SkippedError(raw_sample.skip)
-        return _read_sample(raw_sample, modalities, settings)
+        return _read_sample(raw_sample, modalities, settings, lists_media)
     except _SkippedError as reason:
         return PreparedSample(key, where, reason=str(reason), skipped=True)
     except SampleError as error:
@@ -103,7 +116,7 @@ def prepare_sample(
 
 
 def _read_sample(
-    raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings
+    raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings, lists_media: bool
 ) -> PreparedSample:
     parts, meta = _read_texts(raw_sample)
     described = parse_description(settings.describe, tuple(modalities))
@@ -120,7 +133,7 @@ def _read_sample(
             if extension not in parts:
                 parts[extension] = _read(media)
         with decoding():
-            prepared = _finish_sample(raw_sample, parts, meta, modalities, settings)
+            prepared = _finish_sample(raw_sample, parts, meta, modalities, settings, lists_media)
     return prepared._replace(damage=tuple(dict.fromkeys(damage)))
 
 
@@ -130,17 +143,25 @@ def _finish_sample(
     meta: Mapping[str, Any],
     modalities: Sequence[str],
     settings: BuildSettings,
+    lists_media: bool,
 ) -> PreparedSample:
     """Hash, re-encode and check what was read."""
     content_hash, picture_hash = _hash_sample(parts, modalities, settings)
     if settings.resize is not None or settings.quality is not None:
-        pictures = get_picture_extensions(modalities)
+        pictures = _find_pictures(parts, modalities)
         parts = reencode_pictures(parts, pictures, settings.resize, settings.quality)
     where = f"dataset {settings.name}, key {raw_sample.key!r}"
     check_names(where, raw_sample.key, parts)
-    check_parts(where, (get_modality(m) for m in modalities), parts)
-    for name in modalities if settings.check else ():
-        _check_media(name, parts, meta)
+    if lists_media:
+        media = list_media(parts, meta, modalities)
+    else:
+        check_parts(where, (get_modality(m) for m in modalities), parts)
+        media = [SampleMedium(name) for name in modalities]
+    if lists_media:
+        for text in _list_texts(parts, meta):
+            check_placeholders(text, [medium.modality for medium in media], modalities)
+    for number, medium in enumerate(media if settings.check else ()):
+        _check_media(medium, parts, get_medium_meta(meta, number) if lists_media else meta)
     return PreparedSample(
         raw_sample.key,
         raw_sample.where,
@@ -148,6 +169,19 @@ def _finish_sample(
         content_hash=content_hash,
         picture_hash=picture_hash,
     )
+
+
+def _list_texts(parts: Mapping[str, bytes], meta: Mapping[str, Any]) -> list[str]:
+    """The texts that a sample may be read with: each caption, and its conversation."""
+    caption = meta.get("caption", meta.get("captions"))
+    texts = [c for c in (caption if isinstance(caption, list) else [caption]) if c is not None]
+    if "txt" in parts:
+        texts = [parts["txt"].decode()]
+    conversation = find_conversation(meta)
+    if conversation is not None:
+        turns = parse_turns(conversation, placeholders=True)
+        texts.append("\n".join(turn.text for turn in turns))
+    return texts
 
 
 def _hash_sample(
@@ -168,10 +202,16 @@ def _hash_sample(
             digests or {e: hashlib.sha256(d).hexdigest() for e, d in parts.items()}
         )
     if settings.dedup == "perceptual":
-        pictures = get_picture_extensions(modalities)
+        pictures = _find_pictures(media, modalities)
         found = (compute_dhash(media[e], e) for e in sorted(media) if e in pictures)
         picture_hash = next(found, 0)
     return content_hash, picture_hash
+
+
+def _find_pictures(parts: Collection[str], modalities: Sequence[str]) -> frozenset[str]:
+    """Return the extensions of a sample's pictures, numbered ones too."""
+    pictures = get_picture_extensions(modalities)
+    return frozenset(pictures) | {e for e in parts if split_prefix(e)[1] in pictures}
 
 
 def hash_content(digests: Mapping[str, str]) -> bytes:
@@ -329,10 +369,11 @@ def _make_disk_error(media: Media, error: OSError) -> OneLLMError:
     )
 
 
-def _check_media(name: str, parts: Mapping[str, bytes], meta: Mapping[str, Any]) -> None:
-    """Decode the media of one modality, and transform them as training and evaluation do."""
+def _check_media(medium: SampleMedium, parts: Mapping[str, bytes], meta: Mapping[str, Any]) -> None:
+    """Decode one medium, and transform it as training and evaluation do."""
+    name = medium.modality
     modality = get_modality(name)
-    media = {part: Part(e, parts[e]) for part, e in modality.match(set(parts)).items()}
+    media = get_medium_parts(medium, parts)
     try:
         raw = modality.read_raw(media, meta)
         for train in (False, True):

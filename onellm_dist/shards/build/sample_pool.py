@@ -68,7 +68,12 @@ class Preparation:
         self._pool.close()
 
     def _prepare_one(self, raw_sample: RawSample) -> PreparedSample:
-        return prepare_sample(raw_sample, self._plan.modalities, self._plan.settings)
+        return prepare_sample(
+            raw_sample,
+            self._plan.modalities,
+            self._plan.settings,
+            lists_media=self._plan.lists_media,
+        )
 
 
 def _refuse(raw_sample: RawSample, reason: str) -> PreparedSample:

@@ -199,7 +199,12 @@ class _TaskShards:
             # A builder that seemed dead may still be writing this shard: it has another folder.
             own = self.job.scratch / unique_name()
             own.mkdir(parents=True, exist_ok=True)
-            self.current = ShardWriter(own / Path(path).name, path=path, split=self.task.split)
+            self.current = ShardWriter(
+                own / Path(path).name,
+                path=path,
+                split=self.task.split,
+                media_of=self.job.plan.media_of,
+            )
         self.current.add(key, parts)
 
     def close(self) -> None:

@@ -60,6 +60,9 @@ class Dataset:
         self.manifest = manifest
         self.name = manifest.name
         self.modalities = manifest.modalities
+        """What every sample has; what samples may have, if the dataset lists their media."""
+        self.lists_media = manifest.lists_media
+        """Whether each sample has media of its own, named in its `.json` and in the index."""
         splits: dict[str, list[ShardInfo]] = {}
         for shard in manifest.shards:
             splits.setdefault(shard.split, []).append(shard)

@@ -24,8 +24,14 @@ from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import write_atomic
+from onellm_dist.common.media_size import SampleMedium
 from onellm_dist.common.turns import find_conversation, parse_turns
 from onellm_dist.shards.format.index_checks import IndexFaultError, check_columns, parse_header
+from onellm_dist.shards.format.media_columns import (
+    MediaFaultError,
+    make_media_columns,
+    open_media_columns,
+)
 from onellm_dist.shards.storage.paths import StoragePath
 
 MAGIC = b"ONELLMIX"
@@ -60,6 +66,8 @@ class IndexRows:
     """Extension to location, one mapping a sample."""
     text_bytes: list[int] = field(default_factory=list)
     """UTF-8 bytes of each sample's text."""
+    media: list[Sequence[SampleMedium]] | None = None
+    """The media of each sample; None: the index does not list media."""
 
     def add(self, key: str, start: int, parts: dict[str, PartLocation], text_bytes: int) -> None:
         """Append a sample."""
@@ -119,7 +127,12 @@ def pack_index(
     extensions = sorted({e for parts in rows.parts for e in parts})
     body = bytearray()
     places = {}
-    for name, column in _make_columns(rows, extensions, end).items():
+    columns = _make_columns(rows, extensions, end)
+    media: dict[str, Any] = {}
+    if rows.media is not None:
+        more, media["media"] = make_media_columns(rows.media)
+        columns |= more
+    for name, column in columns.items():
         places[name] = {"dtype": column.dtype.str, "count": len(column), "offset": len(body)}
         body += column.tobytes()
         body += bytes(-len(body) % _ALIGN)
@@ -129,6 +142,7 @@ def pack_index(
         "extensions": extensions,
         "columns": places,
         "body_bytes": len(body),
+        **media,
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(_FIXED.size + len(text)) % _ALIGN)
@@ -210,7 +224,9 @@ class ShardIndex:
             }
             if check:
                 check_columns(self._columns, header)
-        except IndexFaultError as error:
+            self.media = open_media_columns(self._columns, header.media, header.samples)
+            """The media of the samples; None: the index does not list them."""
+        except (IndexFaultError, MediaFaultError) as error:
             raise _make_error(path, str(error)) from error
         self.samples = header.samples
         self.extensions = header.extensions
@@ -268,6 +284,15 @@ class ShardIndex:
             count, first = found.get(extensions, (0, row))
             found[extensions] = (count + 1, first)
         return found
+
+    def rows(self) -> IndexRows:
+        """Return all rows, to make an index of them."""
+        rows = IndexRows(media=[] if self.media is not None else None)
+        for row in range(self.samples):
+            rows.add(self.key(row), self.span(row)[0], self.parts(row), self.text_bytes(row))
+            if self.media is not None and rows.media is not None:
+                rows.media.append(self.media.get(row))
+        return rows
 
     def text_bytes(self, row: int) -> int:
         """Return the UTF-8 bytes of the sample's text (see `count_text_bytes`)."""

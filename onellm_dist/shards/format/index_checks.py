@@ -61,6 +61,8 @@ class IndexHeader(NamedTuple):
     extensions: tuple[str, ...]
     columns: Mapping[str, ColumnPlace]
     body_bytes: int
+    media: Any = None
+    """What it says of the columns of media; None: there are none."""
 
 
 def parse_header(text: bytes) -> IndexHeader:
@@ -87,6 +89,7 @@ def parse_header(text: bytes) -> IndexHeader:
                 for name, c in raw["columns"].items()
             },
             _check_count(raw["body_bytes"], "body_bytes"),
+            raw.get("media"),
         )
     except IndexFaultError:
         raise

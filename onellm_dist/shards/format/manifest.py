@@ -67,7 +67,8 @@ class Manifest:
     name: str
     """The dataset's name: the first part of its samples' ids."""
     modalities: tuple[str, ...]
-    """What every sample has, in this order; () is text alone."""
+    """What every sample has, in this order; () is text alone. If the attribute `media` is
+    `listed`, what samples may have: each lists its media in its `.json`."""
     text: tuple[str, ...]
     """Which of `.txt` and `.json` every sample has."""
     licence: str
@@ -76,6 +77,11 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """Anything else about the dataset (of the toy world: its attributes and their values)."""
+
+    @property
+    def lists_media(self) -> bool:
+        """Whether each sample lists its media, which may differ from sample to sample."""
+        return self.attributes.get("media") == "listed"
 
     def to_bytes(self) -> bytes:
         """Make the JSON without checksum, one shard a line: what a fingerprint is made of.

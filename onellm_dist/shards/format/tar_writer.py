@@ -12,7 +12,7 @@ import hashlib
 import os
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from onellm_dist.common.files import staged_path, sync
@@ -80,16 +80,21 @@ class ShardWriter:
         target: the tar's final path.
         path: its path in the manifest.
         split: its split in the manifest.
+        media_of: the modalities of a dataset that lists its media: the index then says which media
+            each sample has; None: the dataset does not list them.
     """
 
-    def __init__(self, target: Path, *, path: str, split: str) -> None:
+    def __init__(
+        self, target: Path, *, path: str, split: str, media_of: Collection[str] | None = None
+    ) -> None:
         self.target = target
         self.path = path
         self.split = split
         self.samples = 0
         self.content = 0
         """Bytes of all parts so far."""
-        self._rows = IndexRows()
+        self._media_of = media_of
+        self._rows = IndexRows(media=None if media_of is None else [])
         self._file = staged_path(target).open("wb", buffering=0)
         self._digest = hashlib.sha256()
         self._pieces: list[bytes] = []
@@ -100,7 +105,14 @@ class ShardWriter:
         """Append a sample, its parts sorted by extension.
 
         The names must be valid: the caller has checked them (`valid_names.check_names`).
+
+        Raises:
+            SampleError: the dataset lists its media, and those of the sample cannot be listed.
         """
+        if self._media_of is not None and self._rows.media is not None:
+            from onellm_dist.shards.format.media import measure_media  # it imports torch
+
+            self._rows.media.append(measure_media(parts, self._media_of))
         start, places = self._offset, {}
         for extension in sorted(parts):
             content = parts[extension]

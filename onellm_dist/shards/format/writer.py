@@ -51,7 +51,8 @@ class DatasetWriter:
     Args:
         root: the folder; it must be absent or empty.
         name: the dataset's name in sample ids; letters, digits and `._-`.
-        modalities: what every sample has; () is text alone.
+        modalities: what every sample has; () is text alone. If `attributes` has `media.LISTED`,
+            what samples may have: each lists its media.
         licence: goes to the manifest.
         source: what makes the dataset; goes to the manifest.
         attributes: anything else for the manifest (JSON values).
@@ -84,7 +85,8 @@ class DatasetWriter:
         self.root = Path(root)
         self.name = name
         self.modalities = tuple(modalities)
-        self._checks = [get_modality(m) for m in self.modalities]
+        self._lists_media = (attributes or {}).get("media") == "listed"
+        self._checks = [] if self._lists_media else [get_modality(m) for m in self.modalities]
         self._licence = licence
         self._source = source
         self._attributes = dict(attributes or {})
@@ -145,7 +147,8 @@ class DatasetWriter:
         number = self._counts.get(split, 0)
         self._counts[split] = number + 1
         path = get_shard_path(split, number)
-        return ShardWriter(self.root / path, path=path, split=split)
+        media_of = self.modalities if self._lists_media else None
+        return ShardWriter(self.root / path, path=path, split=split, media_of=media_of)
 
     def _check(self, split: str, key: str, parts: Mapping[str, bytes]) -> None:
         where = f"dataset {self.name}, key {key!r}"

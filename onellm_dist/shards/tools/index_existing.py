@@ -32,7 +32,9 @@ from onellm_dist.shards.format.dataset import (
 )
 from onellm_dist.shards.format.energon import read_energon_splits
 from onellm_dist.shards.format.index import ShardIndex, get_index_path
+from onellm_dist.shards.format.index_media import find_media_modalities, index_media
 from onellm_dist.shards.format.index_tar import SkippedMembers, try_index_tar
+from onellm_dist.shards.format.media import LISTED
 from onellm_dist.shards.format.names import (
     infer_modalities,
     is_compressed_tar,
@@ -86,6 +88,7 @@ def index_existing_shards(
     workers: int = 1,
     again: bool = True,
     follow_links: bool = False,
+    media: bool = False,
 ) -> IndexedShards:
     """Index one tar, or all tars below a folder, which then gets a manifest and is a dataset.
 
@@ -97,14 +100,14 @@ def index_existing_shards(
         modalities: what every sample has; () is text alone; default: inferred from the extensions
             of the parts.
         name: the dataset's name; default: the folder's.
-        split: the split of all tars; default: what Energon's `.nv-meta/split.yaml` says, else
-            `train`, `val`, `validation` or `test` if a folder or the tar is named so (`val/0.tar`,
-            `test_subj01_0.tar`), else `train`.
+        split: the split of all tars; default: what Energon's `.nv-meta/split.yaml` says, else that
+            in the name of a folder or of the tar (`val/0.tar`, `test_subj01_0.tar`), else `train`.
         licence: goes to the manifest.
-        workers: processes, each with a tar at a time.
-        again: False: skip the tars of a folder whose index is complete, as new as the tar, and made
-            for its size.
+        workers: processes, each with a tar.
+        again: False: skip the tars of a folder whose index fits (complete, new, of its size).
         follow_links: whether tars may be links that lead out of the folder.
+        media: whether the indexes also list the media of each sample, with their sizes. Tars from
+            elsewhere then become a dataset whose samples list their media.
 
     Raises:
         UsageError: there is no tar, one leads out of the folder, or the modality cannot be
@@ -115,30 +118,35 @@ def index_existing_shards(
     if name is not None:
         check_name(name)
     if path.is_file():
-        return _index_one_tar(path)
+        return _index_one_tar(path, media=media)
     if not path.is_dir():
-        raise UsageError(
-            f"{path}: there is no such file or folder.",
-            "there is nothing to index.",
-            "check the path.",
-        )
+        what = f"{path}: there is no such file or folder."
+        raise UsageError(what, "there is nothing to index.", "check the path.")
     tars, notes = _list_tars(path, follow_links=follow_links)
     old = _read_manifest(path)
     todo = tars if again else [tar for tar in tars if not _has_fitting_index(tar)]
     kept = len(tars) - len(todo)
     skipped = _index_tars(todo, workers)
     if old is not None and old.source != SOURCE_NAME:
-        _compare_indexes(path, old)
-        manifest = old
+        manifest = _keep_manifest(path, old, media=media)
     else:
-        manifest = _make_manifest(path, tars, modalities, name, split, licence)
+        if media:
+            modalities = find_media_modalities(tars) if modalities is None else modalities
+            _index_all_media(tars, modalities, listed=True)
+        manifest = _make_manifest(path, tars, modalities, name, split, licence, media=media)
         write_atomic(path / MANIFEST, manifest.to_file())
     samples = sum(s.samples for s in manifest.shards)
     notes += _describe_skipped(skipped, "inside tars")
     return IndexedShards(len(tars), samples, path / MANIFEST, kept, notes)
 
 
-def _index_one_tar(path: Path) -> IndexedShards:
+def _index_one_tar(path: Path, *, media: bool) -> IndexedShards:
+    if media:
+        raise UsageError(
+            f"{path}: --media of a single tar.",
+            "which modalities its samples may have is known of a dataset.",
+            "index its folder.",
+        )
     skipped = _index_tars([path], workers=1)
     samples = ShardIndex(get_index_path(path)).samples
     return IndexedShards(1, samples, None, notes=_describe_skipped(skipped, "inside the tar"))
@@ -258,6 +266,19 @@ def _index_tars(tars: Sequence[Path], workers: int) -> SkippedMembers:
     return SkippedMembers(sum(one.hidden for one in found), sum(one.links for one in found))
 
 
+def _keep_manifest(root: Path, manifest: Manifest, *, media: bool) -> Manifest:
+    """Check the new indexes of a builder's dataset, and add the media that they should list.
+
+    Raises:
+        OneLLMError: a tar is not the one that was built.
+    """
+    _compare_indexes(root, manifest)
+    if media or manifest.lists_media:
+        tars = [root / shard.path for shard in manifest.shards]
+        _index_all_media(tars, manifest.modalities, listed=manifest.lists_media)
+    return manifest
+
+
 def _compare_indexes(root: Path, manifest: Manifest) -> None:
     """Compare the new indexes with the manifest of a builder.
 
@@ -276,6 +297,8 @@ def _make_manifest(
     name: str | None,
     split: str | None,
     licence: str,
+    *,
+    media: bool,
 ) -> Manifest:
     shards, sets = list[ShardInfo](), dict[frozenset[str], _ExtensionSet]()
     energon = read_energon_splits(root)
@@ -292,11 +315,12 @@ def _make_manifest(
     _check_splits(root, shards)
     _check_names(root, shards)
     if modalities is None:
-        media: Counter[frozenset[str]] = Counter()
+        votes: Counter[frozenset[str]] = Counter()
         for extensions, seen in sets.items():
-            media[extensions - set(TEXT_EXTENSIONS)] += seen.samples
-        modalities = infer_modalities(media, root)
-    _check_parts(sets, modalities)
+            votes[extensions - set(TEXT_EXTENSIONS)] += seen.samples
+        modalities = infer_modalities(votes, root)
+    if not media:
+        _check_parts(sets, modalities)
     text = tuple(e for e in TEXT_EXTENSIONS if all(e in extensions for extensions in sets))
     return Manifest(
         name or make_dataset_name(root),
@@ -305,7 +329,23 @@ def _make_manifest(
         licence,
         SOURCE_NAME,
         tuple(shards),
+        dict(LISTED) if media else {},
     )
+
+
+def _index_all_media(tars: Sequence[Path], modalities: Sequence[str], *, listed: bool) -> None:
+    """Add the media of their samples to the indexes of tars that lack them.
+
+    Raises:
+        OneLLMError: the media of a sample cannot be listed.
+    """
+    with progress(len(tars), "Reading headers of media", unit="tars") as bar:
+        for tar in tars:
+            if ShardIndex(get_index_path(tar)).media is None:
+                fault = index_media(tar, modalities, listed=listed)
+                if fault is not None:
+                    raise fault
+            bar.advance()
 
 
 def _infer_split(relative: str) -> str:

@@ -23,6 +23,7 @@ from onellm_dist.modalities import get_modality
 from onellm_dist.shards.build.finish import STATISTICS
 from onellm_dist.shards.build.staging import DAMAGED, QUARANTINE
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
+from onellm_dist.shards.format.media import split_prefix
 from onellm_dist.shards.format.names import get_modality_parts
 from onellm_dist.shards.storage.paths import to_storage_path
 from onellm_dist.shards.tools.named_samples import NamedSample, describe_sample, find_samples
@@ -160,7 +161,9 @@ def _make_lead(dataset: Dataset) -> str:
     manifest = dataset.manifest
     samples = sum(s.samples for s in manifest.shards)
     size = format_size(sum(s.bytes for s in manifest.shards))
-    modalities = " + ".join(dataset.modalities) or "text alone"
+    joined = " and ".join(dataset.modalities) if dataset.lists_media else ""
+    modalities = joined or " + ".join(dataset.modalities) or "text alone"
+    modalities += " (each sample lists its media)" if dataset.lists_media else ""
     what = f"{samples:,} sample{'s' if samples != 1 else ''} of {modalities}, {size}"
     texts = " and ".join(f".{t}" for t in manifest.text)
     rows = [
@@ -211,6 +214,10 @@ def _make_parts(dataset: Dataset, counts: Mapping[str, int], statistics: Mapping
         for part, accepted in get_modality_parts(get_modality(name)).items():
             role = f"{name}: {part}" if part != name else name
             roles.update({e: role for e in accepted if e in counts})
+            for numbered in counts:
+                prefix, own = split_prefix(numbered)
+                if prefix and own in accepted:
+                    roles[numbered] = f"{role} {prefix}"
     noted = statistics.get("parts_before_deduplication", {})
 
     def mean(part: str) -> str:

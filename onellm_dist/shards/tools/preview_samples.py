@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.media_size import SampleMedium
 from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
 from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.containers import measure_duration
 from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
+from onellm_dist.shards.format.media import get_medium_meta, get_medium_parts
 from onellm_dist.shards.format.parts import read_parts
 from onellm_dist.shards.tools.safe_decoding import Row, map_rows
 
@@ -132,15 +134,25 @@ def _find_faults(dataset: Dataset, shard: ShardInfo, row: int) -> list[str]:
         parts = read_parts(dataset, shard, row)
     except OneLLMError as error:
         return [f"cannot be read: {error.what}", error.do]
-    for name in dataset.modalities:
-        modality = get_modality(name)
+    for number, medium in enumerate(_list_media(dataset, shard, row)):
+        modality = get_modality(medium.modality)
         try:
-            media = {role: parts[e] for role, e in modality.match(set(parts)).items()}
             with decoding():
-                modality.decode(media, _parse_meta(parts))
+                meta = _parse_meta(parts)
+                own = get_medium_meta(meta, number) if medium.prefix else meta
+                modality.decode(get_medium_parts(medium, parts), own)
         except OneLLMError as error:
-            faults.append(f"{name} cannot be decoded: {error.what}")
+            which = f"{medium.modality} {medium.prefix}".strip()
+            faults.append(f"{which} cannot be decoded: {error.what}")
     return faults
+
+
+def _list_media(dataset: Dataset, shard: ShardInfo, row: int) -> Sequence[SampleMedium]:
+    """The media of a sample: those that the index lists, or what every sample has."""
+    if not dataset.lists_media:
+        return [SampleMedium(name) for name in dataset.modalities]
+    media = dataset.index(shard).media
+    return media.get(row) if media is not None else ()
 
 
 def render_text(dataset: Dataset, shard: ShardInfo, row: int) -> str:
@@ -160,7 +172,8 @@ def _render_sample(dataset: Dataset, shard: ShardInfo, row: int) -> str:
     try:
         parts = read_parts(dataset, shard, row)
         with decoding():
-            pictures = [_draw(name, parts) for name in dataset.modalities]
+            media = enumerate(_list_media(dataset, shard, row))
+            pictures = [_draw(medium, number, parts) for number, medium in media]
         return _make_figure(dataset, shard, row, "".join(pictures), format_text(parts))
     except OneLLMError as error:
         return _render_refused(dataset, shard, row, error.what)
@@ -171,11 +184,13 @@ def _render_refused(dataset: Dataset, shard: ShardInfo, row: int, reason: str) -
     return _make_figure(dataset, shard, row, "", text)
 
 
-def _draw(name: str, parts: dict[str, Part]) -> str:
-    """Draw the media of one modality, as an HTML image."""
+def _draw(medium: SampleMedium, number: int, parts: dict[str, Part]) -> str:
+    """Draw one medium, as an HTML image."""
+    name = medium.modality
     modality = get_modality(name)
-    media = {part: parts[e] for part, e in modality.match(set(parts)).items()}
-    raw = modality.read_raw(media, _parse_meta(parts))
+    meta = _parse_meta(parts)
+    own = get_medium_meta(meta, number) if medium.prefix else meta
+    raw = modality.read_raw(get_medium_parts(medium, parts), own)
     modality.make_value(raw, train=False, rng=np.random.default_rng(0))  # or it is refused
     picture = modality.preview(raw).convert("RGB")
     picture.thumbnail((_WIDTH, _WIDTH))

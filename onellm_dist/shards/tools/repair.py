@@ -92,7 +92,9 @@ def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
         "or put a copy in place of each link (cp --remove-destination FILE LINK).",
     )
     with hold_dataset(root):
-        change = RepairTransaction(root)
+        change = RepairTransaction(
+            root, media_of=manifest.modalities if manifest.lists_media else None
+        )
         try:
             shards = _repair_shards(root, manifest, workers, change)
         except BaseException:
@@ -201,6 +203,7 @@ def _repair_shard(
     if not faults and intact:
         if (
             index is None
+            or (manifest.lists_media and index.media is None)
             or (index.tar_sha256, index.samples) != (shard.sha256, len(samples))
             or index.tar_name != tar.name
         ):
@@ -274,7 +277,7 @@ def _list_samples(
 
 def _find_missing_part(manifest: Manifest, parts: Mapping[str, PartLocation]) -> str | None:
     """Return which part of the dataset's modalities or texts a sample lacks; None: none."""
-    for name in manifest.modalities:
+    for name in () if manifest.lists_media else manifest.modalities:
         try:
             get_modality(name).match(set(parts))
         except SampleError as error:
@@ -294,7 +297,7 @@ def _rewrite_shard(
     info: ShardInfo | None = None
     if samples:
         path = change.create(shard)
-        writer = ShardWriter(root / path, path=path, split=shard.split)
+        writer = ShardWriter(root / path, path=path, split=shard.split, media_of=change.media_of)
         with tar.open("rb") as file:
             for key, parts in samples.items():
                 content = {}

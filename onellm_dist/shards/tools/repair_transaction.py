@@ -21,6 +21,7 @@ from onellm_dist.common.files import STAGED, sync, write_atomic
 from onellm_dist.shards.build.finish import format_quarantine
 from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo, list_files
 from onellm_dist.shards.format.index import SUFFIX
+from onellm_dist.shards.format.index_media import index_media
 from onellm_dist.shards.format.index_tar import index_tar
 from onellm_dist.shards.sources.base import QuarantinedSample
 
@@ -47,6 +48,8 @@ class RepairTransaction:
     """Repaired tars, which no manifest lists yet."""
     _retired: list[Path] = field(default_factory=list)
     """Tars that the new manifest does not list."""
+    media_of: Collection[str] | None = None
+    """The modalities of a dataset that lists its media; None: it does not."""
     _stale: list[Path] = field(default_factory=list)
     """Tars whose index is made again."""
 
@@ -96,6 +99,9 @@ class RepairTransaction:
             write_atomic(self.root / MANIFEST, manifest.to_file())
         for tar in self._stale:
             index_tar(tar, any_key=True)
+            fault = index_media(tar, self.media_of, listed=True) if self.media_of else None
+            if fault is not None:
+                raise fault
         for tar in self._retired:
             move_to_damaged(tar)
 

@@ -28,6 +28,7 @@ from onellm_dist.shards.format.index import (
     ShardIndex,
     get_index_path,
 )
+from onellm_dist.shards.format.index_media import read_media
 from onellm_dist.shards.format.tars import TarError, scan_tar
 from onellm_dist.shards.storage.remote import is_url
 from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, SampleRow, hash_keys
@@ -132,7 +133,7 @@ def read_shard_rows(tar: Path) -> IndexRows | None:
         return scan_tar(tar).rows
     except TarError:
         index = _open_index(tar, None, [])
-        return _read_rows(index) if index is not None else None
+        return index.rows() if index is not None else None
 
 
 def _verify_shards(
@@ -143,6 +144,7 @@ def _verify_shards(
         manifest.shards,
         [manifest.modalities] * len(manifest.shards),
         [manifest.text] * len(manifest.shards),
+        [manifest.lists_media] * len(manifest.shards),
     )
     if workers == 1:
         yield from map(verify_shard, *arguments)
@@ -152,7 +154,11 @@ def _verify_shards(
 
 
 def verify_shard(
-    root: DatasetRoot, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
+    root: DatasetRoot,
+    shard: ShardInfo,
+    modalities: Sequence[str],
+    text: Sequence[str],
+    lists_media: bool = False,
 ) -> tuple[list[ShardProblem], NDArray[np.uint64]]:
     """Verify one shard.
 
@@ -161,6 +167,7 @@ def verify_shard(
         shard: the shard.
         modalities: what every sample has.
         text: which of `.txt` and `.json` every sample has.
+        lists_media: whether each sample lists its media; `modalities` are then what it may have.
 
     Returns:
         The faults, and the hashes of the keys, [samples, 2].
@@ -170,7 +177,10 @@ def verify_shard(
             tar = folder / shard.path
             if not tar.is_file():
                 return [ShardProblem(shard.path, "missing: the manifest lists it")], hash_keys([])
-            problems, keys = _verify_tar(tar, shard, modalities, text)
+            needed = () if lists_media else modalities
+            problems, keys = _verify_tar(tar, shard, needed, text)
+            if not problems:  # the index is the tar's
+                problems = _compare_media(tar, shard.path, modalities, listed=lists_media)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         how = f"cannot be read: {error.strerror or error}{where}"
@@ -190,7 +200,7 @@ def _verify_tar(
         problems.append(ShardProblem(shard.path, error.how, error.key, error.offset))
         rows, digest = None, sha256_file(tar)
     if index is not None:
-        in_index = _read_rows(index)
+        in_index = index.rows()
         problems += (
             _compare_rows(shard.path, in_index, rows)
             if rows is not None
@@ -241,13 +251,6 @@ def _open_index(
             )
         )
     return index
-
-
-def _read_rows(index: ShardIndex) -> IndexRows:
-    rows = IndexRows()
-    for row in range(index.samples):
-        rows.add(index.key(row), index.span(row)[0], index.parts(row), index.text_bytes(row))
-    return rows
 
 
 def _compare_rows(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[ShardProblem]:
@@ -337,6 +340,24 @@ def _find_missing_parts(
                     key,
                     start,
                 )
+
+
+def _compare_media(
+    tar: Path, shard: str, modalities: Sequence[str], *, listed: bool
+) -> list[ShardProblem]:
+    """Compare the media that an index lists with those of an intact tar."""
+    index = ShardIndex(get_index_path(tar))
+    if index.media is None:
+        how = "stale index: it does not list the media of the samples"
+        return [ShardProblem(shard, how)] if listed else []
+    problems = list[ShardProblem]()
+    for row, found in enumerate(read_media(tar, index, modalities, listed=listed)):
+        if isinstance(found, SampleError):
+            problems.append(ShardProblem(shard, f"media: {found.what}", index.key(row)))
+        elif found != index.media.get(row):
+            how = "stale index: the media of the sample differ from what it lists"
+            problems.append(ShardProblem(shard, how, index.key(row)))
+    return problems
 
 
 def _find_stray_files(root: DatasetRoot, manifest: Manifest) -> list[ShardProblem]:
