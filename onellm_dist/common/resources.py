@@ -31,6 +31,13 @@ def shard_recipes_dir() -> Path:
     return _find_folder("shards")
 
 
+def count_cpus() -> int:
+    """Return how many CPUs this process may use: those of its job, not those of the machine."""
+    allowed = len(os.sched_getaffinity(0))
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(allowed, int(given)) if given.isdecimal() and int(given) else allowed
+
+
 def user_cache() -> Path:
     """Return the folder for what can be recomputed.
 

@@ -6,8 +6,8 @@ A sample's `.json` part holds a conversation under `conversations`, in LLaVA's o
 
 `role` and `content` may stand for `from` and `value`, and `messages` for `conversations`. Content
 may be a list of parts as OpenAI has them, `{"type": "text", "text": ...}`; media among them are
-left out, because they stand before the text anyway. `"weight": 0` (OpenAI's) keeps an answer from
-being trained on.
+left out where they stand before the text anyway, and else become placeholders (`<image>`).
+`"weight": 0` (OpenAI's) keeps an answer from being trained on.
 """
 
 from __future__ import annotations
@@ -63,8 +63,12 @@ def find_conversation(meta: Mapping[str, Any]) -> Any:
     return next((raw for k in CONVERSATION_KEYS if (raw := meta.get(k)) not in (None, [])), None)
 
 
-def parse_turns(raw: Any) -> list[ConversationTurn]:
+def parse_turns(raw: Any, *, placeholders: bool = False) -> list[ConversationTurn]:
     """Parse the value of `conversations`.
+
+    Args:
+        raw: the value.
+        placeholders: whether a medium among content parts becomes a placeholder in the text.
 
     Returns:
         The turns; at least one of them is an answer (role `assistant`).
@@ -75,13 +79,13 @@ def parse_turns(raw: Any) -> list[ConversationTurn]:
     """
     if not isinstance(raw, list):
         raise TurnsError(f"expected a list of turns, not {type(raw).__name__}")
-    turns = [_parse_turn(number, turn) for number, turn in enumerate(raw)]
+    turns = [_parse_turn(number, turn, placeholders) for number, turn in enumerate(raw)]
     if all(turn.role != "assistant" for turn in turns):
         raise TurnsError("the conversation has no answer")
     return turns
 
 
-def _parse_turn(number: int, raw: Any) -> ConversationTurn:
+def _parse_turn(number: int, raw: Any, placeholders: bool) -> ConversationTurn:
     fields = raw if isinstance(raw, dict) else {}
     speaker = str(fields.get("from", fields.get("role"))).lower()
     if speaker in _TOOL_ROLES or fields.get("tool_calls") or fields.get("function_call"):
@@ -90,7 +94,7 @@ def _parse_turn(number: int, raw: Any) -> ConversationTurn:
             "express exactly"
         )
     role = ROLES.get(speaker)
-    text = _join_parts(number, fields.get("value", fields.get("content")))
+    text = _join_parts(number, fields.get("value", fields.get("content")), placeholders)
     if role is None or not isinstance(text, str):
         raise TurnsError(
             f'turn {number} is not {{"from": speaker, "value": text}} with the speaker '
@@ -109,7 +113,7 @@ def _parse_turn(number: int, raw: Any) -> ConversationTurn:
     return ConversationTurn(role, text, _parse_weight(number, fields) if role == "assistant" else 1)
 
 
-def _join_parts(number: int, content: Any) -> Any:
+def _join_parts(number: int, content: Any, placeholders: bool) -> Any:
     """The text of content parts; other content as it is."""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return content
@@ -123,7 +127,14 @@ def _join_parts(number: int, content: Any) -> Any:
             raise TurnsError(
                 f"turn {number} has a content part of type {kind!r}; text and media can be read"
             )
+        elif placeholders:
+            texts.append(f"<{get_part_modality(kind)}>")
     return "".join(texts)
+
+
+def get_part_modality(kind: object) -> str:
+    """Return the modality of a content part by its type: `image` of `image_url`, `input_image`."""
+    return str(kind).removeprefix("input_").removesuffix("_url")
 
 
 def _parse_weight(number: int, fields: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.captions import choose_captions
 from onellm_dist.data.exclusions import Exclusions
+from onellm_dist.data.media import CorpusMedia
+from onellm_dist.data.media_text import MediaTextEncoder, get_media_encoder
 from onellm_dist.data.micro_batch import SampleRef, SampleTable, group_by_shard
 from onellm_dist.data.refused_texts import report_refused_texts
 from onellm_dist.data.retry import open_index_with_retries
@@ -70,7 +73,10 @@ class Corpus:
         self.spans: list[tuple[str, ...]] = [
             tuple(m for m in self.modalities if m in dataset.modalities) for dataset in datasets
         ]
-        """The modalities of each dataset's samples, in span order."""
+        """The modalities of each dataset's samples, in span order; what its samples may have, if
+        they list their media."""
+        self.media = CorpusMedia(self.datasets, self.shards, self.modalities, config.spans)
+        """The media and spans of each sample."""
         self.token_counts = TokenCounts(datasets, text_encoder.fingerprint, split, seed)
         """Text and supervised tokens of every sample."""
         self.exclusions = Exclusions()
@@ -106,6 +112,12 @@ class Corpus:
             UsageError: something is wrong with the mixture (all problems are listed); see also
                 `build_token_counts` and `TextEncoder`.
         """
+        if unknown := sorted(set(config.spans) - set(modalities)):
+            raise UsageError(
+                f"data.spans names {', '.join(unknown)}, which the model does not read",
+                f"it reads {', '.join(modalities)}.",
+                "name modalities of the model.",
+            )
         datasets = open_datasets(config, modalities, split)
         text_encoder = TextEncoder(tokenizer, config.text_format, config.max_text_tokens)
         if build_counts:
@@ -114,6 +126,32 @@ class Corpus:
         else:
             _require_token_counts(datasets, text_encoder, split)
         return cls(datasets, config, text_encoder, seed, modalities, split=split, sizes=sizes)
+
+    @property
+    def combinations(self) -> list[tuple[str, ...]]:
+        """Every combination of modalities that a sample may have, sorted."""
+        found = set[tuple[str, ...]]()
+        for dataset, spans in zip(self.datasets, self.spans, strict=True):
+            sizes = range(len(spans) + 1) if dataset.lists_media else [len(spans)]
+            found.update(c for size in sizes for c in combinations(spans, size))
+        return sorted(found)
+
+    def media_encoder(self, number: int) -> MediaTextEncoder | None:
+        """Return what encodes a dataset's texts with placeholders; None: `text_encoder` does."""
+        return get_media_encoder(self.text_encoder, self.datasets[number])
+
+    def list_spans(self, ref: SampleRef) -> tuple[str, ...]:
+        """Return the modality of each span of a sample, as its costs count them."""
+        if not self.media.varied[ref.dataset]:
+            return self.spans[ref.dataset]
+        return tuple(m.modality for m in self.media.get(ref) for _ in range(m.spans))
+
+    def describe_media(self, ref: SampleRef) -> str:
+        """Return the media of a sample in words, for messages."""
+        if not self.media.varied[ref.dataset]:
+            return ", ".join(self.spans[ref.dataset]) or "text"
+        spans = [(m.modality, m.spans) for m in self.media.get(ref)]
+        return ", ".join(f"{n} in {k} spans" if k > 1 else n for n, k in spans) or "text"
 
     def shard_of(self, ref: SampleRef) -> tuple[Dataset, ShardInfo]:
         """Return the dataset and the shard that hold a sample."""

@@ -72,14 +72,19 @@ def check_batch(corpus: Corpus, samples: SampleTable, *, positions: int | None) 
     Raises:
         UsageError: a sample is longer; the longest is named.
     """
-    spans = np.array([SPAN_TOKENS * len(names) for names in corpus.spans], dtype=np.int64)
-    lengths = spans[samples.dataset] + samples.text_tokens
-    if positions is None or not (lengths > positions).any():
+    if positions is None:
         return
-    (longest,) = samples.refs(np.array([lengths.argmax()]))
-    media = len(corpus.spans[longest.dataset])
+    spans = np.array([len(names) for names in corpus.spans], dtype=np.int64)[samples.dataset]
+    varied = np.flatnonzero(corpus.media.varied[samples.dataset])
+    if varied.size:
+        spans[varied] = corpus.media.count(samples, varied).sum(1)
+    lengths = SPAN_TOKENS * spans + samples.text_tokens
+    if not (lengths > positions).any():
+        return
+    at = int(lengths.argmax())
+    (longest,) = samples.refs(np.array([at]))
     found = TooLong(longest, int((lengths > positions).sum()), len(lengths))
-    raise _describe(corpus, found, _limit_positions(positions), SPAN_TOKENS * media)
+    raise _describe(corpus, found, _limit_positions(positions), SPAN_TOKENS * int(spans[at]))
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,50 @@ def _limit_positions(positions: int) -> Limit:
     return Limit("the LLM's context (positions)", positions, "use an LLM with more positions")
 
 
+def _find_too_large_varied(
+    corpus: Corpus, number: int, positions: int | None
+) -> Iterator[UsageError]:
+    """As `_find_too_large`, of a dataset whose samples differ in media or spans.
+
+    The first shards are looked at; the plan refuses a sample of a later one when its step comes.
+    """
+    config = corpus.config
+    limit = Limit("data.pack_llm_tokens", config.pack_llm_tokens, "raise data.pack_llm_tokens")
+    if positions is not None and positions < limit.positions:
+        limit = _limit_positions(positions)
+    per_span = np.array([m.encoder_tokens for m in corpus.modalities.values()], dtype=np.int64)
+    longest, largest = TooLong(SampleRef(number, 0, 0, 0, 0, 0), 0, 0), (0, SampleRef(0, *[0] * 5))
+    most = fixed = 0
+    for shard in range(min(len(corpus.shards[number]), CENSUS_SHARDS)):
+        rows, counts = corpus.token_counts.get_texts(number, shard)
+        zeros = np.zeros_like(rows)
+        text, supervised = counts.astype(np.int64).T
+        table = SampleTable(zeros + number, zeros + shard, rows, zeros, text, supervised)
+        spans = corpus.media.count(table, np.arange(len(rows)))
+        lengths, encoder = text + SPAN_TOKENS * spans.sum(1), spans @ per_span
+        refs = table.refs(np.array([lengths.argmax(), encoder.argmax()]))
+        count = longest.count + int((lengths > limit.positions).sum())
+        longest = TooLong(longest.longest, count, longest.total + len(rows))
+        if lengths.max() > most:
+            most, fixed = int(lengths.max()), SPAN_TOKENS * int(spans[lengths.argmax()].sum())
+            longest = TooLong(refs[0], count, longest.total)
+        largest = max(largest, (int(encoder.max()), refs[1]))
+    if longest.count:
+        yield _describe(corpus, longest, limit, fixed)
+    if largest[0] > config.pack_encoder_tokens:
+        yield UsageError(
+            f"sample {corpus.sample_id(largest[1])} ({corpus.describe_media(largest[1])}) needs "
+            f"{largest[0]} encoder tokens; data.pack_encoder_tokens is "
+            f"{config.pack_encoder_tokens}",
+            "a micro-batch holds whole samples, so it does not fit in any.",
+            f"raise data.pack_encoder_tokens to {largest[0]} or more, or lower data.spans",
+        )
+
+
 def _find_too_large(corpus: Corpus, number: int, positions: int | None) -> Iterator[UsageError]:
+    if corpus.media.varied[number]:
+        yield from _find_too_large_varied(corpus, number, positions)
+        return
     config, spans = corpus.config, corpus.spans[number]
     media = ", ".join(spans) or "text"
     encoder = sum(corpus.modalities[name].encoder_tokens for name in spans)
@@ -129,7 +177,7 @@ def _describe(corpus: Corpus, found: TooLong, limit: Limit, fixed: int) -> Usage
         fixed: positions of a sample's media spans.
     """
     ref = found.longest
-    media = ", ".join(corpus.spans[ref.dataset]) or "text"
+    media = corpus.describe_media(ref)
     needed = fixed + ref.text_tokens
     text = limit.positions - fixed
     shorten = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, overload
 
@@ -152,6 +152,8 @@ class BatchTotals:
     """Samples of each dataset, in the order of the mixture."""
     samples_by_combination: Mapping[tuple[str, ...], int]
     """Modality combination (in span order; empty for text only) to number of samples."""
+    varied_spans: Mapping[str, int] = field(default_factory=dict)
+    """Modality to spans of the samples of varied datasets (see `CorpusMedia`)."""
 
 
 @dataclass(frozen=True, eq=False)

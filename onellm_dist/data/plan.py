@@ -8,7 +8,7 @@ one integer: the step.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +70,8 @@ class Plan:
             [sum(m.encoder_tokens for m in spans) for spans in media], dtype=np.int64
         )
         self._media_cost = np.asarray([self._costs.media(spans) for spans in media])
+        self._encoder_of_span = [m.encoder_tokens for m in corpus.modalities.values()]
+        self._cost_of_span = [self._costs.media([m]) for m in corpus.modalities.values()]
         self._kept_steps = max(KEPT_STEPS, self.config.workers * (self.config.prefetch + 1) + 2)
         self._tables: OrderedDict[int, SampleTable] = OrderedDict()
         self._steps: OrderedDict[tuple[int, int], StepPlan] = OrderedDict()
@@ -188,6 +190,8 @@ class Plan:
         for dataset, shards in zip(corpus.datasets, corpus.shards, strict=True):
             text.append(f"{dataset.name} {dataset.modalities}")
             text += [f"{shard.name} {shard.samples} {shard.sha256}" for shard in shards]
+        if config.spans:
+            text.append(f"spans {sorted(config.spans.items())}")
         if len(self.data_phases) > 1:
             text.append(f"{self.data_phases[-1].start} {self._offsets.tolist()}")
         return hashlib.sha256("\n".join(text).encode("utf-8")).hexdigest()
@@ -227,12 +231,7 @@ class Plan:
 
     def _assign(self, step: int, world_size: int) -> StepPlan:
         table = self._table(step)
-        llm = count_llm_tokens(table.text_tokens, self._span_count[table.dataset])
-        sizes = ItemSizes(
-            llm,
-            self._encoder_tokens[table.dataset],
-            self._costs.samples(self._media_cost[table.dataset], llm),
-        )
+        sizes, spans = self._measure(table)
         budget = TokenBudget(self.config.pack_llm_tokens, self.config.pack_encoder_tokens)
         over = find_too_large(sizes, budget)
         if over is not None:
@@ -246,16 +245,40 @@ class Plan:
             step,
             table,
             assigned,
-            self._totals(table, sizes, sum(not members.size for members in packs)),
+            self._totals(table, sizes, spans, sum(not members.size for members in packs)),
             max(costs) * len(costs) / sum(costs),
         )
 
-    def _totals(self, table: SampleTable, sizes: ItemSizes, empty: int) -> BatchTotals:
-        corpus = self.corpus
+    def _measure(self, table: SampleTable) -> tuple[ItemSizes, Ints]:
+        """Return the sizes of samples, and [k, M] the spans of those of varied datasets."""
+        count, encoder = self._span_count[table.dataset], self._encoder_tokens[table.dataset]
+        cost, media = self._media_cost[table.dataset], self.corpus.media
+        varied = np.flatnonzero(media.varied[table.dataset])
+        spans = np.zeros((0, len(media.names)), dtype=np.int64)
+        if varied.size:
+            spans = media.count(table, varied)
+            count[varied], encoder[varied], cost[varied] = spans.sum(1), 0, 0.0
+            for i, (tokens, operations) in enumerate(
+                zip(self._encoder_of_span, self._cost_of_span, strict=True)
+            ):
+                encoder[varied] += tokens * spans[:, i]
+                cost[varied] += operations * spans[:, i]
+        llm = count_llm_tokens(table.text_tokens, count)
+        return ItemSizes(llm, encoder, self._costs.samples(cost, llm)), spans
+
+    def _totals(
+        self, table: SampleTable, sizes: ItemSizes, varied_spans: Ints, empty: int
+    ) -> BatchTotals:
+        corpus, names = self.corpus, self.corpus.media.names
         by_dataset = np.bincount(table.dataset, minlength=len(corpus.datasets)).tolist()
         by_combination: dict[tuple[str, ...], int] = {}
-        for spans, count in zip(corpus.spans, by_dataset, strict=True):
-            by_combination[spans] = by_combination.get(spans, 0) + count
+        varied = corpus.media.varied.tolist()
+        for spans, count, is_varied in zip(corpus.spans, by_dataset, varied, strict=True):
+            if not is_varied:
+                by_combination[spans] = by_combination.get(spans, 0) + count
+        for row, number in Counter(map(tuple, (varied_spans > 0).tolist())).items():
+            own = tuple(name for name, has in zip(names, row, strict=True) if has)
+            by_combination[own] = by_combination.get(own, 0) + number
         return BatchTotals(
             samples=len(table.dataset),
             llm_tokens=int(sizes.llm.sum()),
@@ -264,6 +287,7 @@ class Plan:
             empty_micro_batches=empty,
             samples_by_dataset=tuple(by_dataset),
             samples_by_combination=by_combination,
+            varied_spans=dict(zip(names, varied_spans.sum(0).tolist(), strict=True)),
         )
 
     def _too_large(self, ref: SampleRef, llm: int, encoder: int) -> UsageError:
@@ -273,7 +297,7 @@ class Plan:
             if over_llm
             else ("data.pack_encoder_tokens", encoder, self.config.pack_encoder_tokens)
         )
-        media = ", ".join(self.corpus.spans[ref.dataset]) or "text"
+        media = self.corpus.describe_media(ref)
         return UsageError(
             f"sample {self.corpus.sample_id(ref)} ({media}, {ref.text_tokens} text tokens) needs "
             f"{size} tokens; {key} is {limit}",

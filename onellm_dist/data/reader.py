@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from onellm_dist.common.errors import MachineError, OneLLMError, SampleError
+from onellm_dist.common.placeholders import PlacedMedium
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.common.workers.sandbox import OutOfMemoryError, Sandbox, is_out_of_memory
 from onellm_dist.data.cache import ChunkCache
@@ -31,6 +32,7 @@ from onellm_dist.modalities import Modality
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.packed import IGNORE, PackedBatch
+from onellm_dist.shards.format.media import get_medium_meta, match_medium
 from onellm_dist.shards.format.parts import SampleSpan, extract_parts, get_parts_span
 
 
@@ -40,17 +42,30 @@ class _Sample:
 
     ids: Sequence[int]
     labels: Sequence[int]
-    values: Mapping[str, torch.Tensor]
-    """Modality to model input."""
+    values: Mapping[str, Sequence[torch.Tensor]]
+    """Modality to the model input of each of its spans, in the order of the sequence."""
+    spans: tuple[str, ...] = ()
+    """The modality of each span, in the order of the sequence."""
+    places: tuple[int, ...] = ()
+    """Text tokens before each span; empty: all stand behind BOS."""
     reason: str | None = None
     """Why the sample is skipped; None: it was read."""
+
+
+class _LocatedMedium(NamedTuple):
+    """One medium of a sample."""
+
+    modality: str
+    prefix: str
+    extensions: dict[str, str]
+    """Role of a part to extension."""
+    spans: int = 1
 
 
 class _Location(NamedTuple):
     """Where a sample's bytes lie."""
 
-    extensions: dict[str, dict[str, str]]
-    """Modality to role of a part to extension."""
+    media: tuple[_LocatedMedium, ...]
     parts: SampleSpan
     bytes: ByteRange
 
@@ -104,7 +119,7 @@ class Reader:
         corpus = self._corpus
         if micro.is_empty:
             placeholder = _Sample([corpus.text_encoder.bos], [IGNORE], {})
-            return self._pack([placeholder], [()], [""], is_empty=True)
+            return self._pack([placeholder], [""], is_empty=True)
         ids = corpus.sample_ids(micro.samples)
         known = self._locations
         self._locations = {}
@@ -115,8 +130,7 @@ class Reader:
         for index, (ref, name) in enumerate(zip(micro.samples, ids, strict=True)):
             with self.sandbox.sample(index):
                 samples.append(self._read_or_skip(ref, name))
-        spans = [corpus.spans[ref.dataset] for ref in micro.samples]
-        return self._pack(samples, spans, ids, is_empty=False)
+        return self._pack(samples, ids, is_empty=False)
 
     @property
     def _read_ahead(self) -> ReadAhead:
@@ -141,12 +155,19 @@ class Reader:
         corpus = self._corpus
         dataset, shard = corpus.shard_of(ref)
         stored = dataset.index(shard).parts(ref.row)
-        extensions = {
-            name: corpus.modalities[name].match(stored) for name in corpus.spans[ref.dataset]
-        }
-        wanted = {*TEXT_EXTENSIONS, *(e for roles in extensions.values() for e in roles.values())}
+        if corpus.media.varied[ref.dataset]:
+            media = tuple(
+                _LocatedMedium(name, prefix, match_medium(name, prefix, stored), spans)
+                for name, prefix, spans in corpus.media.get(ref)
+            )
+        else:
+            media = tuple(
+                _LocatedMedium(name, "", corpus.modalities[name].match(stored))
+                for name in corpus.spans[ref.dataset]
+            )
+        wanted = {*TEXT_EXTENSIONS, *(e for m in media for e in m.extensions.values())}
         parts = get_parts_span(stored, wanted)
-        return _Location(extensions, parts, ByteRange(dataset, shard, parts.start, parts.end))
+        return _Location(media, parts, ByteRange(dataset, shard, parts.start, parts.end))
 
     def _read_parts(self, ref: SampleRef, location: _Location) -> dict[str, Part]:
         """Read a sample's parts: from what was fetched ahead if it is intact, else from the tar."""
@@ -177,22 +198,57 @@ class Reader:
             location = self._locate(ref)
         parts = self._read_parts(ref, location)
         self.sandbox.decode()
-        ids, labels = corpus.text_encoder.encode(parts, partial(corpus.caption_index, ref))
+        choose = partial(corpus.caption_index, ref)
+        media, encoder = location.media, corpus.media_encoder(ref.dataset)
+        if encoder is None:
+            ids, labels = corpus.text_encoder.encode(parts, choose)
+            order = [PlacedMedium(number, 1) for number in range(len(media))]
+        else:
+            names = [medium.modality for medium in media]
+            ids, labels, order = encoder.encode_media(parts, names, choose)
         self._check_token_counts(ref, sample_id, ids, labels)
         meta = read_meta(parts)
-        values = {}
-        for name in corpus.spans[ref.dataset]:
-            modality = corpus.modalities[name]
-            media = {role: parts[e] for role, e in location.extensions[name].items()}
-            with _translate_errors(modality, sample_id):
-                raw = modality.decode(media, meta)
-                rng = self._build_rng(modality, sample_id)
-                values[name] = modality.make_value(raw, train=corpus.config.augment, rng=rng)
-            _check_value(modality, values[name], sample_id)
-        return _Sample(ids, labels, values)
+        values: dict[str, list[torch.Tensor]] = {}
+        spans: list[str] = []
+        places: list[int] = []
+        for number, place in order:
+            medium = media[number]
+            own = meta if encoder is None else get_medium_meta(meta, number)
+            values.setdefault(medium.modality, []).extend(
+                self._read_medium(sample_id, medium, parts, own)
+            )
+            spans += [medium.modality] * medium.spans
+            places += [place] * medium.spans
+        behind = all(place == 1 for place in places)
+        return _Sample(ids, labels, values, tuple(spans), () if behind else tuple(places))
+
+    def _read_medium(
+        self,
+        sample_id: str,
+        medium: _LocatedMedium,
+        parts: Mapping[str, Part],
+        meta: Mapping[str, Any],
+    ) -> list[torch.Tensor]:
+        """Read the spans of one medium: [*value_shape] each."""
+        modality = self._corpus.modalities[medium.modality]
+        prefix = f"{medium.prefix}." if medium.prefix else ""
+        own = {
+            role: replace(parts[e], extension=e.removeprefix(prefix)) if prefix else parts[e]
+            for role, e in medium.extensions.items()
+        }
+        with _translate_errors(modality, sample_id):
+            rng = self._build_rng(modality, f"{sample_id} {medium.prefix}" if prefix else sample_id)
+            train = self._corpus.config.augment
+            if medium.spans == 1:
+                values = [modality.make_value(modality.decode(own, meta), train=train, rng=rng)]
+            else:
+                values = modality.read_spans(own, meta, spans=medium.spans, train=train, rng=rng)
+        for value in values:
+            _check_value(modality, value, sample_id)
+        return values
 
     def _build_rng(self, modality: Modality, sample_id: str) -> np.random.Generator:
-        """Seed by run, sample, epoch and modality; never by worker, rank or earlier reads."""
+        """Seed by run, sample, epoch and medium; never by worker, rank or earlier reads."""
         key = derive_key("augment", self._corpus.seed, sample_id, modality.name)
         return np.random.Generator(np.random.PCG64(key))
 
@@ -217,25 +273,24 @@ class Reader:
             )
 
     def _skip(self, ref: SampleRef, reason: str) -> _Sample:
-        corpus = self._corpus
-        zeros = {
-            name: torch.zeros(corpus.modalities[name].value_shape)
-            for name in corpus.spans[ref.dataset]
-        }
+        corpus, spans = self._corpus, self._corpus.list_spans(ref)
+        zeros: dict[str, list[torch.Tensor]] = {}
+        for name in spans:
+            zeros.setdefault(name, []).append(torch.zeros(corpus.modalities[name].value_shape))
         ids = [corpus.text_encoder.bos] * ref.text_tokens
-        return _Sample(ids, [IGNORE] * ref.text_tokens, zeros, reason)
+        labels = [IGNORE] * ref.text_tokens
+        return _Sample(ids, labels, zeros, spans, reason=reason)
 
     def _pack(
         self,
         samples: Sequence[_Sample],
-        spans: Sequence[tuple[str, ...]],
         sample_ids: Sequence[str],
         *,
         is_empty: bool,
     ) -> PackedBatch:
         values = {}
         for name, modality in self._corpus.modalities.items():
-            present = [sample.values[name] for sample in samples if name in sample.values]
+            present = [value for sample in samples for value in sample.values.get(name, ())]
             values[name] = (
                 torch.stack(present) if present else torch.zeros((0, *modality.value_shape))
             )
@@ -247,7 +302,7 @@ class Reader:
             input_ids=torch.tensor(ids, dtype=torch.int64),
             labels=labels,
             text_token_counts=tuple(len(sample.ids) for sample in samples),
-            modalities=tuple(spans),
+            modalities=tuple(sample.spans for sample in samples),
             values=values,
             weights=torch.tensor(
                 [0.0 if is_empty or sample.reason is not None else 1.0 for sample in samples]
@@ -258,6 +313,9 @@ class Reader:
                 i: sample.reason for i, sample in enumerate(samples) if sample.reason is not None
             },
             supervised=(labels != IGNORE).nonzero().squeeze(1),
+            places=tuple(s.places or (1,) * len(s.spans) for s in samples)
+            if any(s.places for s in samples)
+            else (),
         )
 
 

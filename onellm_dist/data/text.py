@@ -99,6 +99,8 @@ class TextEncoder:
         )
         self.fingerprint = hashlib.sha256(repr(identity).encode("utf-8")).hexdigest()[:16]
         """Hash of everything that token counts depend on besides the text."""
+        self.media_encoders: dict[tuple[str, ...], TextEncoder] = {}
+        """The encoders of datasets that list their media, by modalities (`media_text.py`)."""
 
     def encode(
         self, parts: Mapping[str, Part], choose: Callable[[int], int] | None = None
@@ -120,7 +122,13 @@ class TextEncoder:
             captions = read_captions(parts)
             index = choose(len(captions)) if choose and len(captions) > 1 else 0
             return self._encode_caption(captions[index])
-        return self._encode_conversation(read_turns(parts))
+        return self._encode_conversation(self._read_turns(parts))
+
+    def _read_turns(self, parts: Mapping[str, Part]) -> Sequence[ConversationTurn]:
+        return read_turns(parts)
+
+    def _cut(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        return ids[: self.max_tokens], labels[: self.max_tokens]
 
     def encode_all(self, parts: Mapping[str, Part]) -> list[tuple[list[int], list[int]]]:
         """Encode every text the sample may be read with: its captions, or its one conversation.
@@ -198,7 +206,7 @@ class TextEncoder:
 
     def _encode_caption(self, caption: str) -> tuple[list[int], list[int]]:
         ids = [*self._encode(caption).ids, self.eos]
-        return [self.bos, *ids][: self.max_tokens], [IGNORE, *ids][: self.max_tokens]
+        return self._cut([self.bos, *ids], [IGNORE, *ids])
 
     def _encode_conversation(
         self, turns: Sequence[ConversationTurn]
@@ -233,7 +241,7 @@ class TextEncoder:
             ids, labels = [self.bos, *ids, self.eos], [IGNORE, *labels, IGNORE]
         elif not self._chat.has_bos:
             ids, labels = [self.bos, *ids], [IGNORE, *labels]
-        return ids[: self.max_tokens], labels[: self.max_tokens]
+        return self._cut(ids, labels)
 
 
 def _check_arguments(tokenizer: Any, text_format: str, max_tokens: int) -> Tokenizer:

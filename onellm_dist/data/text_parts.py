@@ -69,8 +69,13 @@ def read_captions(parts: Mapping[str, Part]) -> list[str]:
     return captions
 
 
-def read_turns(parts: Mapping[str, Part]) -> list[ConversationTurn]:
-    """Return the turns of the conversation in the `.json` part, without the tag `<image>`.
+def read_turns(parts: Mapping[str, Part], *, placeholders: bool = False) -> list[ConversationTurn]:
+    """Return the turns of the conversation in the `.json` part.
+
+    Args:
+        parts: the sample's text parts.
+        placeholders: whether the turns keep the tag `<image>`, and media among content parts
+            become such tags; else neither leaves a trace.
 
     Raises:
         SampleError: there is no conversation, or `parse_turns` refuses it.
@@ -83,13 +88,15 @@ def read_turns(parts: Mapping[str, Part]) -> list[ConversationTurn]:
             "use data.text_format=caption.",
         )
     try:
-        turns = parse_turns(raw)
+        turns = parse_turns(raw, placeholders=placeholders)
     except TurnsError as error:
         raise SampleError(
             f"malformed conversations: {error}",
             "the sample has no text in this format.",
             "fix the dataset's source and build it again.",
         ) from None
+    if placeholders:
+        return turns
     return [turn._replace(text=_without_tag(turn.text)) for turn in turns]
 
 

@@ -7,6 +7,9 @@ row. If a row of the shard has several captions, it is an [m, 3] array with one 
 instead: row, text tokens, supervised tokens; rows ascend, and a row's captions keep their order.
 A CRC-32 follows the array (token_count_file.py).
 
+The texts of a dataset that lists its media are counted without their placeholders, under another
+fingerprint (`get_count_fingerprint`).
+
 A rebuilt shard or another tokenizer has another file name, so a file is never out of date. Files
 are written atomically, so each is complete or absent. Beside the shards they have the permissions
 of the dataset's folder. If that is read-only, or another user's token counts cannot be read, they
@@ -18,24 +21,23 @@ must then share that folder.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.common.progress import progress
-from onellm_dist.common.resources import user_cache
-from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
+from onellm_dist.common.resources import count_cpus, user_cache
 from onellm_dist.data.captions import choose_captions
-from onellm_dist.data.read_ahead import ByteRange, ReadAhead
-from onellm_dist.data.retry import open_index_with_retries, read_parts_with_retries
+from onellm_dist.data.media_text import get_media_encoder
+from onellm_dist.data.retry import open_index_with_retries
+from onellm_dist.data.shard_texts import open_texts
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.data.token_count_file import (
     Counts,
@@ -44,9 +46,7 @@ from onellm_dist.data.token_count_file import (
     load_token_counts,
     save_token_counts,
 )
-from onellm_dist.modalities.base import Part
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
-from onellm_dist.shards.format.parts import SampleSpan, extract_parts, get_sample_span
 
 UNREADABLE = (1, 0)
 """Counts of a sample whose text could not be read or does not fit the text format: it is planned
@@ -56,16 +56,8 @@ MIN_PARALLEL_SAMPLES = 100_000
 """Fewer samples than this are counted in this process: starting others takes seconds."""
 MAX_MEMORY = 256 << 20
 """Bytes of token counts that stay in memory."""
-WINDOW_BYTES = 64 << 20
-"""Part of a remote shard whose texts are fetched together."""
-
-
-class _Row(NamedTuple):
-    """A sample of a remote shard, and where its text parts lie."""
-
-    row: int
-    parts: SampleSpan
-    bytes: ByteRange
+MEDIA_VERSION = 1
+"""Raise it when what placeholders mean changes."""
 
 
 class TokenCounts:
@@ -149,8 +141,17 @@ class TokenCounts:
         return texts
 
 
+def get_count_fingerprint(dataset: Dataset, fingerprint: str) -> str:
+    """Return the fingerprint of a dataset's token counts: in some, placeholders are not counted."""
+    if not dataset.lists_media:
+        return fingerprint
+    text = f"{fingerprint} media {MEDIA_VERSION} {sorted(dataset.modalities)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def get_token_count_folders(dataset: Dataset, fingerprint: str) -> tuple[Path, Path]:
     """Return the two folders that may hold token counts: the dataset's and the user cache's."""
+    fingerprint = get_count_fingerprint(dataset, fingerprint)
     return (
         dataset.root / FOLDER / fingerprint,
         user_cache() / FOLDER / dataset.name / fingerprint,
@@ -190,7 +191,8 @@ def _fetch_if_remote(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Pa
     if dataset.remote is not None and not path.exists():
         # A missing file is reported by whoever opens it.
         with contextlib.suppress(FileNotFoundError):
-            dataset.remote.fetch(f"{FOLDER}/{fingerprint}/{path.name}", path)
+            own = get_count_fingerprint(dataset, fingerprint)
+            dataset.remote.fetch(f"{FOLDER}/{own}/{path.name}", path)
     return path
 
 
@@ -207,7 +209,8 @@ def find_missing_token_counts(
             for name in os.listdir(folder)
         }
         if dataset.remote is not None:
-            present |= dataset.remote.names(f"{FOLDER}/{fingerprint}")
+            own = get_count_fingerprint(dataset, fingerprint)
+            present |= dataset.remote.names(f"{FOLDER}/{own}")
         missing += [
             (dataset, shard)
             for shard in dataset.shards(split)
@@ -223,6 +226,7 @@ def build_token_counts(
     split: str = "train",
     workers: int | None = None,
     show: bool = True,
+    task: tuple[int, int] = (0, 1),
 ) -> int:
     """Count the tokens of all shards that have no counts yet.
 
@@ -232,8 +236,9 @@ def build_token_counts(
         datasets: the datasets.
         encoder: how texts are encoded.
         split: the split to count.
-        workers: number of processes; default: one per core, or none for few samples.
+        workers: number of processes; default: one per CPU of the job, or none for few samples.
         show: whether to show progress on stderr.
+        task: (i, n): only every n-th shard from the i-th on, where n processes share the work.
 
     Returns:
         The number of samples counted.
@@ -243,11 +248,15 @@ def build_token_counts(
         OneLLMError: text could not be read because of a persistent disk fault.
     """
     jobs = find_missing_token_counts(datasets, encoder.fingerprint, split)
+    if task[1] > 1:
+        listed = [(d.name, shard.path) for d in datasets for shard in d.shards(split)]
+        own = set(listed[task[0] :: task[1]])
+        jobs = [(dataset, shard) for dataset, shard in jobs if (dataset.name, shard.path) in own]
     if not jobs:
         return 0
     total = sum(shard.samples for _, shard in jobs)
     if workers is None:
-        workers = 1 if total < MIN_PARALLEL_SAMPLES else min(len(jobs), os.cpu_count() or 1)
+        workers = 1 if total < MIN_PARALLEL_SAMPLES else min(len(jobs), count_cpus())
     with progress(total, "Counting text tokens", unit="sample", enabled=show) as bar:
         counted = (
             _count_here(jobs, encoder)
@@ -308,9 +317,14 @@ def count_shard_tokens(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder)
     """
     found: list[tuple[int, int, int]] = []
     failures: list[SampleError] = []
-    for row, read in enumerate(_open_texts(dataset, shard)):
+    with_media = get_media_encoder(encoder, dataset)
+    for row, read in enumerate(open_texts(dataset, shard)):
         try:
-            texts = encoder.encode_all(read())
+            texts = (
+                encoder.encode_all(read())
+                if with_media is None
+                else with_media.encode_all_media(read(), get_media_names(dataset, shard, row))
+            )
         except SampleError as error:
             if isinstance(error.__cause__, OSError):
                 raise OneLLMError(
@@ -339,44 +353,7 @@ def count_shard_tokens(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder)
     return shard.samples
 
 
-def _open_texts(dataset: Dataset, shard: ShardInfo) -> Iterator[Callable[[], dict[str, Part]]]:
-    """Yield for each row a function that reads its text parts.
-
-    Of a remote shard, windows of rows are fetched together, one window ahead.
-    """
-    if dataset.remote is None:
-        yield from (
-            partial(read_parts_with_retries, dataset, shard, row, TEXT_EXTENSIONS)
-            for row in range(shard.samples)
-        )
-        return
-    ahead = ReadAhead(None, 2 * WINDOW_BYTES)
-    windows = list(_build_windows(dataset, shard))
-    after: list[list[_Row]] = [*windows[1:], []]
-    for now, following in zip(windows, after, strict=bool(windows)):
-        ahead.request([row.bytes for row in now], [row.bytes for row in following])
-        for row in now:
-            yield partial(_read_fetched, ahead, row)
-
-
-def _build_windows(dataset: Dataset, shard: ShardInfo) -> Iterator[list[_Row]]:
-    """Yield neighbouring rows of a shard, as many as fill WINDOW_BYTES of the tar."""
-    open_index_with_retries(dataset, shard)
-    window: list[_Row] = []
-    for row in range(shard.samples):
-        parts = get_sample_span(dataset, shard, row, TEXT_EXTENSIONS)
-        if window and parts.end - window[0].parts.start > WINDOW_BYTES:
-            yield window
-            window = []
-        window.append(_Row(row, parts, ByteRange(dataset, shard, parts.start, parts.end)))
-    yield window
-
-
-def _read_fetched(ahead: ReadAhead, row: _Row) -> dict[str, Part]:
-    """Read the text parts of a row: from what was fetched, else from the shard."""
-    dataset, shard = row.bytes.dataset, row.bytes.shard
-    data = ahead.load(row.bytes)
-    if data is not None:
-        with contextlib.suppress(SampleError):
-            return extract_parts(dataset, shard, row.row, row.parts, data)
-    return read_parts_with_retries(dataset, shard, row.row, TEXT_EXTENSIONS)
+def get_media_names(dataset: Dataset, shard: ShardInfo, row: int) -> list[str]:
+    """Return the modality of each medium of a sample, from the index."""
+    media = open_index_with_retries(dataset, shard).media
+    return [medium.modality for medium in media.get(row)] if media is not None else []

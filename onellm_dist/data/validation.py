@@ -40,6 +40,29 @@ def open_validation_plan(
             see also `Corpus.open`.
     """
     wanted = config.validation
+    section = select_validation_data(config)
+    if wanted is None:
+        raise ValueError("the recipe has no data.validation")
+    plan = Plan.open(
+        section,
+        tokenizer,
+        seed,
+        modalities,
+        split=wanted.split,
+        build_counts=build_counts,
+        sizes=sizes,
+    )
+    _check_dataset_sizes(plan, wanted)
+    return plan
+
+
+def select_validation_data(config: DataSection) -> DataSection:
+    """Return the `data` section of a recipe's validation set.
+
+    Raises:
+        UsageError: no dataset has the split.
+    """
+    wanted = config.validation
     if wanted is None:
         raise ValueError("the recipe has no data.validation")
     entries = tuple(
@@ -55,20 +78,9 @@ def open_validation_plan(
             "build the datasets with a validation split, use another split, or remove "
             "data.validation.",
         )
-    section = config.model_copy(
+    return config.model_copy(
         update={"mixture": entries, "global_batch": wanted.samples, "augment": False}
     )
-    plan = Plan.open(
-        section,
-        tokenizer,
-        seed,
-        modalities,
-        split=wanted.split,
-        build_counts=build_counts,
-        sizes=sizes,
-    )
-    _check_dataset_sizes(plan, wanted)
-    return plan
 
 
 def _check_dataset_sizes(plan: Plan, wanted: ValidationSection) -> None:

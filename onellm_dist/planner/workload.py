@@ -16,15 +16,19 @@ import numpy as np
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.costs import CostModel
+from onellm_dist.data.media import CorpusMedia
+from onellm_dist.data.micro_batch import SampleTable
 from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.packing import ItemSizes, TokenBudget, find_too_large, pack
-from onellm_dist.modalities import Modality
+from onellm_dist.modalities import Modality, all_modalities
 from onellm_dist.planner.hardware import load_assumptions
 from onellm_dist.planner.pack_shapes import PackShape, SampleShape
-from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
 
 EMPTY: PackShape = (SampleShape((), 1, 0),)
 """What a rank runs in a micro-batch without samples."""
+_LOOKED_AT = 1000
+"""Samples whose media are counted where they differ from sample to sample."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ def describe_data(
             "the model has no tokenizer for it.",
             "remove the dataset from data.mixture, or use a model with this modality.",
         )
-    ordered = [tuple(x for x in modalities if x in spans) for _, spans, *_ in found]
+    ordered = [
+        tuple(x for x in modalities for _ in range(spans.count(x))) for _, spans, *_ in found
+    ]
     return DataShape(
         names=tuple(name for name, *_ in found),
         samples=tuple(SampleShape(spans, tokens, min(targets, tokens - 1)) for spans in ordered),
@@ -137,7 +143,8 @@ def _describe_dataset(
             dataset = open_dataset(location, follow_links=data.follow_links)
             shards = dataset.shards()
             size = sum(s.bytes for s in shards) / max(1, sum(s.samples for s in shards))
-            return name, tuple(dataset.modalities), size, ""
+            spans, note = _estimate_spans(dataset, data)
+            return name, spans, size, note
         except UsageError:
             pass
     spans = tuple(known.get(name, assumptions.datasets.get(name, ())))
@@ -150,6 +157,23 @@ def _describe_dataset(
     media = [assumptions.media.get(x, assumptions.unknown_media) for x in spans]
     note = f"{name} is not there: samples of {'+'.join(spans) or 'text'}"
     return name, spans, 1000 * sum(m.kilobytes for m in media), "" if name in known else note
+
+
+def _estimate_spans(dataset: Dataset, data: DataSection) -> tuple[tuple[str, ...], str]:
+    """The modality of each span of a typical sample, and what was assumed for it."""
+    plain = tuple(dataset.modalities)
+    modalities = {name: all_modalities()[name] for name in plain}
+    shards = dataset.shards()
+    media = CorpusMedia([dataset], [shards], modalities, data.spans)
+    if not media.varied[0]:
+        return plain, ""
+    rows = np.arange(min(shards[0].samples, _LOOKED_AT), dtype=np.int64)
+    zeros = np.zeros_like(rows)
+    table = SampleTable(zeros, zeros, rows, zeros, zeros, zeros)
+    mean = media.count(table, rows).mean(0)
+    spans = tuple(name for name, n in zip(media.names, mean, strict=True) for _ in range(round(n)))
+    said = ", ".join(f"{n:.1f} {name}" for name, n in zip(media.names, mean, strict=True))
+    return spans, f"{dataset.name}: the spans of a sample are the mean of {len(rows)}: {said}"
 
 
 def pack_step(

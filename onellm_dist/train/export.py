@@ -197,4 +197,6 @@ def _write_configs(
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
     write_generation(folder, model.generation_settings, model.config.text_config)
+    if spans := getattr(model.config, "spans", None):
+        processor.spans = dict(spans)
     processor.save_pretrained(folder)

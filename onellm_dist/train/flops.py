@@ -98,11 +98,15 @@ class FlopCounter:
             + upm_flops[name] * (6 if align else 2)
             for name, modality in corpus.modalities.items()
         }
-        self._media = [sum(per_sample[name] for name in spans) for spans in corpus.spans]
+        self._per_span = per_sample
         self._by_combination = {
-            "+".join(spans) or "text": flops
-            for spans, flops in zip(corpus.spans, self._media, strict=True)
+            "+".join(spans) or "text": sum(per_sample[name] for name in spans)
+            for spans in corpus.spans
         }
+        self._media = [
+            0 if varied else sum(per_sample[name] for name in spans)
+            for spans, varied in zip(corpus.spans, corpus.media.varied, strict=True)
+        ]
 
     def count(self, plan: StepPlan) -> StepWork:
         """Compute what all ranks process together in a step, from the totals of its plan."""
@@ -111,6 +115,7 @@ class FlopCounter:
             count * flops
             for count, flops in zip(totals.samples_by_dataset, self._media, strict=True)
         )
+        media += sum(n * self._per_span[name] for name, n in totals.varied_spans.items())
         positions = totals.llm_tokens + totals.empty_micro_batches
         return StepWork(
             samples=totals.samples,

@@ -163,6 +163,8 @@ def open_plans(
             than a micro-batch or the LLM's context.
     """
     arguments = (data, tokenizer, seed, list(model.config.modalities))
+    if data.spans or getattr(model.config, "spans", None):
+        model.config.spans = dict(data.spans)  # the saved model reads media as it was trained
     sizes = model.config.vision.patches, model.config.vision.prefix
     positions = get_context(model.config.text_config, model.llm_support)
 

@@ -45,7 +45,7 @@ class LocalPass:
             for part in self.losses
             for sample, modalities in zip(part.batch.sample_ids, part.batch.modalities, strict=True)
             if sample in sample_ids
-            for name in modalities or ("text",)
+            for name in dict.fromkeys(modalities) or ("text",)
         )
 
 

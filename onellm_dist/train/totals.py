@@ -65,6 +65,7 @@ class StepTotals:
         metrics: Sequence[Metric] = (),
     ) -> None:
         self._combinations = {names: i for i, names in enumerate(combinations)}
+        self._places = {frozenset(names): i for i, names in enumerate(combinations)}
         self._dist = dist
         self._metrics = metrics
         self._modalities = sorted({name for c in combinations for name in c or ("text",)})
@@ -94,7 +95,7 @@ class StepTotals:
         if batch.is_empty:
             return
         combination = to_device_tensor(
-            [self._combinations[modalities] for modalities in batch.modalities], self._sums.device
+            [self._places[frozenset(spans)] for spans in batch.modalities], self._sums.device
         )
         weight = batch.weights.double()[sample_index]
         place = FIXED + combination[sample_index]

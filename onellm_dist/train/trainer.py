@@ -84,7 +84,7 @@ class Trainer:
             steps=self.config.train.steps,
             left_out=self.sample_log.left_out,
         )
-        self._combinations = sorted(set(self.plan.corpus.spans))
+        self._combinations = self.plan.corpus.combinations
         self._unreadable = UnreadableSamples(self.config.stability.max_skipped)
         for callback in self.callbacks:
             self.meter.metrics.add(callback.metrics)

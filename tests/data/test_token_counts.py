@@ -13,6 +13,7 @@ import pytest
 from data_worlds import caption, tokenizer, write
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.data import shard_texts
 from onellm_dist.data import token_counts as token_counts_module
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.data.token_counts import (
@@ -129,7 +130,7 @@ def test_a_disk_fault_is_not_recorded(talk: Dataset, monkeypatch: pytest.MonkeyP
     def failing(dataset: Dataset, *rest: object) -> dict[str, Part]:
         raise SampleError("dataset talk: Input/output error.") from OSError(5, "Input/output error")
 
-    monkeypatch.setattr(token_counts_module, "read_parts_with_retries", failing)
+    monkeypatch.setattr(shard_texts, "read_parts_with_retries", failing)
     with pytest.raises(OneLLMError, match="Input/output error"):
         build_token_counts([talk], encoder(), show=False)
     assert not list(talk.root.rglob("*.npy"))

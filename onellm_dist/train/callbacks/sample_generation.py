@@ -170,7 +170,8 @@ class SampleGeneration(Callback):
                 batch = reader.read(
                     MicroBatch(0, rank, index, count, samples, global_valid_tokens=1)
                 )
-                self._packs.append((batch, _build_questions(batch, numbers)))
+                questions = _build_questions(batch, numbers)
+                self._packs.append((_drop_later_media(batch, questions), questions))
         return self._packs
 
 
@@ -185,7 +186,7 @@ def _pack(
     llm = encoder = 0
     for number in numbers:
         ref = refs[number]
-        spans = plan.corpus.spans[ref.dataset]
+        spans = plan.corpus.list_spans(ref)
         own_llm = ref.text_tokens + new_tokens + SPAN_TOKENS * len(spans)
         own_encoder = sum(plan.corpus.modalities[name].encoder_tokens for name in spans)
         if packs[-1] and (
@@ -216,13 +217,33 @@ def _build_questions(batch: PackedBatch, numbers: Sequence[int]) -> list[_Questi
             _Question(
                 number=numbers[i],
                 sample_id=batch.sample_ids[i],
-                modalities=batch.modalities[i],
+                modalities=tuple(dict.fromkeys(batch.modalities[i])),
                 prompt=ids[:start].tolist(),
                 reference=ids[start:end].tolist(),
                 readable=i not in batch.skipped_samples and end > start,
             )
         )
     return found
+
+
+def _drop_later_media(batch: PackedBatch, questions: Sequence[_Question]) -> PackedBatch:
+    """Leave out the media that stand behind the question of their sample."""
+    if not batch.places:
+        return batch
+    modalities: list[tuple[str, ...]] = []
+    places: list[tuple[int, ...]] = []
+    kept: dict[str, list[bool]] = {name: [] for name in batch.values}
+    for question, spans, own in zip(questions, batch.modalities, batch.places, strict=True):
+        there = [place <= len(question.prompt) for place in own]
+        for name, is_kept in zip(spans, there, strict=True):
+            kept[name].append(is_kept)
+        modalities.append(tuple(n for n, keep in zip(spans, there, strict=True) if keep))
+        places.append(tuple(p for p, keep in zip(own, there, strict=True) if keep))
+    values = {
+        name: value[torch.tensor(kept[name], dtype=torch.bool)]
+        for name, value in batch.values.items()
+    }
+    return replace(batch, modalities=tuple(modalities), places=tuple(places), values=values)
 
 
 def _build_next(batch: PackedBatch, questions: Sequence[_Question], bos: int) -> PackedBatch:

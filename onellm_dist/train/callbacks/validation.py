@@ -103,7 +103,7 @@ class Validation(Callback):
 
     def _run_forward(self, steps_done: int) -> StepValues:
         """Run the forward of every micro-batch, call the callbacks, and sum over the ranks."""
-        totals = StepTotals(sorted(set(self._plan.corpus.spans)), self._dist)
+        totals = StepTotals(self._plan.corpus.combinations, self._dist)
         skipped_samples = 0
         dist = self._dist
         with torch.no_grad(), Loader(self._plan, dist.world_size, dist.rank, 0, 1) as loader:

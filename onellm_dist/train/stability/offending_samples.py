@@ -115,7 +115,7 @@ def _list_samples(losses: Sequence[MicroBatchLosses], rank: int) -> list[Offendi
                     rank=rank,
                     micro_batch=number,
                     sample=batch.sample_ids[i],
-                    modality="+".join(batch.modalities[i]) or "text",
+                    modality="+".join(dict.fromkeys(batch.modalities[i])) or "text",
                     nll=None if unknown or not math.isfinite(means[i]) else means[i],
                 )
             )
