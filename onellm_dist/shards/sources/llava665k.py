@@ -1,8 +1,9 @@
 """`onellm shards build llava665k IN OUT`: LLaVA-1.5's llava_v1_5_mix665k.json.
 
-All samples of a dataset have the same modalities, so rows with a picture (rows=image) and rows
-without (rows=text) are two datasets: build both. IN is LLaVA's `playground/data`: coco/train2017,
-gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K, vg/VG_100K_2.
+Rows with a picture (rows=image) and rows without (rows=text) are two datasets, or one whose samples
+list their media (rows=all): any number of pictures, where `<image>` stands in the text. IN
+is LLaVA's `playground/data`: coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images,
+vg/VG_100K, vg/VG_100K_2.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.format.media import LISTED
 from onellm_dist.shards.sources.base import (
     DatasetDescription,
     Option,
@@ -33,10 +35,11 @@ from onellm_dist.shards.sources.readers.media_files import (
     require_file,
     require_one_file,
 )
+from onellm_dist.shards.sources.readers.media_rows import read_media_row
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _ROWS = 1000
-_ROW_TYPES = ("image", "text")
+_ROW_TYPES = ("image", "text", "all")
 
 
 def _get_row_type(row: Any) -> str:
@@ -61,9 +64,9 @@ def plan(
     check_missing(missing)
     if rows not in _ROW_TYPES:
         raise UsageError(
-            f"rows={rows} is neither image nor text.",
-            "a dataset has one of the two.",
-            "build each into a folder of its own.",
+            f"rows={rows} is none of image, text, all.",
+            "it says which rows become the dataset.",
+            "choose one.",
         )
     name = require_file(
         inputs, annotations, ("llava_v1_5_mix665k.json",), "LLaVA's rows", "annotations"
@@ -71,8 +74,14 @@ def plan(
     find_media_folders(inputs, media, ())
 
     def count_samples(row: JsonRow) -> Mapping[str, int]:
-        return {"train": int(_get_row_type(row.value) == rows)}
+        return {"train": int(rows in ("all", _get_row_type(row.value)))}
 
+    if rows == "all":
+        return DatasetDescription(
+            ("image",),
+            split_rows(inputs, name, _ROWS, count=count_samples),
+            attributes=dict(LISTED),
+        )
     built = "with a picture" if rows == "image" else "of text alone"
     other = f"only the rows {built} are built; the others: -o rows={_ROW_TYPES[rows == 'image']}"
     return DatasetDescription(
@@ -94,7 +103,7 @@ def raw_samples(
     """Read the samples of one range of rows."""
     context = AnnotationContext(inputs, find_media_folders(inputs, media, ()), description, options)
     for item in read_rows(inputs, description):
-        if _get_row_type(item.value) == rows:
+        if rows in ("all", _get_row_type(item.value)):
             yield from read_raw_samples(
                 lambda i: read_conversation(context, i, rows), item, 1, missing
             )
@@ -106,6 +115,8 @@ def read_conversation(
     """Make a sample of a row; its number is the key, because ids are not unique in this file."""
     row, key = item.value, f"{item.number:06d}"
     meta = {"id": str(row.get("id", ""))}
+    if rows == "all":
+        return [read_media_row(context, row, key, ("image",), meta)]
     if rows == "text":
         return [
             AnnotatedSample(key, {}, clean_turns(require_conversation(row), tags=False), meta=meta)
@@ -124,7 +135,7 @@ def read_conversation(
 
 SOURCE = Source(
     "llava665k",
-    "LLaVA-1.5's llava_v1_5_mix665k.json: rows with a picture, or (rows=text) rows without",
+    "LLaVA-1.5's llava_v1_5_mix665k.json: rows with a picture, without (rows=text), or all",
     plan=plan,
     raw_samples=raw_samples,
     options={
@@ -135,7 +146,9 @@ SOURCE = Source(
             Path,
         ),
         "rows": Option(
-            "image", "image: rows with a picture; text: rows without (a dataset of text alone)"
+            "image",
+            "image: rows with a picture; text: rows without (a dataset of text alone); all: both, "
+            "with any number of pictures where <image> stands in the text",
         ),
         "missing": MISSING_OPTION,
     },

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.modalities.io.imu import UNIT_KEYS
+from onellm_dist.shards.format.media import LISTED, make_numbered_parts
 from onellm_dist.shards.format.names import TEXT_ONLY
 from onellm_dist.shards.sources.base import (
     BadSampleError,
@@ -56,6 +57,7 @@ from onellm_dist.shards.sources.readers.imu_windows import (
 )
 from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows, split_rows
 from onellm_dist.shards.sources.readers.media_files import find_first_file, require_one_file
+from onellm_dist.shards.sources.readers.media_rows import check_tags
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _ROWS = 1000
@@ -107,6 +109,7 @@ def plan(
     include_test: bool,
     imu_units: str | None,
     missing: str,
+    listed: bool,
 ) -> DatasetDescription:
     """Divide the files of one modality into ranges of rows.
 
@@ -139,6 +142,7 @@ def plan(
         () if modality == TEXT_ONLY else (modality,),
         splits,
         tuple(_make_notes(wanted, existing, taken)),
+        dict(LISTED) if listed and modality != TEXT_ONLY else {},
     )
 
 
@@ -176,14 +180,50 @@ def raw_samples(
     modality: str,
     media: Path | None,
     missing: str,
+    listed: bool,
     **options: Any,
 ) -> Iterator[RawSample]:
     """Read the samples of one range of rows."""
     context = AnnotationContext(
         inputs, find_media_folders(inputs, media, (_ROOT,)), description, options
     )
+    read = _read_listed if listed and modality != TEXT_ONLY else _read_sample
     for item in read_rows(inputs, description):
-        yield from read_raw_samples(lambda i: _read_sample(context, i, modality), item, 1, missing)
+        yield from read_raw_samples(lambda i: read(context, i, modality), item, 1, missing)
+
+
+def _read_listed(
+    context: AnnotationContext, item: JsonItem, modality: str
+) -> Sequence[AnnotatedSample]:
+    """A row with any number of media of its modality, where placeholders stand in its text."""
+    row = item.value
+    key = f"{PurePosixPath(context.description['file']).stem}-{item.number:07d}"
+    files = row.get("image")
+    meta: dict[str, Any] = {"id": str(row.get("id", ""))}
+    found: list[tuple[str, dict[str, Media]]] = []
+    if modality == "imu":
+        found.append((modality, _find_window(context, row, meta)))
+    else:
+        maps = row.get(f"{modality}_image")
+        names = files if isinstance(files, list) else [files]
+        pairs = maps if isinstance(maps, list) else [maps] * len(names)
+        for name, other in zip(names, pairs, strict=True):
+            own = _find_medium(context, modality, require_text(name, "image"), meta)
+            if modality in ("depth", "normal"):
+                own |= _find_map(context, modality, other)
+            found.append((modality, own))
+    turns = clean_turns(require_conversation(row), tags=False, placeholders=True)
+    turns = [{**turn, "value": _name_tags(turn["value"], modality)} for turn in turns]
+    parts, listed = make_numbered_parts(found)
+    check_tags(turns, listed, (modality,))
+    return [AnnotatedSample(key, parts, turns, meta={**meta, "media": listed})]
+
+
+def _name_tags(text: str, modality: str) -> str:
+    """Placeholders by the modality: the files have `<image>` for all, and `<rgbd>` for depth."""
+    for tag in ("<image>", "<rgbd>", "<rgbn>"):
+        text = text.replace(tag, f"<{modality}>")
+    return text
 
 
 def _read_sample(
@@ -201,11 +241,15 @@ def _read_sample(
         else _find_medium(context, modality, require_one_file(row["image"], "image"), meta)
     )
     if modality in ("depth", "normal"):
-        [(extension, file)] = context.find_media(
-            "image", *_list_names(require_text(row[f"{modality}_image"], f"{modality}_image"))
-        ).items()
-        parts[f"{modality}.{extension}"] = file
+        parts |= _find_map(context, modality, row[f"{modality}_image"])
     return [AnnotatedSample(key, parts, turns, meta=meta)]
+
+
+def _find_map(context: AnnotationContext, modality: str, name: Any) -> dict[str, Media]:
+    """The depth or normal map of a picture."""
+    names = _list_names(require_text(name, f"{modality}_image"))
+    [(extension, file)] = context.find_media("image", *names).items()
+    return {f"{modality}.{extension}": file}
 
 
 def _list_names(path: str) -> list[str]:
@@ -295,6 +339,12 @@ SOURCE = Source(
         ),
         "imu_units": IMU_UNITS_OPTION,
         "missing": MISSING_OPTION,
+        "listed": Option(
+            False,
+            "samples list their media: any number in a row, where <image> (or the modality's tag) "
+            "stands in the text",
+            bool,
+        ),
     },
     licence="OneLLM: research only; media under the licences of their datasets",
 )

@@ -5,6 +5,8 @@ IN is a `.parquet` or `.arrow` file, or a folder of them: a data set of the Hugg
 of img2dataset. Media are bytes, `{bytes, path}`, arrays of numbers, or names of files; a list with
 one of them counts as one. Texts are captions, conversations, or questions with answers.
 
+With `several=list` a row has any number of media, which its sample lists.
+
 FineVision (`images`, `texts` of {user, assistant}) and LLaVA-OneVision-Data (`image`,
 `conversations`) are the same with their columns named. Rows without a picture are a data set of
 their own: `-o modality=text`.
@@ -23,6 +25,7 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.turns import TurnsError
+from onellm_dist.shards.format.media import LISTED, make_numbered_parts
 from onellm_dist.shards.format.names import make_safe_key, parse_modalities
 from onellm_dist.shards.sources.base import (
     BadSampleError,
@@ -51,6 +54,7 @@ from onellm_dist.shards.sources.readers.conversations import clean_turns, make_t
 from onellm_dist.shards.sources.readers.img2dataset import to_plain_json
 from onellm_dist.shards.sources.readers.listing import ListedFiles, list_files
 from onellm_dist.shards.sources.readers.media_files import get_write_stamp
+from onellm_dist.shards.sources.readers.media_rows import check_tags, parse_media_modalities
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 from onellm_dist.shards.sources.readers.split_folders import SPLIT_FOLDERS
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
@@ -78,9 +82,9 @@ def plan(
         UsageError: there is no such file, or the columns do not say what they hold.
     """
     check_missing(missing)
-    if several not in ("fail", "skip"):
+    if several not in ("fail", "skip", "list"):
         raise UsageError(
-            f"several={several} is neither fail nor skip.",
+            f"several={several} is none of fail, skip, list.",
             "it says what becomes of rows with several media.",
             "choose one.",
         )
@@ -96,6 +100,8 @@ def plan(
         )
     schema = read_schema(tables[0])
     names = parse_modalities(modality) if modality else (infer_modality(tables[0], schema),)
+    if several == "list":
+        parse_media_modalities(",".join(names))
     find_arrow_columns(tables[0], schema, names, caption_column, media_column)
     stems = make_keys_unique(
         make_safe_key(t.relative_to(root).with_suffix("").as_posix()) for t in tables
@@ -116,7 +122,8 @@ def plan(
         for part in list_parts(table)
     )
     notes += listed.make_notes((*SUFFIXES, ".json", ".md"))
-    return DatasetDescription(names, splits, notes)
+    attributes = dict(LISTED) if several == "list" else {}
+    return DatasetDescription(names, splits, notes, attributes)
 
 
 def _leave_out_caches(tables: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
@@ -181,7 +188,7 @@ def raw_samples(
     names = tuple(description["modalities"])
     columns = _find_columns(path, get_write_stamp(path), names, caption_column, media_column)
     folders = tuple(dict.fromkeys((path.parent, root)))
-    read = _RowReader(path, columns, folders, missing == "skip", several == "skip")
+    read = _RowReader(path, columns, folders, names, missing == "skip", several)
     for number, row in enumerate(read_rows(path, [part]), part.start):
         where = f"{description['file']}[{number}]"
         yield read(f"{description['stem']}/{number:09d}", where, row)
@@ -201,8 +208,10 @@ class _RowReader:
     path: Path
     columns: ArrowColumns
     folders: tuple[Path, ...]
+    modalities: tuple[str, ...]
     skip_missing: bool
-    skip_several: bool
+    several: str
+    """`fail`, `skip`, or `list`: a sample has any number of media, and lists them."""
 
     def __call__(self, key: str, where: str, row: ArrowRow) -> RawSample:
         """Make the raw sample of a row."""
@@ -217,6 +226,8 @@ class _RowReader:
             has_media(v) for v in values.values() if _is_media_value(v)
         ):
             return RawSample(key, where, skip=_HAS_MEDIA)
+        if self.several == "list":
+            return self._make_listed(key, where, values)
         if self.columns.media and not any(counts):
             return RawSample(
                 key,
@@ -224,7 +235,7 @@ class _RowReader:
                 skip=_NO_MEDIA if self.skip_missing else None,
                 problem=None if self.skip_missing else "missing file: the row has no medium",
             )
-        if max(counts, default=0) > 1 and self.skip_several:
+        if max(counts, default=0) > 1 and self.several == "skip":
             return RawSample(key, where, skip="several media of one kind")
         try:
             parts = self._read_media(values)
@@ -235,6 +246,26 @@ class _RowReader:
             return RawSample(key, where, problem=f"malformed conversations: {error}")
         return RawSample(key, where, parts, caption, meta)
 
+    def _make_listed(self, key: str, where: str, values: Mapping[str, Any]) -> RawSample:
+        """Make the raw sample of a row with any number of media, and placeholders in its text."""
+        try:
+            media: list[tuple[str, dict[str, Media]]] = []
+            # each of these modalities is read from one column
+            for name, (column, accepted) in zip(
+                self.modalities, self.columns.media.items(), strict=False
+            ):
+                for item in list_items(values.get(column)):
+                    extension, content = read_item(item, accepted, column, self.path, self.folders)
+                    media.append((name, {extension: content}))
+            caption, meta = self._read_texts(values)
+            parts, listed = make_numbered_parts(media)
+            check_tags(meta.get("conversations", ()), listed, self.modalities)
+        except BadSampleError as error:
+            return RawSample(key, where, problem=error.what)
+        except TurnsError as error:
+            return RawSample(key, where, problem=f"malformed conversations: {error}")
+        return RawSample(key, where, parts, caption, {**meta, "media": listed})
+
     def _read_media(self, values: Mapping[str, Any]) -> dict[str, Media]:
         parts: dict[str, Media] = {}
         for column, accepted in self.columns.media.items():
@@ -242,7 +273,7 @@ class _RowReader:
             if len(items) > 1:
                 raise BadSampleError(
                     f"several media: {column} has {len(items)}; a sample has one of a kind "
-                    "(several=skip leaves such rows out)"
+                    "(several=skip leaves such rows out, several=list reads them all)"
                 )
             for item in items:
                 extension, media = read_item(item, accepted, column, self.path, self.folders)
@@ -260,8 +291,9 @@ class _RowReader:
         }
         raw = values.get(columns.turns) if columns.turns else None
         if raw:
-            tags = bool(columns.media)
-            meta["conversations"] = clean_turns(_to_turns(raw), tags=tags)
+            listed = self.several == "list"
+            tags = bool(columns.media) and not listed
+            meta["conversations"] = clean_turns(_to_turns(raw), tags=tags, placeholders=listed)
         elif columns.answers is not None:
             question, answer = (values.get(c) for c in columns.answers)
             answer = answer[0] if isinstance(answer, list) and answer else answer
@@ -319,7 +351,11 @@ def _make_source(
                 None, "the split of all rows; default: that in the names of files and folders"
             ),
             "missing": Option(missing, MISSING_OPTION.help),
-            "several": Option("fail", "rows with several media of one kind: fail, or skip"),
+            "several": Option(
+                "fail",
+                "rows with several media of one kind: fail, skip, or list (samples of the dataset "
+                "have any number of media, also none, where <image> stands in their texts)",
+            ),
         },
         licence=licence,
         reads_as_stored=True,

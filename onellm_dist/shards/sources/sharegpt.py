@@ -1,5 +1,7 @@
 """`onellm shards build sharegpt IN OUT`: conversations without media, as ShareGPT stores them.
 
+(Those with media, in the same form: `interleaved`.)
+
 IN is one .json or .jsonl, or a folder of them, with rows {id, conversations: [{from, value}]}.
 Speakers may be human/gpt or user/assistant, turns {from, value} or {role, content}.
 """

@@ -108,7 +108,7 @@ def require_conversation(row: Mapping[str, Any]) -> Any:
     return found if found is not None or present is None else row[present]
 
 
-def clean_turns(raw: Any, *, tags: bool = True) -> list[Turn]:
+def clean_turns(raw: Any, *, tags: bool = True, placeholders: bool = False) -> list[Turn]:
     """Convert a conversation of a dataset to the speakers `human`, `gpt` and `system`.
 
     Answers before the first question, of which ShareGPT has some, are dropped; so is a last
@@ -119,12 +119,14 @@ def clean_turns(raw: Any, *, tags: bool = True) -> list[Turn]:
         tags: whether to remove media tags (`<image>`, `<point>`) from the start and the end of a
             turn, because the medium stands before the text anyway. Use False for texts without
             media, where `<video>` belongs to a web page.
+        placeholders: whether media among content parts become such tags, for datasets that list
+            their media.
 
     Raises:
         TurnsError: `parse_turns` refuses it, an answer is empty, or no question is answered.
     """
     turns: list[Turn] = []
-    for number, turn in enumerate(parse_turns(raw)):
+    for number, turn in enumerate(parse_turns(raw, placeholders=placeholders)):
         text = (_media_tags().sub("", turn.text) if tags else turn.text).strip()
         if turn.role == "assistant" and not text:
             raise TurnsError(f"turn {number} is an empty answer")

@@ -1,0 +1,363 @@
+"""Sources whose samples list their media: forms of instruction data, documents, broken rows."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import wave
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.build.build_dataset import build_dataset
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
+from onellm_dist.shards.format.parts import read_parts
+from onellm_dist.shards.sources.base import BuildReport
+
+
+def picture(seed: int = 0, kind: str = "JPEG") -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, kind)
+    return out.getvalue()
+
+
+def sound() -> bytes:
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes((np.sin(np.arange(8000) / 9) * 9000).astype("<i2").tobytes())
+    return out.getvalue()
+
+
+def build(source: str, inputs: Path, **options: Any) -> tuple[Dataset, BuildReport]:
+    out = inputs.parent / f"{source}-out"
+    report = build_dataset(source, inputs, out, options={"max_failures": 1.0, **options})
+    assert report is not None
+    return open_dataset(out), report
+
+
+def read_all(dataset: Dataset) -> dict[str, tuple[dict[str, bytes], dict[str, Any]]]:
+    """Key to the media parts and the `.json` of each sample."""
+    found = {}
+    for shard in dataset.shards():
+        index = dataset.index(shard)
+        assert index.media is not None
+        for row in range(index.samples):
+            parts = {e: p.data for e, p in read_parts(dataset, shard, row).items()}
+            meta = json.loads(parts.pop("json"))
+            assert [m.modality for m in index.media.get(row)] == meta["media"]
+            if "txt" in parts:
+                meta["txt"] = parts.pop("txt").decode()
+            found[index.key(row)] = parts, meta
+    return found
+
+
+def talk(question: Any, answer: str = "yes", *, openai: bool = False) -> list[dict[str, Any]]:
+    who, what, names = (
+        ("role", "content", ("user", "assistant"))
+        if openai
+        else ("from", "value", ("human", "gpt"))
+    )
+    return [{who: names[0], what: question}, {who: names[1], what: answer}]
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "rows.json") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(list(rows)))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    (folder / "pics").mkdir(parents=True)
+    for number in range(4):
+        (folder / "pics" / f"{number}.jpg").write_bytes(picture(number))
+    (folder / "a.wav").write_bytes(sound())
+    return folder
+
+
+def test_every_form_of_conversations_with_media(folder: Path) -> None:
+    a, b, c = (f"pics/{i}.jpg" for i in range(3))
+    rows: list[Any] = [
+        {"id": 7, "image": a, "conversations": talk("<image>\nwhat")},
+        {
+            "id": "m4",
+            "image": [a, b],
+            "conversations": talk("From <image> to <image>?"),
+            "metadata": {"dataset": "NLVR2"},
+        },
+        {
+            "images": [b, c],
+            "audios": ["a.wav"],
+            "messages": talk("<audio><image> or <image>", openai=True),
+        },
+        {
+            "messages": talk(
+                [
+                    {"type": "text", "text": "see "},
+                    {"type": "image", "image": c},
+                    {"type": "image_url", "image_url": {"url": f"file://{b}"}},
+                    {"type": "text", "text": " ok"},
+                ],
+                openai=True,
+            )
+        },
+        {"conversations": talk("no medium at all")},
+        {"image": [a, b], "conversations": talk("behind BOS")},
+        {"audio": "a.wav", "conversations": talk("<speech> what was said")},
+    ]
+    dataset, report = build("interleaved", write_rows(folder, rows), modality="image,audio")
+    assert report.failures == 0 and dataset.lists_media
+    assert dataset.modalities == ("image", "audio")
+    found = list(read_all(dataset).values())
+    assert [meta["media"] for _, meta in found] == [
+        ["image"],
+        ["image", "image"],
+        ["image", "image", "audio"],
+        ["image", "image"],
+        [],
+        ["image", "image"],
+        ["audio"],
+    ]
+    assert [meta["conversations"][0]["value"] for _, meta in found] == [
+        "<image>\nwhat",
+        "From <image> to <image>?",
+        "<audio><image> or <image>",
+        "see <image><image> ok",
+        "no medium at all",
+        "behind BOS",
+        "<audio> what was said",
+    ]
+    assert [set(parts) for parts, _ in found][2] == {"0.jpg", "1.jpg", "2.wav"}
+    assert found[3][0] == {"0.jpg": picture(2), "1.jpg": picture(1)}
+    assert (found[0][1]["id"], found[1][1]["metadata"]) == (7, {"dataset": "NLVR2"})
+
+
+def test_broken_rows_are_named(folder: Path) -> None:
+    (folder / "broken.jpg").write_bytes(picture()[:300])
+    a = "pics/0.jpg"
+    rows: list[Any] = [
+        {"image": a, "conversations": talk("<image>")},
+        {"image": a, "conversations": talk("<image> <image>")},
+        {"image": None, "conversations": talk("<image> lost")},
+        {"image": [a, a], "conversations": talk("one <image>")},
+        {"image": "pics/none.jpg", "conversations": talk("<image>")},
+        {"image": "../secret.jpg", "conversations": talk("<image>")},
+        {"image": "https://x/y.jpg", "conversations": talk("<image>")},
+        {"image": 5, "conversations": talk("<image>")},
+        {"audio": "a.wav", "conversations": talk("<audio>")},
+        {"image": "broken.jpg", "conversations": talk("<image>")},
+        {"image": a, "conversations": [{"from": "human", "value": "<image>"}]},
+        "no row",
+    ]
+    dataset, report = build("m4-instruct", write_rows(folder, rows), modality="image")
+    assert dataset.samples() == 1
+    reasons = [q.reason for q in report.quarantined]
+    for reason, words in zip(
+        reasons,
+        (
+            "placeholders: its text has 2 <image> for 1 media",
+            "placeholders: its text has 1 <image> for 0 media",
+            "placeholders: its text has 1 <image> for 2 media",
+            "missing file: pics/none.jpg",
+            "leads out of the folder",
+            "is a URL; download it first",
+            "image is 5, not the name of a file",
+            "media of another modality: the row has audio",
+            "unreadable image",
+            "no answer",
+            "unreadable row: a str, not an object",
+        ),
+        strict=True,
+    ):
+        assert words in reason
+
+
+def test_rows_of_films_may_say_image(folder: Path) -> None:
+    """LLaVA's video data has <image> beside the key `video`, without an image."""
+    from onellm_dist.shards.sources.readers.annotations import AnnotationContext
+    from onellm_dist.shards.sources.readers.media_rows import read_media_row
+
+    (folder / "v.mp4").write_bytes(b"x")
+    context = AnnotationContext(folder, (folder,), {}, {})
+    row = {"video": "v", "conversations": talk("<image>\nwhat")}
+    sample = read_media_row(context, row, "k", ("image", "video"), {})
+    assert sample.meta["media"] == ["video"] and set(sample.parts) == {"0.mp4"}
+    assert sample.conversations[0]["value"] == "<video>\nwhat"
+    both = {
+        "image": "pics/0.jpg",
+        "video": "v.mp4",
+        "conversations": talk("<image> <Video></Video>"),
+    }
+    sample = read_media_row(context, both, "k", ("image", "video"), {})
+    assert sample.meta["media"] == ["image", "video"]
+    assert sample.conversations[0]["value"] == "<image> <video>"
+
+
+def test_llava665k_with_all_its_rows(folder: Path) -> None:
+    rows: list[Any] = [
+        {"id": "1", "image": "pics/0.jpg", "conversations": talk("<image>\na")},
+        {"id": "2", "conversations": talk("text alone")},
+        {"id": "3", "image": ["pics/1.gif", "pics/2.jpg"], "conversations": talk("<image><image>")},
+    ]
+    write_rows(folder, rows, "llava_v1_5_mix665k.json")
+    dataset, report = build("llava665k", folder, rows="all")
+    assert report.failures == 0
+    found = read_all(dataset)
+    assert [found[k][1]["media"] for k in ("000000", "000001", "000002")] == [
+        ["image"],
+        [],
+        ["image", "image"],
+    ]
+    assert found["000002"][0] == {"0.jpg": picture(1), "1.jpg": picture(2)}
+
+
+def test_onellms_own_rows_with_lists(tmp_path: Path) -> None:
+    root = tmp_path / "InstructionTuning"
+    (root / "depth_normal").mkdir(parents=True)
+    for number in range(2):
+        (root / f"{number}.jpg").write_bytes(picture(number))
+        (root / f"{number}_d.png").write_bytes(picture(9 + number, "PNG"))
+    rows: list[Any] = [
+        {
+            "image": ["0.jpg", "1.jpg"],
+            "depth_image": ["0_d.png", "1_d.png"],
+            "conversations": talk("<rgbd> nearer than <rgbd>?"),
+        },
+        {"image": "1.jpg", "depth_image": "1_d.png", "conversations": talk("how far")},
+    ]
+    write_rows(root / "depth_normal", rows, "llava_instruct_50k_depth.json")
+    dataset, report = build("onellm-instruct", root, modality="depth", listed=True)
+    assert report.failures == 0
+    (first, meta), (second, _) = read_all(dataset).values()
+    assert set(first) == {"0.jpg", "0.depth.png", "1.jpg", "1.depth.png"}
+    assert meta["conversations"][0]["value"] == "<depth> nearer than <depth>?"
+    assert second["0.depth.png"] == picture(10, "PNG")
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+
+
+def test_finevision_with_several_pictures(tmp_path: Path) -> None:
+    def held(*seeds: int) -> list[dict[str, Any]]:
+        return [{"bytes": picture(s), "path": None} for s in seeds]
+
+    pairs = [{"user": "which", "assistant": "the first"}]
+    rows: list[Any] = [
+        {"images": held(0, 1, 2), "texts": pairs, "source": "x"},
+        {"images": held(3), "texts": pairs, "source": "x"},
+        {"images": [], "texts": pairs, "source": "text"},
+        {"images": held(0), "texts": [{"user": "<image><image>", "assistant": "a"}], "source": "x"},
+    ]
+    (tmp_path / "in").mkdir()
+    write_parquet(tmp_path / "in" / "train-0.parquet", rows)
+    dataset, report = build("finevision", tmp_path / "in", several="list")
+    assert [q.reason for q in report.quarantined] == [
+        "placeholders: its text has 2 <image> for 1 media of modality image"
+    ]
+    found = list(read_all(dataset).values())
+    assert [len(meta["media"]) for _, meta in found] == [3, 1, 0]
+    assert found[0][0] == {f"{i}.jpg": picture(i) for i in range(3)}
+    assert found[0][1]["conversations"][1]["value"] == "the first"
+
+
+def test_llava_onevision_keeps_its_placeholders(tmp_path: Path) -> None:
+    held = {"bytes": picture(), "path": "a.jpg"}
+    rows: list[Any] = [
+        {"id": "1", "image": held, "conversations": talk("<image>\nwhat"), "data_source": "s"},
+        {"id": "2", "image": None, "conversations": talk("text"), "data_source": "s"},
+        {"id": "3", "image": None, "conversations": talk("<image>\nlost"), "data_source": "s"},
+    ]
+    (tmp_path / "in").mkdir()
+    write_parquet(tmp_path / "in" / "train-0.parquet", rows)
+    dataset, report = build("llava-onevision", tmp_path / "in", several="list")
+    assert [q.reason for q in report.quarantined] == [
+        "placeholders: its text has 1 <image> for 0 media of modality image"
+    ]
+    first, second = (meta for _, meta in read_all(dataset).values())
+    assert (first["media"], second["media"]) == (["image"], [])
+    assert first["conversations"][0]["value"] == "<image>\nwhat"
+
+
+URL = "https://site.org/deep/cat.jpg?w=1"
+
+
+def _write_documents(folder: Path, rows: Sequence[Mapping[str, Any]], name: str) -> Path:
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "cat.jpg").write_bytes(picture(1))
+    digest = hashlib.sha256(b"https://a.b/c").hexdigest()
+    (folder / "images" / digest).with_suffix(".jpg").write_bytes(picture(2))
+    if name.endswith(".parquet"):
+        write_parquet(folder / name, rows)
+    else:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.parquet"])
+def test_obelics_documents(tmp_path: Path, name: str) -> None:
+    rows: list[Any] = [
+        {
+            "images": [None, URL, None, "https://a.b/c", "https://gone/x.png"],
+            "texts": ["A cat.", None, "Then", None, None],
+        },
+        {"images": ["https://gone/x.png", None], "texts": [None, "nothing left"]},
+        {"images": [None], "texts": ["a", "b"]},
+        {"images": [None, URL], "texts": ["has <image> of its own", None]},
+        {"images": [URL, "y"], "texts": ["both", None]},
+    ]
+    dataset, report = build("obelics", _write_documents(tmp_path / "in", rows, name))
+    ((parts, meta),) = read_all(dataset).values()
+    assert meta["txt"] == "A cat.\n<image>\nThen\n<image>"
+    assert parts == {"0.jpg": picture(1), "1.jpg": picture(2)}
+    assert [q.reason for q in report.quarantined] == [
+        "unreadable row: 1 images for 2 texts",
+        "placeholders: a text of the document has <image> of its own",
+        "unreadable row: a piece is not exactly one of image and text",
+    ]
+    assert any("no picture of the document was fetched" in note for note in report.notes)
+
+
+def test_mmc4_documents(tmp_path: Path) -> None:
+    info = [
+        {"image_name": "cat.jpg", "raw_url": URL, "matched_text_index": 1, "matched_sim": 0.3},
+        {"image_name": "gone.jpg", "raw_url": "x", "matched_text_index": 0},
+    ]
+    rows: list[Any] = [
+        {"text_list": ["One.", "Two."], "image_info": info, "url": "https://site.org"},
+        {"text_list": ["One."], "image_info": info},
+        {"text_list": "One."},
+    ]
+    folder = _write_documents(tmp_path / "in", rows, "docs_shard_0_v2.jsonl")
+    dataset, report = build("mmc4", folder)
+    ((parts, meta),) = read_all(dataset).values()
+    assert (meta["txt"], set(parts)) == ("One.\n<image>\nTwo.", {"0.jpg"})
+    assert meta["url"] == "https://site.org"
+    assert len(report.quarantined) == 2
+    (tmp_path / "again").mkdir()
+    strict = folder.rename(tmp_path / "again" / "in")
+    with pytest.raises(Exception, match=r"missing file: gone\.jpg"):
+        build("mmc4", strict, missing="fail")
+
+
+def test_options_that_cannot_be_used(folder: Path) -> None:
+    write_rows(folder, [{"conversations": talk("a")}])
+    with pytest.raises(UsageError, match="depth is read from several files"):
+        build("interleaved", folder, modality="image,depth")
+    with pytest.raises(UsageError, match="missing=maybe"):
+        build("mmc4", folder, missing="maybe")
+    with pytest.raises(UsageError, match="rows=some is none of image, text, all"):
+        build("llava665k", folder, rows="some")
