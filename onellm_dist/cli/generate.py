@@ -43,9 +43,10 @@ def generate(
     ] = "correct",
     **files: Any,
 ) -> None:
-    """Ask a model about files of any modality, several at once: one file per modality.
+    """Ask a model about files of any modality: before the prompt, or where it says <image>.
 
-    Example: onellm generate runs/tune/model --image cat.jpg "What is this?"
+    Examples: onellm generate runs/tune/model --image cat.jpg "What is this?"
+              onellm generate runs/tune/model --image a.jpg --image b.jpg "<image> or <image>?"
     """
     from onellm_dist.serving.generate import DecodingOptions, answer_files
 
@@ -78,10 +79,9 @@ def _set_options(function: Any, modalities: Sequence[str]) -> None:
             name,
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
             default=None,
-            # A list, so that a second file is answered by an error and not dropped.
             annotation=Annotated[
                 list[Path] | None,
-                typer.Option(f"--{name}", help=f"A file of modality {name}.", metavar="FILE"),
+                typer.Option(f"--{name}", help=f"A {name} file; repeatable.", metavar="FILE"),
             ],
         )
         for name in modalities

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.placeholders import make_mark
 from onellm_dist.common.turns import ROLES, ConversationTurn
 from onellm_dist.modalities import all_modalities
 
@@ -44,11 +45,12 @@ class Conversation(NamedTuple):
     media: list[HeldMedium]
 
 
-def read_conversation(messages: Sequence[Any]) -> Conversation:
+def read_conversation(messages: Sequence[Any], *, marks: bool = False) -> Conversation:
     """Separate a conversation's texts from its media.
 
     Args:
         messages: mappings with `role` and `content`.
+        marks: whether a mark (`placeholders.make_mark`) stands in the texts for each medium.
 
     Raises:
         UsageError: a message has no known role or content, or a part cannot be read.
@@ -77,6 +79,7 @@ def read_conversation(messages: Sequence[Any]) -> Conversation:
                 texts.append(found)
             else:
                 media.append(found)
+                texts += [make_mark(found.modality)] * marks
         turns.append(ConversationTurn(role, _check_text(number, "".join(texts))))
     if not turns:
         raise _make_error("the conversation has no messages", "give at least a question.")

@@ -25,6 +25,11 @@ from onellm_dist.model.content_parts import Conversation, HeldMedium, read_conve
 from onellm_dist.model.folder_code.files import PROCESSOR_MAP
 from onellm_dist.model.processing_chat import encode_conversation, render_conversations
 from onellm_dist.model.processing_media import list_media, name_modality, stack_media
+from onellm_dist.model.processing_placed import (
+    encode_placed,
+    make_placed_features,
+    needs_placing,
+)
 from onellm_dist.model.processing_rows import Padding, make_features
 from onellm_dist.model.saving import KeepsSums
 
@@ -39,6 +44,7 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
 
     Args:
         tokenizer: the LLM's tokenizer.
+        spans: `data.spans` of the model's training; default: one span a medium.
         kwargs: as of transformers' ProcessorMixin.
     """
 
@@ -46,10 +52,15 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
     attributes = ["tokenizer"]  # noqa: RUF012
     tokenizer_class = "AutoTokenizer"
     code_map = PROCESSOR_MAP
+    spans: Mapping[str, int] = {}  # what a saved processor does not have
 
-    def __init__(self, tokenizer: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, spans: Mapping[str, int] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(tokenizer, **kwargs)  # type: ignore[no-untyped-call]  # transformers'
         self.tokenizer = tokenizer
+        if spans:
+            self.spans = dict(spans)
 
     def __call__(
         self,
@@ -163,6 +174,7 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
         return_dict: bool = False,
         return_tensors: str | None = "pt",
         return_assistant_tokens_mask: bool = False,
+        place_media: bool | None = None,
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -175,20 +187,21 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
             tokenize: whether ids are returned: those of training, with BOS. A turn may not contain
                 control tokens then.
             add_generation_prompt: whether the text ends where an answer would begin.
-            return_dict: whether `tokenize` gives all inputs of the model, media included, and not
-                `input_ids` alone.
+            return_dict: whether `tokenize` gives all inputs of the model, media included.
             return_tensors: as of a call of the processor.
-            return_assistant_tokens_mask: whether to add `assistant_masks`: 1 for the tokens that
-                training supervises.
+            return_assistant_tokens_mask: whether to add `assistant_masks`: 1 where supervised.
+            place_media: whether media stand where their parts do in the turns, or behind BOS;
+                default: behind BOS if each conversation has one of each of the same modalities.
             processor_kwargs: options of a call of the processor (padding and the like).
-            kwargs: more of them; without `tokenize`, variables of the template.
+            kwargs: more; without `tokenize`, variables of the template.
 
         Raises:
             UsageError: a part cannot be read, or an option that has no meaning here.
             SampleError: the template refuses the conversation, or media cannot be read.
         """
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
-        found = [read_conversation(c) for c in (conversation if several else [conversation])]
+        given = conversation if several else [conversation]
+        found = [read_conversation(c) for c in given]
         if not tokenize:
             texts = render_conversations(
                 self.tokenizer,
@@ -206,9 +219,10 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
             )
         options = {k: v for k, v in kwargs.items() if v not in (None, False)}
         shape = Padding.from_options({**options, **(processor_kwargs or {})}, return_tensors)
-        data = self._encode_conversations(
-            found, shape, add_generation_prompt, return_assistant_tokens_mask
-        )
+        how = shape, add_generation_prompt, return_assistant_tokens_mask
+        places = needs_placing(found) if place_media is None else place_media
+        encode: Any = self._encode_placed if places else self._encode_conversations
+        data = encode(given if places else found, *how)
         return data if return_dict else data["input_ids"]
 
     def _encode_conversations(
@@ -220,6 +234,16 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
         values = self._stack_parts([each.media for each in found])
         masks = [mask for _, mask in encoded] if with_masks else None
         return make_features(self.tokenizer, [ids for ids, _ in encoded], values, shape, masks)
+
+    def _encode_placed(
+        self, conversations: Sequence[Any], shape: Padding, prompt: bool, with_masks: bool
+    ) -> BatchFeature:
+        rows = []
+        for each in conversations:
+            found = read_conversation(each, marks=True)
+            rows.append(encode_placed(self.tokenizer, found, self.spans, prompt=prompt))
+            self._check_embeddings(rows[-1].ids)
+        return make_placed_features(self.tokenizer, rows, shape, with_masks=with_masks)
 
     def _stack_parts(self, media: Sequence[Sequence[HeldMedium]]) -> dict[str, torch.Tensor]:
         """Values of the media of B conversations, which all have the same modalities."""

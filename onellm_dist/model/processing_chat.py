@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from onellm_dist.common.chat_template import ChatTemplate
 from onellm_dist.common.start_token import get_start_id
 from onellm_dist.common.turns import ConversationTurn
@@ -29,7 +31,11 @@ def render_conversations(
 
 
 def encode_conversation(
-    tokenizer: Any, turns: Sequence[ConversationTurn], *, prompt: bool
+    tokenizer: Any,
+    turns: Sequence[ConversationTurn],
+    *,
+    prompt: bool,
+    backend: Tokenizer | None = None,
 ) -> tuple[list[int], list[int]]:
     """Ids of a conversation, and which of them training supervises.
 
@@ -37,6 +43,7 @@ def encode_conversation(
         tokenizer: a fast transformers tokenizer.
         turns: the conversation.
         prompt: whether the text ends where an answer would begin; nothing is supervised then.
+        backend: what encodes the text; default: the tokenizer itself.
 
     Returns:
         (ids with BOS first, 1 for each supervised token and 0 for the others).
@@ -47,7 +54,12 @@ def encode_conversation(
     """
     template = ChatTemplate(tokenizer)
     text, answers = (template.render_prompt(turns), []) if prompt else template.render(turns)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded: Any
+    if backend is not None:
+        own = backend.encode(text, add_special_tokens=False)
+        encoded = {"input_ids": own.ids, "offset_mapping": own.offsets}
+    else:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(encoded["input_ids"])
     mask = [
         int(any(start < token_end and token_start < end for start, end in answers))

@@ -15,7 +15,8 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import Modality, Part, all_modalities, get_modality
-from onellm_dist.modalities.files import read_file_value
+from onellm_dist.modalities.base import translate_errors
+from onellm_dist.modalities.files import read_file_spans, read_file_value
 
 DATA_URL = "data:"
 
@@ -108,6 +109,30 @@ def read_medium(name: str, item: Any, rate: float | None = None) -> torch.Tensor
         raise
     except (AttributeError, TypeError, IndexError, ValueError) as error:  # not what it takes
         raise _make_item_error(name, item, str(error)) from error
+
+
+def read_medium_spans(name: str, item: Any, most: int) -> torch.Tensor:
+    """One medium as one or several spans: [spans, *value_shape].
+
+    Args:
+        name: the modality.
+        item: as of `read_medium`; files and their bytes may take several spans.
+        most: the most spans that it may take.
+
+    Raises:
+        UsageError: as of `read_medium`.
+        SampleError: as of `read_medium`.
+    """
+    modality = get_modality(name)
+    held = _unwrap(item) if most > 1 else None
+    if isinstance(held, str | os.PathLike) and not _is_data_url(held):
+        return read_file_spans(modality, _find_file(name, held), most)[0]
+    parts = None if held is None or isinstance(held, torch.Tensor) else _read_parts(modality, held)
+    if parts is None:
+        return read_medium(name, item)[None]
+    spans, rng = modality.count_spans(modality.measure(parts), most), np.random.default_rng(0)
+    with translate_errors(name):
+        return torch.stack(modality.read_spans(parts, {}, spans=spans, train=False, rng=rng))
 
 
 def _unwrap(item: Any) -> Any:

@@ -8,6 +8,9 @@ Prompt formats (`--format`):
                   (what align trains)
     auto          conversation if there is a prompt, else raw
 
+Media stand behind BOS, or where the prompt has placeholders (`Compare <image> and <image>`), as
+many as files of that modality.
+
 Decoding ends at EOS, at the stop string `###` (in `chat`: at the template's end of an answer), or
 after `max_new_tokens`.
 """
@@ -22,11 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onellm_dist.common.errors import UsageError
+from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.placeholders import check_placeholders
 from onellm_dist.common.turns import ConversationTurn
 from onellm_dist.data.text import HEADER, STOP, TextEncoder, render_answer_prefix, render_turn
-from onellm_dist.modalities import SPAN_TOKENS, Part
-from onellm_dist.serving.media import read_files
+from onellm_dist.modalities import SPAN_TOKENS, Part, all_modalities
+from onellm_dist.serving.media import read_media
+from onellm_dist.serving.placed_media import MediaInputs, needs_places, place_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -91,8 +96,8 @@ def answer_files(
         model: a directory of a saved model.
         prompt: the question; empty asks for a caption.
         files: (modality, file) pairs.
-        order: order of the media in the sequence, as modalities separated by commas; default: the
-            model's own.
+        order: order of the media without placeholders, as modalities separated by commas; default:
+            the model's own.
         prompt_format: one of FORMATS.
         decoding: how new tokens are chosen; default: greedily.
 
@@ -116,7 +121,8 @@ def answer_files(
             "give the directory that training exported: RUN_DIR/model.",
         )
     media_order = parse_order(order, [name for name, _ in files])
-    values = read_files(files)
+    media = read_media(files, read_spans(model))
+    placed = _needs_places(text, media)
 
     from onellm_dist.model.presets import load_model
 
@@ -126,11 +132,28 @@ def answer_files(
         network,
         processor.tokenizer,
         text,
-        values,
+        media if placed else dict(media),
         modality_order=media_order,
         chat=prompt_format == "chat",
         decoding=decoding,
     )
+
+
+def _needs_places(text: str, media: MediaInputs) -> bool:
+    """Whether a prompt is more than one span of each modality behind BOS.
+
+    Raises:
+        UsageError: its placeholders do not fit the media.
+    """
+    names = [name for name, _ in media]
+    try:
+        if not needs_places(text, names, [len(values) for _, values in media]):
+            return False
+        check_placeholders(text, names, list(all_modalities()))
+    except SampleError as error:
+        what = error.what.replace("its text", "the prompt")
+        raise UsageError(what, error.why, error.do) from error
+    return True
 
 
 def build_prompt(prompt: str, prompt_format: str) -> str:
@@ -162,24 +185,32 @@ def parse_order(order: str, names: Sequence[str]) -> list[str] | None:
     """Return the modalities in the order that `--order` asks for; None for the model's own order.
 
     Raises:
-        UsageError: a modality is given twice, or the order does not name each one once.
+        UsageError: the order does not name each modality once.
     """
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(
-            f"several files of modality {', '.join(repeated)}",
-            "the model reads one file per modality.",
-            "give one file for each.",
-        )
     if not order:
         return None
     wanted = [name.strip() for name in order.split(",")]
-    if sorted(wanted) != sorted(names):
+    if sorted(wanted) != sorted(set(names)):
         raise UsageError(
             f"--order {order}: the modalities given are {', '.join(names) or 'none'}",
             "the order must name each of them once.",
             "separate them by commas.",
         )
     return wanted
+
+
+def read_spans(model: Path) -> dict[str, int]:
+    """Return the spans that the media of a question may take: as the model was trained.
+
+    Args:
+        model: the directory of a saved model.
+    """
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return {}  # opening the model says what is wrong
+    spans = config.get("spans") if isinstance(config, dict) else None
+    return dict(spans) if isinstance(spans, dict) else {}
 
 
 def choose_dtype(model: Path) -> dict[str, Any]:
@@ -210,7 +241,7 @@ def generate(
     model: Any,
     tokenizer: Any,
     text: str,
-    values: Mapping[str, torch.Tensor],
+    values: Mapping[str, torch.Tensor] | MediaInputs,
     *,
     modality_order: Sequence[str] | None = None,
     chat: bool = False,
@@ -222,7 +253,8 @@ def generate(
         model: a OneLLMForConditionalGeneration.
         tokenizer: its fast tokenizer.
         text: the prompt, as `build_prompt` returns it.
-        values: modality to [1, *value_shape].
+        values: modality to [1, *value_shape]; or, where there are several media of a modality,
+            several spans of a medium or placeholders in the text, the media in order.
         modality_order: order of the media spans; default: the model's own.
         chat: whether `text` is a question to put into the LLM's chat template.
         decoding: how new tokens are chosen; default: greedily.
@@ -230,16 +262,15 @@ def generate(
     Raises:
         UsageError: prompt, media spans and new tokens exceed the LLM's context, or the model lacks
             a modality.
+        SampleError: the placeholders do not fit the media.
     """
     import torch
 
     decoding = decoding or DecodingOptions()
     encoder = TextEncoder(tokenizer, "chat", sys.maxsize) if chat else None
-    if encoder:
-        ids = torch.tensor([encoder.encode_prompt([ConversationTurn("user", text)])])
-    else:
-        ids = encode_prompt(tokenizer, text)
-    _check_inputs(model, ids.shape[1], list(values), decoding.max_new_tokens)
+    ids, values, placed = _encode(model, tokenizer, text, values, encoder, modality_order)
+    spans = [name for name, rows in values.items() for _ in rows]
+    _check_inputs(model, ids.shape[1], spans, decoding.max_new_tokens)
     end_ids = encoder.end_ids if encoder else [tokenizer.eos_token_id]
     stop_text = (encoder.end_text if encoder else STOP) or ""
     stop = _StopString(tokenizer, stop_text) if stop_text else None
@@ -250,9 +281,7 @@ def generate(
     ids = ids.to(model.device)
     started = time.perf_counter()
     with torch.inference_mode():
-        out = model.generate(
-            ids, torch.ones_like(ids), modality_order=modality_order, **options, **media
-        )
+        out = model.generate(ids, torch.ones_like(ids), **placed, **options, **media)
     seconds = time.perf_counter() - started
     new = out[0, ids.shape[1] :].tolist()
     decoded = tokenizer.decode(new, skip_special_tokens=True)
@@ -263,6 +292,27 @@ def generate(
         ended = "stop string"
     answer = decoded.split(stop_text)[0] if stop else decoded
     return Answer(text=answer.strip(), tokens=len(new), ended=ended, seconds=seconds)
+
+
+def _encode(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    values: Mapping[str, torch.Tensor] | MediaInputs,
+    chat: TextEncoder | None,
+    order: Sequence[str] | None,
+) -> tuple[torch.Tensor, Mapping[str, torch.Tensor], dict[str, Any]]:
+    """The prompt's [1, S] ids, modality to values, and arguments that say where media stand."""
+    import torch
+
+    if not isinstance(values, Mapping):
+        names = list(model.config.modalities)
+        prompt = place_prompt(tokenizer, text, values, names, chat=chat is not None, order=order)
+        return torch.tensor([prompt.ids]), prompt.values, {"media_spans": [prompt.spans]}
+    placed = {"modality_order": order}
+    if chat is None:
+        return encode_prompt(tokenizer, text), values, placed
+    return torch.tensor([chat.encode_prompt([ConversationTurn("user", text)])]), values, placed
 
 
 def encode_prompt(tokenizer: Any, text: str) -> torch.Tensor:
@@ -277,7 +327,7 @@ def encode_prompt(tokenizer: Any, text: str) -> torch.Tensor:
 def _check_inputs(
     model: Any, prompt_tokens: int, modalities: Sequence[str], max_new_tokens: int
 ) -> None:
-    if missing := [name for name in modalities if name not in model.config.modalities]:
+    if missing := sorted(set(modalities) - set(model.config.modalities)):
         raise UsageError(
             f"the model does not have the modality {', '.join(missing)}",
             "it cannot read the file.",

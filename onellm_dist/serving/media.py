@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.common.workers.words import PoolWords
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.base import Modality
-from onellm_dist.modalities.files import read_file
+from onellm_dist.modalities.files import read_file_spans
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,8 @@ _WORDS = PoolWords(
 class _File(NamedTuple):
     modality: Modality
     path: Path
+    most: int
+    """The most spans it may take."""
 
 
 class GivenFiles(NamedTuple):
@@ -46,7 +49,7 @@ class GivenFiles(NamedTuple):
 def read_files(
     files: Sequence[tuple[str, Path]], limits: SampleLimits | None = None
 ) -> dict[str, torch.Tensor]:
-    """Read files as model inputs, with the evaluation transforms.
+    """Read files of different modalities as model inputs, with the evaluation transforms.
 
     Args:
         files: (modality, file) pairs.
@@ -59,26 +62,49 @@ def read_files(
         UsageError: a file or a modality does not exist.
         SampleError: a file cannot be decoded within its limits; the message begins with its name.
     """
-    opened = [_File(get_modality(name), path) for name, path in files]
-    for modality, path in opened:
+    return dict(read_media(files, {}, limits))
+
+
+def read_media(
+    files: Sequence[tuple[str, Path]],
+    spans: Mapping[str, int],
+    limits: SampleLimits | None = None,
+) -> list[tuple[str, torch.Tensor]]:
+    """Read any files as model inputs, with the evaluation transforms.
+
+    Args:
+        files: (modality, file) pairs.
+        spans: modality to the most spans that its files may take together; default: one each.
+        limits: as of `read_files`.
+
+    Returns:
+        Modality and [spans, *value_shape] fp32 of each file.
+
+    Raises:
+        UsageError: as of `read_files`.
+        SampleError: as of `read_files`.
+    """
+    counts = Counter(name for name, _ in files)
+    opened = [_File(get_modality(n), path, spans.get(n, 1) // counts[n]) for n, path in files]
+    for modality, path, _ in opened:
         if not path.is_file():
             raise UsageError(
                 f"--{modality.name} {path}: no such file",
                 "there is nothing to read.",
                 "check the path.",
             )
-    values: dict[str, torch.Tensor] = {}
+    found: list[tuple[str, torch.Tensor]] = []
     if not opened:
-        return values
+        return found
     function = SampleFunction[_File, tuple["torch.Tensor", list[str]]](
-        lambda file: read_file(*file), _refuse, lambda file: str(file.path)
+        lambda file: read_file_spans(*file), _refuse, lambda file: str(file.path)
     )
     with closing(SamplePool(function, _WORDS, limits or SampleLimits())) as pool:
-        for (modality, _), (value, notes) in zip(opened, pool.map(opened), strict=True):
-            values[modality.name] = value[None]
+        for file, (values, notes) in zip(opened, pool.map(opened), strict=True):
+            found.append((file.modality.name, values))
             for note in notes:
                 _log.warning("%s", note)
-    return values
+    return found
 
 
 def _refuse(file: _File, reason: str) -> tuple[torch.Tensor, list[str]]:

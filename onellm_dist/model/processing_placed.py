@@ -1,0 +1,99 @@
+"""Conversations with media inside their turns, as the token ids and spans that training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import BatchFeature
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.common.placeholders import add_marks, place_media, take_out_marks
+from onellm_dist.modalities import all_modalities
+from onellm_dist.model.content_parts import Conversation
+from onellm_dist.model.processing_chat import encode_conversation
+from onellm_dist.model.processing_media import read_medium_spans
+from onellm_dist.model.processing_rows import Padding, make_features
+
+
+class PlacedConversation(NamedTuple):
+    """A conversation without marks, and its spans."""
+
+    ids: list[int]
+    mask: list[int]
+    """1 for each token that training supervises."""
+    spans: list[tuple[str, int]]
+    """Modality and place of each span (see the model's `forward`)."""
+    values: list[tuple[str, torch.Tensor]]
+    """Modality and [spans, *value_shape] of each medium, in the order of the sequence."""
+
+
+def needs_placing(conversations: Sequence[Conversation]) -> bool:
+    """Whether conversations are more than one medium of each modality behind BOS."""
+    names = [[medium.modality for medium in each.media] for each in conversations]
+    return any(len(set(n)) < len(n) or set(n) != set(names[0]) for n in names)
+
+
+def encode_placed(
+    tokenizer: Any, conversation: Conversation, most: Mapping[str, int], *, prompt: bool
+) -> PlacedConversation:
+    """Encode a conversation whose turns have a mark for each of its media.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        conversation: as `read_conversation(..., marks=True)` gives it.
+        most: `data.spans` of the model's training.
+        prompt: whether the text ends where an answer would begin.
+
+    Raises:
+        UsageError: the tokenizer has no chat template that can be used.
+        SampleError: the template refuses the turns, or a medium cannot be read.
+    """
+    names = list(all_modalities())
+    media = [medium.modality for medium in conversation.media]
+    backend, marks = add_marks(tokenizer.backend_tokenizer, names)
+    backend.encode_special_tokens = False
+    ids, mask = encode_conversation(tokenizer, conversation.turns, prompt=prompt, backend=backend)
+    text, kept, found = take_out_marks(ids, mask, marks)
+    spans: list[tuple[str, int]] = []
+    values = []
+    for number, place in place_media(found, media, names):
+        medium = conversation.media[number]
+        share = most.get(medium.modality, 1) // media.count(medium.modality)
+        own = read_medium_spans(medium.modality, medium.item, share)
+        spans += [(medium.modality, place)] * len(own)
+        values.append((medium.modality, own))
+    return PlacedConversation(text, kept, spans, values)
+
+
+def make_placed_features(
+    tokenizer: Any, rows: Sequence[PlacedConversation], shape: Padding, *, with_masks: bool
+) -> BatchFeature:
+    """Inputs of the model, `media_spans` among them.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        rows: the conversations.
+        shape: how rows are padded.
+        with_masks: whether to add `assistant_masks`.
+
+    Raises:
+        UsageError: rows would be cut, or values given as other than tensors.
+    """
+    if shape.truncation or shape.return_tensors != "pt":
+        raise UsageError(
+            f"truncation={shape.truncation}, return_tensors={shape.return_tensors!r} with media "
+            "inside the text",
+            "a cut would lose media, and spans of several rows are tensors of torch.",
+            "leave these options out.",
+        )
+    values: dict[str, list[torch.Tensor]] = {}
+    for row in rows:
+        for name, own in row.values:
+            values.setdefault(f"{name}_values", []).append(own)
+    joined = {key: torch.cat(own) for key, own in values.items()}
+    masks = [row.mask for row in rows] if with_masks else None
+    data = make_features(tokenizer, [row.ids for row in rows], joined, shape, masks)
+    data["media_spans"] = [row.spans for row in rows]
+    return data
