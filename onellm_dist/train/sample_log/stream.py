@@ -30,6 +30,8 @@ MANY_SHARDS = 200
 """A search through more indexes than this shows its progress."""
 SHOWN = 5
 """Number of candidates that the message about an ambiguous key names."""
+MOST_EPOCHS = 1_000_000
+"""No run reads a dataset more often."""
 
 
 class UnopenedDatasetError(UsageError):
@@ -157,7 +159,11 @@ class RunStream:
         return [use for use in found if use is not None]
 
     def list_uses(self, sample: StoredSample) -> list[SampleUse]:
-        """Every use of a sample in the run, in order of steps."""
+        """Every use of a sample in the run, in order of steps.
+
+        Raises:
+            UsageError: they are more than can be listed.
+        """
         order = self._open_dataset(sample.dataset)[2]
         found: list[SampleUse] = []
         for phase in self._phases:
@@ -169,6 +175,13 @@ class RunStream:
             first = phase.consumed.get(sample.dataset, 0)
             taken = phase.mixture.count_taken((phase.end - start) * count)[number]
             last_epoch = (first + taken - 1) // order.size
+            if last_epoch - first // order.size > MOST_EPOCHS:
+                raise UsageError(
+                    f"{sample.name} is used {last_epoch - first // order.size} times from step "
+                    f"{start} to step {phase.end}",
+                    f"that is too often to list: the steps in {CONFIG} or {DATA_PHASES} are wrong.",
+                    "restore the file from a copy.",
+                )
             epochs = np.arange(first // order.size, last_epoch + 1, dtype=np.int64)
             positions = order.find_positions(sample.shard, sample.row, epochs)
             inside = (positions >= first) & (positions < first + taken)
