@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +42,16 @@ def serve(
         list[str] | None,
         typer.Option(help="A host from which media may be fetched. Repeatable; default: none."),
     ] = None,
+    llm_url: Annotated[
+        str,
+        typer.Option(
+            help="Where another server (vllm serve DIR --enable-prompt-embeds) runs the LLM.",
+            show_default="the LLM runs here",
+        ),
+    ] = "",
+    llm_model: Annotated[
+        str, typer.Option(help="The LLM's name there.", show_default="the only one")
+    ] = "",
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,6 +87,7 @@ def _start(
     settings = ServerSettings(
         name=options["name"] or model.resolve().name,
         api_keys=tuple(api_keys),
+        llm_key=os.environ.get("ONELLM_LLM_API_KEY", ""),
         url_hosts=tuple(host.lower() for host in url_hosts),
         **rest,
     )

@@ -29,7 +29,11 @@ _LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
 """Options that count the prompt too, and those that do not."""
 _REFUSED = {
     "assistant_model": "a draft would have to read the media too",
+    "assistant_early_exit": "a draft would have to read the media too",
     "guidance_scale": "a second prompt without the media would be run in the first one's cache",
+    "negative_prompt_ids": "a second prompt would be run without the media",
+    "inputs_embeds": "the prompt's embeddings are those of its text and its media",
+    "position_ids": "positions are counted with the media",
 }
 """Options of transformers that need more than the LLM's own generation, and why."""
 
@@ -54,7 +58,8 @@ def choose_settings(
     given = dict(given)
     config = copy.deepcopy(given.pop("generation_config", None) or own)
     for name, why in _REFUSED.items():
-        if given.get(name, getattr(config, name, None)) not in (None, 1, 1.0):
+        value = given.get(name, getattr(config, name, None))
+        if value is not None and not (isinstance(value, int | float) and value == 1):
             raise UsageError(f"{name} is set", f"{why}.", "leave it out.")
     for name, value in llms.to_diff_dict().items():
         if getattr(config, name, None) is None:
@@ -81,8 +86,10 @@ def generate_text(
     decode_offset: str,
     config: GenerationConfig,
     options: dict[str, Any],
-) -> torch.Tensor:
+) -> Any:
     """Continue prompts: [B, S] -> [B, S + new], with more rows for several sequences a prompt.
+
+    With `return_dict_in_generate` it is transformers' output that has them as `sequences`.
 
     Args:
         llm: the causal LM.
@@ -115,22 +122,33 @@ def generate_text(
             "there is no such mode.",
             "use correct or reference.",
         )
-    if config.return_dict_in_generate:
-        raise UsageError(
-            "return_dict_in_generate is set", "generate returns token ids alone.", "leave it out."
-        )
     config.pad_token_id = choose_padding(
         config.pad_token_id, config.eos_token_id, count_embeddings(llm.get_input_embeddings())
     )
     like_reference = decode_offset == "reference" and inputs.span_positions
-    parts: list[torch.Tensor] = []
+    ids = inputs.get_token_ids(input_ids)
+    batches = split_prompts(support, inputs.embeds, ids, inputs.mask)
+    if config.return_dict_in_generate and (like_reference or len(batches) > 1):
+        raise UsageError(
+            "return_dict_in_generate is set",
+            "these prompts are continued in several calls, whose outputs cannot be joined.",
+            "leave it out, or give one prompt and decode_offset=correct.",
+        )
+    parts: list[Any] = []
     with _own_config_alone(llm, config):
-        ids = inputs.get_token_ids(input_ids)
-        for embeds, part, mask in split_prompts(support, inputs.embeds, ids, inputs.mask):
+        for embeds, part, mask in batches:
             run = _generate_like_reference if like_reference else _generate
             with give_token_ids(llm, part):
                 parts.append(run(llm, embeds, mask, config, options))
-    new = _stack(parts, config)
+    if config.return_dict_in_generate:
+        (output,) = parts
+        output.sequences = _join(input_ids, output.sequences)
+        return output
+    return _join(input_ids, _stack(parts, config))
+
+
+def _join(input_ids: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """[B * n, S + new]: prompts, and n answers to each."""
     return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
 
 
@@ -149,11 +167,10 @@ def _generate(
     mask: torch.Tensor,
     config: GenerationConfig,
     options: dict[str, Any],
-) -> torch.Tensor:
-    new: torch.Tensor = llm.generate(
+) -> Any:
+    return llm.generate(
         inputs_embeds=embeds, attention_mask=mask, generation_config=config, **options
     )
-    return new
 
 
 @contextmanager

@@ -347,7 +347,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         media_spans: Sequence[Sequence[PlacedSpan]] | None = None,
         decode_offset: str = "correct",
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Continue each text after its media: [B, S] -> [B, S + new] token ids, prompt included.
 
         Args:

@@ -24,6 +24,9 @@ from media_samples import video
 from packs import small_model
 
 from onellm_dist.model.presets import load_toy_tokenizer
+from onellm_dist.serving.generate import DecodingOptions, build_prompt, generate
+from onellm_dist.serving.media import read_given_files
+from onellm_dist.serving.server.media import to_files
 from onellm_dist.serving.server.run import assemble, listen, make_config
 from onellm_dist.serving.server.settings import ServerSettings
 
@@ -120,3 +123,20 @@ def make_messages(question: str, *parts: dict[str, Any]) -> list[dict[str, Any]]
 def make_body(question: str, *parts: dict[str, Any], **options: Any) -> bytes:
     content = {"model": "toy", "messages": make_messages(question, *parts), **options}
     return json.dumps(content).encode()
+
+
+def read_values(media: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Modality to [1, *value_shape]."""
+    found = read_given_files([to_files(name, files) for name, files in media.items()])
+    return {name: value[None] for name, value in zip(media, found, strict=True)}
+
+
+def compute_answer(model: Any, question: str, media: dict[str, Any], tokens: int = 12) -> str:
+    """What `onellm generate` answers."""
+    return generate(
+        model,
+        load_toy_tokenizer(),
+        build_prompt(question, "conversation"),
+        read_values(media),
+        decoding=DecodingOptions(max_new_tokens=tokens),
+    ).text

@@ -200,13 +200,38 @@ def test_lengths_count_text_alone(
     assert least.shape[1] >= prompt + 4
 
 
-@pytest.mark.parametrize("name", ["assistant_model", "guidance_scale"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("assistant_model", object()),
+        ("assistant_early_exit", 2),
+        ("guidance_scale", 1.5),
+        ("negative_prompt_ids", torch.zeros(1, 2, dtype=torch.int64)),
+        ("inputs_embeds", torch.zeros(1, 2, 48)),
+        ("position_ids", torch.zeros(1, 2, dtype=torch.int64)),
+    ],
+)
 def test_what_media_do_not_allow_is_refused_by_name(
-    model: OneLLMForConditionalGeneration, batch: dict[str, Any], name: str
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any], name: str, value: Any
 ) -> None:
-    options: dict[str, Any] = {name: model if name == "assistant_model" else 1.5}
+    options: dict[str, Any] = {name: value}
     with pytest.raises(UsageError, match=f"{name} is set"):
         model.generate(**batch, **options, **GREEDY)
+
+
+def test_an_output_with_names_has_prompts_and_answers(
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any]
+) -> None:
+    plain = model.generate(**batch, **GREEDY)
+    options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(**batch, **GREEDY, **options)
+    assert torch.equal(output.sequences, plain)
+    prompt = batch["input_ids"].shape[1]
+    assert torch.equal(output.logits[0].argmax(-1), plain[:, prompt])
+    beams = model.generate(**batch, **GREEDY, **options, num_beams=2, num_return_sequences=2)
+    assert torch.equal(beams.sequences[::2, :prompt], batch["input_ids"])
+    with pytest.raises(UsageError, match="return_dict_in_generate is set"):
+        model.generate(**batch, **GREEDY, **options, decode_offset="reference")
 
 
 def test_another_number_of_embeddings_is_refused_and_changes_nothing() -> None:

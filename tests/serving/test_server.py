@@ -19,10 +19,6 @@ import pytest
 import requests
 import served_model as served
 
-from onellm_dist.model.presets import load_toy_tokenizer
-from onellm_dist.serving.generate import DecodingOptions, build_prompt, generate
-from onellm_dist.serving.media import GivenFiles, read_given_files
-
 MODEL = served.make_model()
 FILES = served.make_files()
 
@@ -36,21 +32,6 @@ def address() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(address: str) -> Any:
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-
-
-def compute_answer(question: str, media: dict[str, Any], tokens: int = 12) -> str:
-    """What `onellm generate` answers."""
-    from onellm_dist.serving.server.media import to_files
-
-    given = [to_files(name, files) for name, files in media.items()]
-    values = read_given_files([GivenFiles(*files) for files in given])
-    return generate(
-        MODEL,
-        load_toy_tokenizer(),
-        build_prompt(question, "conversation"),
-        {name: value[None] for name, value in zip(media, values, strict=True)},
-        decoding=DecodingOptions(max_new_tokens=tokens),
-    ).text
 
 
 def ask(client: Any, question: str, media: dict[str, Any], **options: Any) -> Any:
@@ -67,7 +48,7 @@ def test_all_modalities_are_answered_as_by_generate(client: Any) -> None:
     for media in [{name: FILES[name]} for name in FILES] + [FILES, {}]:
         found = ask(client, "What is it?", media)
         text = found.choices[0].message.content
-        assert text == compute_answer("What is it?", media), list(media)
+        assert text == served.compute_answer(MODEL, "What is it?", media), list(media)
         answers[tuple(media)] = text
         assert found.usage.completion_tokens <= 12 and found.model == "toy"
         assert found.usage.prompt_tokens > 32 * len(media)

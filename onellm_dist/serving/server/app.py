@@ -21,12 +21,15 @@ from onellm_dist.serving.server.errors import RequestError, make_internal_error,
 from onellm_dist.serving.server.jobs import Ending, Piece
 from onellm_dist.serving.server.limits import RequestLimits
 from onellm_dist.serving.server.metrics import ServerMetrics
+from onellm_dist.serving.server.remote_llm import RemoteEngine
 
 _log = get_logger(__name__)
 _STARTED = int(time.time())
 
 
-def build_app(service: ChatService, engine: AnswerEngine, metrics: ServerMetrics) -> FastAPI:
+def build_app(
+    service: ChatService, engine: AnswerEngine | RemoteEngine, metrics: ServerMetrics
+) -> FastAPI:
     """Build the application.
 
     Args:
@@ -72,7 +75,9 @@ async def _answer_fault(_: Request, __: Exception) -> Response:
 class _Routes:
     """What the paths answer."""
 
-    def __init__(self, service: ChatService, engine: AnswerEngine, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, service: ChatService, engine: AnswerEngine | RemoteEngine, metrics: ServerMetrics
+    ) -> None:
         self._service = service
         self._engine = engine
         self._metrics = metrics

@@ -94,6 +94,10 @@ class ChatService:
                 param="model",
                 code="model_not_found",
             )
+        if request.logprobs and self.settings.llm_url:
+            raise RequestError(
+                "logprobs is not supported where another server runs the LLM", param="logprobs"
+            )
         conversation = read_conversation(request.messages)
         self._check_media(conversation)
         context = get_context(self.model.config.text_config, self.model.llm_support)

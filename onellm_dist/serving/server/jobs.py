@@ -80,10 +80,23 @@ class Job:
     send: Callable[[Event], None]
     started: bool = False
     _cancelled: threading.Event = field(default_factory=threading.Event)
+    _wake: list[Callable[[], None]] = field(default_factory=list)
 
     def cancel(self) -> None:
         """Give the request up; its place is free with the next token."""
         self._cancelled.set()
+        for wake in self._wake:
+            wake()
+
+    def on_cancel(self, wake: Callable[[], None]) -> None:
+        """Call something when the request is given up, or now if it was.
+
+        Args:
+            wake: called in the thread that gives it up.
+        """
+        self._wake.append(wake)
+        if self.is_cancelled:
+            wake()
 
     @property
     def is_cancelled(self) -> bool:

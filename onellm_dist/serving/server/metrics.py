@@ -72,9 +72,18 @@ class ServerMetrics:
             positions: of the prompt, media included.
             tokens: new ones.
         """
+        self.count_tokens(positions, tokens)
+        self.running.dec()
+
+    def count_tokens(self, positions: int, tokens: int) -> None:
+        """Count the tokens of an answer.
+
+        Args:
+            positions: of the prompt, media included.
+            tokens: new ones.
+        """
         self._prompts.inc(positions)
         self._answers.inc(tokens)
-        self.running.dec()
 
     def write(self) -> bytes:
         """All of it in Prometheus' text format."""

@@ -21,6 +21,7 @@ from onellm_dist.serving.server.jobs import JobQueue
 from onellm_dist.serving.server.media import MediaReader
 from onellm_dist.serving.server.metrics import ServerMetrics
 from onellm_dist.serving.server.prompts import PromptFormat
+from onellm_dist.serving.server.remote_llm import EmbeddingsAlone, RemoteAddress, RemoteEngine
 from onellm_dist.serving.server.settings import ServerSettings
 
 _log = get_logger(__name__)
@@ -46,6 +47,8 @@ def serve(model: Path, settings: ServerSettings) -> None:
     network: Any
     network, processor = load_model(path=model, preset=None, seed=0, **dtype)
     network.eval()
+    if settings.llm_url:
+        network.llm = EmbeddingsAlone(network.llm)  # its layers run elsewhere
     if torch.cuda.is_available():
         network.to("cuda")
     app = assemble(network, processor.tokenizer, settings, warm_up=True)
@@ -73,7 +76,12 @@ def assemble(
     if warm_up:
         reader.warm_up()
     queue, metrics = JobQueue(settings.queue), ServerMetrics()
-    engine = AnswerEngine(model, tokenizer, text.end_ids, queue, metrics, settings.batch)
+    engine: AnswerEngine | RemoteEngine
+    if settings.llm_url:
+        address = RemoteAddress(settings.llm_url, settings.llm_model, settings.llm_key)
+        engine = RemoteEngine(model, address, text.end_ids, queue, metrics, settings.batch)
+    else:
+        engine = AnswerEngine(model, tokenizer, text.end_ids, queue, metrics, settings.batch)
     return build_app(ChatService(model, text, reader, queue, settings), engine, metrics)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from onellm_dist.common.errors import UsageError
 
@@ -33,6 +34,9 @@ class ServerSettings:
         receive_seconds: longest time in which a request's body must have come.
         connections: most open connections.
         requests_per_minute: requests of one key or address; 0: any number.
+        llm_url: address of the server that runs the LLM; empty: it runs here.
+        llm_model: the LLM's name there; empty: the only one.
+        llm_key: key of that server.
         url_hosts: hosts from which media are fetched; empty: none is fetched.
     """
 
@@ -54,6 +58,9 @@ class ServerSettings:
     receive_seconds: float = 30.0
     connections: int = 512
     requests_per_minute: int = 0
+    llm_url: str = ""
+    llm_model: str = ""
+    llm_key: str = ""
     url_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -62,6 +69,12 @@ class ServerSettings:
                 f"--format {self.prompt_format}",
                 "there is no such prompt format.",
                 f"use one of: {', '.join(FORMATS)}.",
+            )
+        if self.llm_url and urlsplit(self.llm_url).scheme not in ("http", "https"):
+            raise UsageError(
+                f"--llm-url {self.llm_url}",
+                "it is not the address of a server.",
+                "give one such as http://127.0.0.1:8001/v1.",
             )
         if self.host not in LOOPBACK and not self.api_keys:
             raise UsageError(

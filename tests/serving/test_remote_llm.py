@@ -1,0 +1,214 @@
+"""An LLM behind another server: a mock of vLLM's completions that computes with transformers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import requests
+import served_model as served
+import torch
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.model.presets import load_toy_tokenizer
+from onellm_dist.serving.generate import build_prompt, encode_prompt
+from onellm_dist.serving.server.answer_text import AnswerText
+from onellm_dist.serving.server.remote_llm import (
+    EmbeddingsAlone,
+    RemoteAddress,
+    StrippedText,
+)
+from onellm_dist.serving.server.settings import ServerSettings
+
+KIND = {"Content-Type": "application/json"}
+FILES = served.make_files()
+
+
+class Mock:
+    """What a vLLM with `--enable-prompt-embeds` does, one request at a time.
+
+    Args:
+        llm: the LLM.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.embeds: list[torch.Tensor] = []
+        self.status = 200
+        self.pause = 0.0
+        self.written = 0
+        self._lock = threading.Lock()
+
+    def complete(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        assert asked["model"] == "llm" and asked["stream"] and "prompt" not in asked
+        data = io.BytesIO(base64.b64decode(asked["prompt_embeds"], validate=True))
+        embeds = torch.load(data, weights_only=True)
+        assert embeds.ndim == 2 and embeds.is_floating_point()
+        with self._lock, torch.no_grad():
+            self.embeds.append(embeds)
+            tokens = self.llm.generate(
+                inputs_embeds=embeds[None],
+                attention_mask=torch.ones((1, len(embeds)), dtype=torch.int64),
+                max_new_tokens=asked["max_tokens"],
+                do_sample=False,
+                eos_token_id=asked["stop_token_ids"],
+                pad_token_id=0,
+            )[0].tolist()
+        text = AnswerText(load_toy_tokenizer(), asked["stop"])
+        count = 0
+        while count < len(tokens) and not text.stopped:
+            time.sleep(self.pause)
+            yield {"choices": [{"text": text.add(tokens[count]), "finish_reason": None}]}
+            count += 1
+        yield {"choices": [{"text": text.finish(), "finish_reason": None}]}
+        stopped = text.stopped or tokens[-1] in asked["stop_token_ids"]
+        yield {"choices": [{"text": "", "finish_reason": "stop" if stopped else "length"}]}
+        yield {"choices": [], "usage": {"completion_tokens": count}}
+
+
+@contextmanager
+def run_mock(mock: Mock) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": "llm"}]}).encode())
+
+        def do_POST(self) -> None:
+            assert self.path == "/v1/completions"
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(mock.status)
+            self.end_headers()
+            if mock.status != 200:
+                return
+            for event in mock.complete(asked):
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+                mock.written += 1
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Quiet(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: Any) -> None:  # a client that left
+            pass
+
+    server = Quiet(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+WHOLE = served.make_model()
+
+
+@pytest.fixture(scope="module")
+def mock() -> Mock:
+    return Mock(WHOLE.llm)
+
+
+@pytest.fixture(scope="module")
+def address(mock: Mock) -> Iterator[str]:
+    model = served.make_model()
+    model.llm = EmbeddingsAlone(model.llm)
+    with (
+        run_mock(mock) as url,
+        served.serve(model, llm_url=url, batch=4, max_new_tokens=60) as found,
+    ):
+        yield f"{found}/v1/chat/completions"
+
+
+def ask(address: str, media: dict[str, Any], **options: Any) -> Any:
+    parts = [served.make_part(name, files) for name, files in media.items()]
+    body = served.make_body("What is it?", *parts, **{"max_tokens": 12, **options})
+    return requests.post(address, data=body, headers=KIND)
+
+
+@pytest.mark.slow
+def test_tensors_and_answers_are_those_of_generation_here(mock: Mock, address: str) -> None:
+    ids = encode_prompt(load_toy_tokenizer(), build_prompt("What is it?", "conversation"))
+    mixture = {name: FILES[name] for name in ("image", "depth", "fmri")}
+    for media in [{name: FILES[name]} for name in FILES] + [mixture, FILES, {}]:
+        answer = ask(address, media).json()
+        values = {f"{n}_values": v for n, v in served.read_values(media).items()}
+        with torch.no_grad():
+            wanted = WHOLE.build_inputs(ids, None, values).embeds[0]
+        scale = wanted.abs().max()
+        torch.testing.assert_close(mock.embeds[-1] / scale, wanted / scale, atol=1e-6, rtol=0)
+        text = answer["choices"][0]["message"]["content"]
+        assert text == served.compute_answer(WHOLE, "What is it?", media), list(media)
+        assert answer["usage"]["prompt_tokens"] == len(wanted)
+        assert answer["usage"]["completion_tokens"] == 12
+
+
+def test_streams_stops_and_what_is_not_supported(address: str) -> None:
+    whole = ask(address, {}).json()["choices"][0]
+    text = whole["message"]["content"]
+    assert whole["finish_reason"] == "length"
+    streamed = ask(address, {}, stream=True).text.split("\n\n")
+    events = [json.loads(line[6:]) for line in streamed if line.startswith("data: {")]
+    assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == text
+    stop = text[4:7]
+    cut = ask(address, {}, stop=stop).json()["choices"][0]
+    assert cut["message"]["content"] == text.split(stop)[0].strip()
+    assert cut["finish_reason"] == "stop"
+    refused = ask(address, {}, logprobs=True)
+    assert refused.status_code == 400 and "logprobs" in refused.json()["error"]["message"]
+
+
+def test_failures_of_the_other_server_are_said(
+    mock: Mock, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mock, "status", 500)
+    refused = ask(address, {})
+    assert refused.status_code == 502 and "status 500" in refused.json()["error"]["message"]
+    monkeypatch.setattr(mock, "status", 200)
+    assert ask(address, {}).status_code == 200
+    with pytest.raises(UsageError, match="no list of models"):
+        RemoteAddress("http://127.0.0.1:1/v1").find_model()
+    with pytest.raises(UsageError, match="--llm-url ftp"):
+        ServerSettings(llm_url="ftp://x")
+
+
+def test_a_client_that_leaves_ends_its_request_there(
+    mock: Mock, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mock, "pause", 0.05)
+    metrics = address.replace("/v1/chat/completions", "/metrics")
+    body = served.make_body("What is it?", max_tokens=60, stream=True)
+    with requests.post(address, data=body, headers=KIND, stream=True) as leaving:
+        next(leaving.iter_content(10))
+        assert "onellm_running_requests 1.0" in requests.get(metrics).text
+    left = time.monotonic()
+    while "onellm_running_requests 0.0" not in requests.get(metrics).text:
+        assert time.monotonic() - left < 1
+        time.sleep(0.01)
+
+
+def test_a_server_with_another_llm_is_refused(mock: Mock) -> None:
+    with run_mock(mock) as url:
+        assert RemoteAddress(url).find_model() == "llm"
+        with pytest.raises(UsageError, match=r"serves llm[^$]*other was asked for"):
+            RemoteAddress(url, "other").find_model()
+
+
+def test_blanks_around_an_answer_are_left_out() -> None:
+    text = StrippedText()
+    assert [text.add(piece) for piece in (" ", "a ", "", " b", "\n", " ")] == [
+        *("", "a", "", "  b", "", "")
+    ]
