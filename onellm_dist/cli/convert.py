@@ -277,3 +277,24 @@ def convert_inspect(
 
     options = build_options({"base": base, "act": act, "llm_heads": llm_heads})
     raise typer.Exit(run_inspect(path, options, format_name))
+
+
+@app.command(
+    "publish", epilog=format_examples("onellm convert publish runs/tune/model --repo me/my-model")
+)
+def convert_publish(
+    folder: Annotated[Path, typer.Argument(help="A onellm directory.")],
+    repository: Annotated[
+        str, typer.Option("--repo", help="Where it shall go on the Hub: OWNER/NAME.")
+    ] = "OWNER/NAME",
+    load: Annotated[
+        bool, typer.Option(help="Also load it in a process without onellm_dist (all its weights).")
+    ] = True,
+) -> None:
+    """Check a model before it is published, and print the command that uploads it.
+
+    Nothing is uploaded. Exit code: 0 if it may be published, 1 if not.
+    """
+    from onellm_dist.cli.convert_commands import run_publish
+
+    raise typer.Exit(run_publish(folder, repository, load=load))

@@ -16,6 +16,7 @@ from onellm_dist.convert.extend import Additions
 from onellm_dist.convert.inspect import describe_checkpoint
 from onellm_dist.convert.integrity import check_integrity
 from onellm_dist.convert.opening import open_checkpoint
+from onellm_dist.convert.publish import check_publication, make_upload_command
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
 from onellm_dist.convert.tokenizers import has_tokenizer
 from onellm_dist.convert.verify import compare
@@ -199,3 +200,25 @@ def run_inspect(path: Path, options: ConversionOptions, format_name: str | None)
     opened = open_checkpoint(path, options, format_name)
     print(path, *describe_checkpoint(opened), sep="\n")
     return EXIT_FAILED if opened.problems else EXIT_DONE
+
+
+def run_publish(folder: Path, repository: str, *, load: bool) -> int:
+    """Check a model before it is published, and print what was found.
+
+    Args:
+        folder: a onellm directory.
+        repository: where it shall go.
+        load: whether to load it without this package.
+
+    Returns:
+        The exit code.
+    """
+    command = make_upload_command(folder, repository)
+    findings = check_publication(folder, load=load)
+    for finding in findings:
+        print(f"{finding.level:8}{finding.what}")
+    if any(finding.level == "wrong" for finding in findings):
+        print("not ready: fix what is wrong first")
+        return EXIT_FAILED
+    print(f"to upload it: {command}")
+    return EXIT_DONE

@@ -34,7 +34,7 @@ def build_card(
     text = config.text_config
     lines = [
         "---",
-        f"license: {'llama2' if _is_llama_2(config) else 'other'}",
+        f"license: {'llama2' if needs_llama_licence(config) else 'other'}",
         "library_name: transformers",
         "pipeline_tag: any-to-any",
         "tags: [onellm, multimodal, " + ", ".join(config.modalities) + "]",
@@ -87,7 +87,12 @@ def _describe_use(config: OneLLMConfig) -> list[str]:
     ]
 
 
-def _is_llama_2(config: OneLLMConfig) -> bool:
+def needs_llama_licence(config: OneLLMConfig) -> bool:
+    """Whether the LLM has the shape of LLaMA-2 7B, whose licence goes with its weights.
+
+    Args:
+        config: the model's config.
+    """
     text = config.text_config
     return (
         text.model_type == "llama"
@@ -99,7 +104,7 @@ def _list_licences(config: OneLLMConfig) -> list[str]:
     llm = (
         "The LLM has the shape of LLaMA-2 7B. If its weights are Meta's, the LLaMA 2 Community "
         "License holds: pass its text and Notice file on with the model."
-        if _is_llama_2(config)
+        if needs_llama_licence(config)
         else "The LLM's weights keep the licence of the model that they came from."
     )
     return [

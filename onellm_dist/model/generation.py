@@ -105,23 +105,7 @@ def generate_text(
             cannot continue embeddings, or prompt and new tokens longer than its context.
         OneLLMError: the LLM was changed after it was opened.
     """
-    check_call(llm, support, 0)
-    context, prompt = get_context(llm.config, support), inputs.embeds.shape[1]
-    check_new_tokens(type(llm).__name__, context, prompt, _count_new(config, prompt))
-    set_lengths(llm, None)
-    if not support.generation:
-        raise UsageError(
-            f"{type(llm).__name__} cannot generate text here",
-            "it does not give the logits of its own forward when it continues embeddings, and "
-            "media are embeddings.",
-            "choose another LLM of the table in docs/reference/llms.md; training and scoring work.",
-        )
-    if decode_offset not in ("correct", "reference"):
-        raise UsageError(
-            f"decode_offset={decode_offset!r}",
-            "there is no such mode.",
-            "use correct or reference.",
-        )
+    _check_generation(llm, support, inputs, decode_offset, config)
     config.pad_token_id = choose_padding(
         config.pad_token_id, config.eos_token_id, count_embeddings(llm.get_input_embeddings())
     )
@@ -145,6 +129,32 @@ def generate_text(
         output.sequences = _join(input_ids, output.sequences)
         return output
     return _join(input_ids, _stack(parts, config))
+
+
+def _check_generation(
+    llm: Any,
+    support: LLMSupport,
+    inputs: PaddedInputs,
+    decode_offset: str,
+    config: GenerationConfig,
+) -> None:
+    check_call(llm, support, 0)
+    context, prompt = get_context(llm.config, support), inputs.embeds.shape[1]
+    check_new_tokens(type(llm).__name__, context, prompt, _count_new(config, prompt))
+    set_lengths(llm, None)
+    if not support.generation:
+        raise UsageError(
+            f"{type(llm).__name__} cannot generate text here",
+            "it does not give the logits of its own forward when it continues embeddings, and "
+            "media are embeddings.",
+            "choose another LLM of the table in docs/reference/llms.md; training and scoring work.",
+        )
+    if decode_offset not in ("correct", "reference"):
+        raise UsageError(
+            f"decode_offset={decode_offset!r}",
+            "there is no such mode.",
+            "use correct or reference.",
+        )
 
 
 def _join(input_ids: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from onellm_dist.serving.server.errors import RequestError, make_busy_error, mak
 from onellm_dist.serving.server.fetch import check_url, fetch
 from onellm_dist.serving.server.jobs import Ending, Event, Job, JobQueue, Piece, QueueFullError
 from onellm_dist.serving.server.media import MediaReader, hash_files, to_files
-from onellm_dist.serving.server.prompts import PromptFormat
+from onellm_dist.serving.server.prompts import ServedFormat
 from onellm_dist.serving.server.schema import ChatRequest, parse_request, read_json
 from onellm_dist.serving.server.settings import ServerSettings
 
@@ -47,7 +47,7 @@ class ChatService:
     """
 
     model: Any
-    text: PromptFormat
+    text: ServedFormat
     media: MediaReader
     queue: JobQueue
     settings: ServerSettings

@@ -20,7 +20,7 @@ from onellm_dist.modalities import Part
 
 
 @dataclass(frozen=True)
-class PromptFormat:
+class ServedFormat:
     """How messages become text: one of `chat`, `conversation` and `raw`.
 
     Attributes:
@@ -36,7 +36,7 @@ class PromptFormat:
     chat: TextEncoder | None = None
 
     @classmethod
-    def choose(cls, name: str, tokenizer: Any) -> PromptFormat:
+    def choose(cls, name: str, tokenizer: Any) -> ServedFormat:
         """Choose the format; `auto` is `chat` where the tokenizer has a chat template.
 
         Raises:

@@ -20,7 +20,7 @@ from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.jobs import JobQueue
 from onellm_dist.serving.server.media import MediaReader
 from onellm_dist.serving.server.metrics import ServerMetrics
-from onellm_dist.serving.server.prompts import PromptFormat
+from onellm_dist.serving.server.prompts import ServedFormat
 from onellm_dist.serving.server.remote_llm import EmbeddingsAlone, RemoteAddress, RemoteEngine
 from onellm_dist.serving.server.settings import ServerSettings
 
@@ -71,7 +71,7 @@ def assemble(
     Raises:
         UsageError: the tokenizer does not fit the prompt format.
     """
-    text = PromptFormat.choose(settings.prompt_format, tokenizer)
+    text = ServedFormat.choose(settings.prompt_format, tokenizer)
     reader = MediaReader(settings.readers, SampleLimits(settings.media_seconds, settings.media_mb))
     if warm_up:
         reader.warm_up()

@@ -1,0 +1,112 @@
+"""`onellm convert publish`: what may not leave this machine, and what is better added first."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "model"))
+from packs import small_model
+
+from onellm_dist.cli.convert_commands import run_publish
+from onellm_dist.common.errors import UsageError
+from onellm_dist.convert.publish import check_publication, make_upload_command
+from onellm_dist.model import OneLLMProcessor
+from onellm_dist.model.card import CARD
+from onellm_dist.model.presets import load_toy_tokenizer
+
+GOOD_CARD = """---
+license: apache-2.0
+datasets: [toyworld]
+base_model: toy/llm
+---
+# A model
+
+## Results
+
+| VQAv2 | 71.6 |
+"""
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("publish") / "model"
+    tokenizer = load_toy_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    small_model(words=len(tokenizer), modalities=["imu"]).save_pretrained(folder)
+    OneLLMProcessor(tokenizer).save_pretrained(folder)
+    (folder / CARD).write_text(GOOD_CARD)
+    return folder
+
+
+@pytest.fixture
+def folder(complete: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(complete, tmp_path / "model"))
+
+
+@pytest.mark.slow
+def test_a_complete_folder_loads_alone_and_gets_its_command(
+    complete: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_publish(complete, "me/my-model", load=True) == 0
+    out = capsys.readouterr().out
+    assert "ok      it loads by the Auto classes without onellm_dist, and answers" in out
+    assert "missing" not in out and "wrong" not in out
+    assert out.splitlines()[-1] == (
+        f"to upload it: hf upload me/my-model {complete} . --repo-type model"
+    )
+
+
+def spoil_card(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / CARD).write_text(text)
+
+
+SPOILED: list[tuple[str, Callable[[Path], object], str]] = [
+    ("wrong", lambda f: (f / "optimizer.pt").write_bytes(b"x"), "optimizer.pt: only safetensors"),
+    ("wrong", lambda f: (f / "x.txt").symlink_to("/etc/hostname"), "x.txt is a link"),
+    ("wrong", lambda f: (f / ".env").write_text("x"), ".env is hidden"),
+    ("wrong", lambda f: (f / CARD).unlink(), "there is no README.md"),
+    ("wrong", spoil_card("# A model"), "does not begin with YAML"),
+    ("wrong", spoil_card("---\n[\n---\n"), "does not begin with YAML"),
+    ("wrong", spoil_card("---\ntags: []\n---\n"), "names no license"),
+    ("missing", spoil_card("---\nlicense: other\n---\n"), "needs license_name"),
+    ("missing", spoil_card("---\nlicense: mit\n---\n"), "no figures of an evaluation"),
+    ("missing", spoil_card("---\nlicense: mit\n---\n"), "names no datasets"),
+    ("missing", spoil_card(GOOD_CARD + "/home/me/runs/x"), "a path of a machine: /home/me/"),
+    ("wrong", spoil_card(GOOD_CARD + "https://me:secret12345@host/x"), "a password or key"),
+    ("wrong", spoil_card(GOOD_CARD + "key: hf_" + "a1" * 17), "a password or key"),
+    ("missing", lambda f: (f / "chat_template.jinja").unlink(), "no chat_template.jinja"),
+    ("wrong", lambda f: (f / "onellm_code.py").unlink(), "there is no onellm_code.py"),
+    ("missing", lambda f: (f / "modeling_onellm.py").write_text("x = 1"), "not the code of this"),
+]
+
+
+@pytest.mark.parametrize(("level", "spoil", "says"), SPOILED)
+def test_what_is_wrong_or_missing_is_named(
+    folder: Path, level: str, spoil: Callable[[Path], object], says: str
+) -> None:
+    spoil(folder)
+    findings = check_publication(folder, load=False)
+    assert [f.level for f in findings if says in f.what] == [level], findings
+
+
+@pytest.mark.slow
+def test_a_folder_that_does_not_load_alone_is_not_ready(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "modeling_onellm.py").write_text("raise RuntimeError('broken')\n")
+    assert run_publish(folder, "me/x", load=True) == 1
+    out = capsys.readouterr().out
+    assert "it does not load without onellm_dist: RuntimeError: broken" in out
+    assert "hf upload" not in out
+
+
+def test_names_of_repositories_and_folders_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not the name of a repository"):
+        make_upload_command(tmp_path, "me; rm -rf /")
+    with pytest.raises(UsageError, match="no model in"):
+        check_publication(tmp_path)
