@@ -1,4 +1,4 @@
-"""Run as a script: load a model's folder as a machine does that does not have this package.
+"""Run by `python -c`: load a model's folder as a machine does that does not have this package.
 
 Imports of the package are refused, so the folder's own code is what runs. Prints `loaded` and the
 number of new tokens, or ends with the error.

@@ -223,7 +223,8 @@ def _check_code(folder: Path) -> Iterator[PublicationFinding]:
 
 def _check_load(folder: Path) -> PublicationFinding:
     """Load it in a process that cannot import this package."""
-    script = Path(__file__).with_name("load_alone.py")
+    # As text: a script's own folder comes first in its imports, and this one has an inspect.py.
+    script = Path(__file__).with_name("load_alone.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as modules:
         environment = {
             **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
@@ -232,7 +233,8 @@ def _check_load(folder: Path) -> PublicationFinding:
         }
         try:
             done = subprocess.run(
-                [sys.executable, str(script), str(folder.resolve())],
+                [sys.executable, "-c", script, str(folder.resolve())],
+                cwd=modules,
                 capture_output=True,
                 text=True,
                 timeout=LOAD_SECONDS,
