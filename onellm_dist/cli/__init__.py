@@ -14,6 +14,7 @@ import typer
 
 from onellm_dist.cli import cluster, convert, evaluate, plan, runs, shards
 from onellm_dist.cli.generate import add_modality_options, generate
+from onellm_dist.cli.overlap import overlap
 from onellm_dist.cli.serve import serve
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError
 from onellm_dist.common.logging import configure_logging
@@ -22,6 +23,7 @@ app = typer.Typer(name="onellm", no_args_is_help=True, pretty_exceptions_enable=
 
 for _commands in (runs, cluster, plan, evaluate):
     app.add_typer(_commands.app)
+shards.app.command("overlap")(overlap)
 app.add_typer(shards.app, name="shards")
 app.add_typer(convert.app, name="convert")
 app.command("generate")(generate)

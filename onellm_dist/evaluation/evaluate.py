@@ -36,7 +36,7 @@ from onellm_dist.evaluation.benchmark_data import (
     list_media,
     read_media,
 )
-from onellm_dist.evaluation.prompt_format import PromptFormat
+from onellm_dist.evaluation.question_format import QuestionFormat
 from onellm_dist.evaluation.questions import BenchmarkQuestion
 from onellm_dist.evaluation.tasks import Task, get_task
 from onellm_dist.launch.ranks import Ranks
@@ -70,7 +70,7 @@ class EvaluationOptions:
     prompt: str | None = None
     """Name of the prompt; None: each task's own."""
     format: str = "conversation"
-    """One of `prompt_format.FORMATS`."""
+    """One of `question_format.FORMATS`."""
     limit: int | None = None
     """Only the first N questions of each task."""
     any_count: bool = False
@@ -139,7 +139,7 @@ def evaluate_model(
     """
     statistics = BatchStatistics()
     model.eval()
-    form = PromptFormat(tokenizer, options.format)
+    form = QuestionFormat(tokenizer, options.format)
     opened = [(task, open_dataset(find_dataset(data, task))) for task in map(get_task, tasks)]
     for task, dataset in opened:
         if missing := sorted(set(dataset.modalities) - set(model.config.modalities)):
@@ -187,7 +187,7 @@ def evaluate_folder(
 
 def _evaluate_task(
     model: Any,
-    form: PromptFormat,
+    form: QuestionFormat,
     task: Task,
     dataset: Dataset,
     out: Path,
@@ -248,7 +248,7 @@ def _evaluate_task(
 
 def _answer(
     model: Any,
-    form: PromptFormat,
+    form: QuestionFormat,
     window: Sequence[_Asked],
     options: EvaluationOptions,
     cache: MediaCache | None,

@@ -138,20 +138,23 @@ def write_scores(out: Path, scores: Sequence[TaskScore]) -> list[Path]:
 def build_results(scores: Sequence[TaskScore]) -> dict[str, Any]:
     """Build the content of results.json in the form of lm-evaluation-harness.
 
-    Scores are on the scale of the papers, mostly 0 to 100; `interval` has the 95% intervals.
+    Scores are on the scale of the papers, mostly 0 to 100; `intervals` has the 95% intervals.
     """
     results: dict[str, Any] = {}
+    intervals: dict[str, dict[str, list[float]]] = {}
     for score in scores:
         values: dict[str, Any] = {"alias": score.task.name}
         for measure in score.measures:
             interval = measure.compute_interval()
             values[f"{measure.name},none"] = interval.mean
             values[f"{measure.name}_stderr,none"] = float(measure.draw().std(ddof=1))
-            values[f"{measure.name}_interval,none"] = [interval.low, interval.high]
+            own = intervals.setdefault(score.task.name, {})
+            own[measure.name] = [interval.low, interval.high]
         results[score.task.name] = values
     names = [score.task.name for score in scores]
     return {
         "results": results,
+        "intervals": intervals,
         "configs": {
             s.task.name: {
                 "task": s.task.name,

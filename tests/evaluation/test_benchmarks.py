@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from onellm_dist.evaluation.scorers import coco_captions
 from onellm_dist.evaluation.tasks import all_tasks, get_task
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards import build_dataset
+from onellm_dist.shards.build.registry import get_source
 from onellm_dist.shards.format.dataset import open_dataset
 
 pytest_plugins = ("benchmark_fixtures",)
@@ -239,3 +241,18 @@ def test_how2qa_draws_the_order_of_its_options(benchmark_data: DataOf) -> None:
     assert len(set(letters)) > 1
     for i, question in enumerate(questions):
         assert question.options["ABCD".index(letters[i])] == f"right{i}"
+
+
+def test_files_that_change_during_a_build_are_found(tmp_path: Path) -> None:
+    source = get_source("textvqa-eval")
+    assert source.plan is not None and source.raw_samples is not None
+    inputs = write_benchmark(tmp_path / "in", "textvqa")
+    options: dict[str, Any] = {"media": None, "splits": "val", "any_count": True}
+    (split,) = source.plan(inputs, seed=0, **options).input_splits
+    assert len(list(source.raw_samples(inputs, split.description, **options))) == 2
+    rows = inputs / "TextVQA_0.5.1_val.json"
+    content = json.loads(rows.read_text())
+    rows.unlink()  # the folder changes too
+    rows.write_text(json.dumps({"data": content["data"][1:]}))
+    with pytest.raises(OneLLMError, match="files changed while it was being built"):
+        list(source.raw_samples(inputs, split.description, **options))

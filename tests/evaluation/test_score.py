@@ -94,7 +94,7 @@ def test_results_have_the_form_of_lm_evaluation_harness(tmp_path: Path) -> None:
     }  # fmt: skip
     values = results["results"]["vqav2"]
     assert values["alias"] == "vqav2"
-    low, high = values["accuracy_interval,none"]
+    low, high = results["intervals"]["vqav2"]["accuracy"]
     assert low < values["accuracy,none"] < high
     assert high - low == pytest.approx(4 * values["accuracy_stderr,none"], rel=0.15)
     assert results["n-samples"]["vqav2"] == {"original": COUNT, "effective": COUNT}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -249,3 +250,30 @@ def test_families_are_batched_where_that_is_exact(family: str) -> None:
         prompts.append(Prompt(ids, media, max_new_tokens=3))
     found = [c.tokens for c in generate_batch(model, prompts, end_ids=[])]
     assert found == tokens_alone(model, prompts)
+
+
+@pytest.mark.soak
+def test_batches_are_three_times_as_fast_as_one_by_one() -> None:
+    """Prompts of different length, five to a medium; measured in CPU seconds."""
+    model = small_model(modalities=["imu"])
+    model.train(mode=False)
+    generator = torch.Generator().manual_seed(0)
+    media = [Medium("imu", torch.randn(6, 400, generator=generator), str(i)) for i in range(13)]
+    prompts = [
+        Prompt(
+            [1, *torch.randint(3, WORDS, (i * 37 % 200,), generator=generator).tolist()],
+            [media[i // 5]],
+            max_new_tokens=32,
+        )
+        for i in range(64)
+    ]
+    started = time.process_time()
+    expected = tokens_alone(model, prompts)
+    alone = time.process_time() - started
+    statistics = BatchStatistics()
+    started = time.process_time()
+    found = generate_batch(model, prompts, end_ids=[], statistics=statistics)
+    batched = time.process_time() - started
+    assert [c.tokens for c in found] == expected
+    assert alone / batched >= 3, (alone, batched)
+    assert 0 < statistics.padding_share < 0.3

@@ -200,7 +200,8 @@ class BenchmarkSet:
                 self._check_count(inputs, split, counts[split])
             for first in range(0, len(groups), _MEDIA_A_SPLIT):
                 last = min(first + _MEDIA_A_SPLIT, len(groups))
-                description = {"split": split, "first": first, "last": last}
+                ids = [rows[0].record["id"] for _, rows in (groups[first], groups[last - 1])]
+                description = {"split": split, "first": first, "last": last, "ids": ids}
                 parts.append(InputSplit(f"{split}:{first}", description, split, last - first))
         return DatasetDescription(
             self.modalities, parts, attributes={"benchmark": self.name, "questions": counts}
@@ -227,7 +228,10 @@ class BenchmarkSet:
     ) -> Iterator[RawSample]:
         folders = find_media_folders(inputs, media, self.folders)
         groups = load_groups(self, inputs, description["split"])
-        for key, rows in groups[description["first"] : description["last"]]:
+        chosen = groups[description["first"] : description["last"]]
+        if [rows[0].record["id"] for _, rows in (*chosen[:1], *chosen[-1:])] != description["ids"]:
+            raise _make_file_error(inputs, f"{self.name}'s files changed while it was being built")
+        for key, rows in chosen:
             first = rows[0]
             where = f"{description['split']} question {first.record['id']}"
             meta = {**self.meta, **first.meta, "questions": [dict(row.record) for row in rows]}

@@ -21,7 +21,7 @@ from onellm_dist.model.batched_generation import TextStop
 FORMATS = ("conversation", "chat", "raw")
 
 
-class PromptFormat:
+class QuestionFormat:
     """One of FORMATS with a tokenizer.
 
     `conversation` is the reference's instruction format, `chat` the LLM's own template, `raw` BOS
