@@ -149,6 +149,6 @@ def pack_prompts(
     check_tokens(host, count_embeddings(embedding))
     ids = to_device_tensor(host, device)
     text = embedding(ids)
-    table = torch.cat([text, *(t.to(text.dtype) for t in tokens), model._get_tags().to(text.dtype)])
+    table = torch.cat([text, *(t.to(text.dtype) for t in tokens), model.get_tags().to(text.dtype)])
     gather = to_device_tensor(layout.gather, device)
     return PackedPrompts(table.index_select(0, gather), get_token_ids(ids, gather), layout)
