@@ -29,8 +29,8 @@ RATES = (
 def draw_loss(facts: RunFacts) -> str:
     """The training and validation loss; with several modalities also one curve for each."""
     steps = facts.records.steps
-    points = _get_points(steps, "loss")
-    series = {"each step": points, "training": _smooth(points)}
+    points = get_points(steps, "loss")
+    series = {"each step": points, "training": smooth_points(points)}
     validation = [
         (float(line["steps_done"]), float(line["loss"]))
         for line in facts.records.validation
@@ -67,7 +67,7 @@ def draw_rates(facts: RunFacts) -> str:
     """One chart for each entry of `RATES` that the run recorded."""
     cells = []
     for key, title, unit in RATES:
-        points = _get_points(facts.records.steps, key)
+        points = get_points(facts.records.steps, key)
         if not points and key == "mfu":
             continue
         ceiling = None
@@ -76,7 +76,7 @@ def draw_rates(facts: RunFacts) -> str:
             ceiling = 3 * values[int(0.98 * (len(values) - 1))]
         series = {"each step": points}
         if key != "lr":
-            series["mean"] = _smooth(points)
+            series["mean"] = smooth_points(points)
         chart = draw_line_chart(
             series,
             x_label=X_LABEL,
@@ -121,7 +121,7 @@ def draw_router_load(steps: Sequence[Entry]) -> Iterator[str]:
     yield f'<h2>Router load</h2><div class="two">{"".join(cells)}</div>'
 
 
-def _get_points(steps: Sequence[Entry], key: str) -> Points:
+def get_points(steps: Sequence[Entry], key: str) -> Points:
     """(steps done, value) of each line whose value is a number."""
     return [
         (float(line["step"]) + 1, float(line[key])) for line in steps if _is_value(line.get(key))
@@ -137,10 +137,10 @@ def _get_loss_curve(steps: Sequence[Entry], modality: str) -> Points:
         {"step": line["step"], "loss": (line.get("loss_by_modality") or {}).get(modality)}
         for line in steps
     ]
-    return _smooth(_get_points(losses, "loss"))
+    return smooth_points(get_points(losses, "loss"))
 
 
-def _smooth(points: Points) -> Points:
+def smooth_points(points: Points) -> Points:
     """Centred mean over a sixtieth of the run; it does not lag behind the steps."""
     half = len(points) // 120
     sums = [0.0]
