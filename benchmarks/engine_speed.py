@@ -131,17 +131,19 @@ def plain_step() -> Callable[[Any], None]:
     """Build a step of plain torch over a whole model of this rank's own."""
     import torch
 
+    from onellm_dist.config.train_sections import OptimSection, TrainSection
     from onellm_dist.model.initialisation import initialise
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-    from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_stage
+    from onellm_dist.train.optim.groups import build_parameter_groups
+    from onellm_dist.train.optim.rules import prepare_parameters
 
     model = OneLLMForConditionalGeneration(config(tiny=False))
     initialise(model, 0)
-    freeze_for_stage(model, "tune", ["image"])
+    train = TrainSection(stage="tune", steps=1)
+    plan = prepare_parameters(model, train, OptimSection(lr=1e-4), ["image"])
+    groups = [group.to_torch() for group in build_parameter_groups(model, plan.rates)]
     model.train()
-    optimizer = torch.optim.AdamW(
-        build_parameter_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=True
-    )
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step(batch: Any) -> None:

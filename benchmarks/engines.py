@@ -204,7 +204,7 @@ def build(
     """Return (engine, bytes of the whole model in fp32)."""
     import torch
 
-    from onellm_dist.config.schema import OptimSection
+    from onellm_dist.config.train_sections import OptimSection, TrainSection
     from onellm_dist.model.lazy_weights import (
         InitialWeights,
         RandomWeights,
@@ -215,12 +215,15 @@ def build(
     from onellm_dist.train.engine.fsdp.description import FsdpOptions
     from onellm_dist.train.engine.select import get_engine
     from onellm_dist.train.engine.settings import EngineSettings
+    from onellm_dist.train.optim.groups import build_parameter_groups
     from onellm_dist.train.optim.optimizers import make_optimizer
-    from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_stage
+    from onellm_dist.train.optim.rules import prepare_parameters
 
     torch.set_num_threads(1)
     model = build_empty_model(config(tiny))
-    freeze_for_stage(model, stage, ["image"])
+    train = TrainSection(stage=stage, steps=1)
+    plan = prepare_parameters(model, train, OptimSection(lr=1e-4), ["image"])
+    groups = [group.to_torch() for group in build_parameter_groups(model, plan.rates)]
     model.train()
     weights = InitialWeights(
         RandomWeights(model, 0) if folder is None else SafetensorsWeights(find_weight_files(folder))
@@ -236,7 +239,7 @@ def build(
         options=FsdpOptions() if given is None else json.loads(json.dumps(given)),
     )
     engine = get_engine("fsdp" if given is None else "deepspeed").load()
-    return engine.wrap(model, build_parameter_groups(model, 0.1), settings, weights), size
+    return engine.wrap(model, groups, settings, weights), size
 
 
 def config(tiny: bool) -> Any:

@@ -59,7 +59,8 @@ def train(
         typer.Option(
             "--show",
             help="Start nothing: print every key with its value and where that comes from, the "
-            "table of parameters, and the samples of the first steps.",
+            "table of parameters, the samples of the first steps, and what a run needs and takes. "
+            "The exit code is 2 if a start would be refused.",
         ),
     ] = False,
     keys: Annotated[
@@ -93,12 +94,17 @@ def train(
             "give a file or the name of a recipe that ships: onellm train toy/align_image.",
         )
     if show:
-        from onellm_dist.train.recipe_summary.command import show_recipe
-
-        raise typer.Exit(show_recipe(recipe, overrides or []))
+        raise typer.Exit(_show(recipe, overrides or []))
     from onellm_dist.train.run import main as train_main
 
     raise typer.Exit(train_main(recipe, overrides or []))
+
+
+def _show(recipe: Path, overrides: list[str]) -> int:
+    from onellm_dist.planner.brief import describe_briefly
+    from onellm_dist.train.recipe_summary.command import show_recipe
+
+    return show_recipe(recipe, overrides, describe_plan=describe_briefly)
 
 
 def _format_keys() -> str:
@@ -113,11 +119,15 @@ def _format_schema() -> str:
     return json.dumps(build_json_schema(), indent=2, ensure_ascii=False)
 
 
-@app.command(epilog=format_examples("onellm report runs/stage1_image"))
+@app.command(epilog=format_examples("onellm report runs/stage1_image", "onellm report runs/sweep"))
 def report(
     run: Annotated[
         Path,
-        typer.Argument(help="The directory of a run, running or ended.", metavar="RUN"),
+        typer.Argument(
+            help="The directory of a run, running or ended; or a folder of runs (a sweep), which "
+            "are compared.",
+            metavar="RUN",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -128,10 +138,11 @@ def report(
         typer.Option("--json", help="Print the figures as JSON; write a page only with --out."),
     ] = False,
 ) -> None:
-    """Write one HTML page about a run and all its restarts.
+    """Write one HTML page about a run and all its restarts, or about the runs of a sweep.
 
-    It shows the loss, the goodput, restarts, resume times and stalls, and
-    what to look at first.
+    The page of a run shows the loss, the goodput, restarts, resume times and
+    stalls, and what to look at first. That of a sweep shows what differs
+    between its runs, the best first, and their losses.
     """
     from onellm_dist.report.command import run_report
 

@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from onellm_dist.common.text_table import format_table
 from onellm_dist.config.recipe_files import BASE
-from onellm_dist.config.schema import RunConfig, Section
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.config.section import Section
 from onellm_dist.config.yaml_text import dump_inline
 
 REQUIRED = "required"

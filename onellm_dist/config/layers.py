@@ -17,8 +17,8 @@ from onellm_dist.config.schema import RunConfig
 from onellm_dist.config.values import get_fields, parse_override, resolve
 
 COMMAND_LINE = "command line"
-MODEL_SOURCES = (("path", "preset"), ("preset", "path"))
-"""Keys of `model` that replace each other: a model has one source."""
+ALTERNATIVES = {"model": ("path", "preset"), "train": ("steps", "epochs")}
+"""Section to two keys that replace each other: a model has one source, a run one length."""
 
 
 class _Origin(NamedTuple):
@@ -50,7 +50,8 @@ class LayeredRecipe:
         self._origins: dict[str, _Origin] = {}
         for file in reversed(files):
             self._put(self.values, file.values, RunConfig, "", file)
-            self._replace_model_source(file.values.get("model"), file)
+            for section in ALTERNATIVES:
+                self._replace_alternative(section, file.values.get(section), file)
         for item in overrides:
             self.put_override(item)
 
@@ -87,8 +88,8 @@ class LayeredRecipe:
         node.pop(leaf, None)
         self._forget(key)
         self._put(node, {leaf: value}, annotation, "".join(f"{name}." for name in sections), None)
-        if sections == ["model"]:
-            self._replace_model_source({leaf: value}, None)
+        if len(sections) == 1 and sections[0] in ALTERNATIVES:
+            self._replace_alternative(sections[0], {leaf: value}, None)
 
     def describe_origin(self, key: str) -> str | None:
         """Return where the value of a key comes from: `my_recipe.yaml:12`, `command line`.
@@ -159,13 +160,14 @@ class LayeredRecipe:
         for name in [n for n in self._origins if n == key or n.startswith(f"{key}.")]:
             del self._origins[name]
 
-    def _replace_model_source(self, given: Any, file: RecipeFile | None) -> None:
-        """Let `model.path` of a later layer replace `model.preset` of an earlier one, and back."""
-        model = self.values.get("model")
-        if not isinstance(given, Mapping) or not isinstance(model, dict):
+    def _replace_alternative(self, section: str, given: Any, file: RecipeFile | None) -> None:
+        """Let `model.path` of a later layer replace `model.preset` of an earlier one, and so on."""
+        node = self.values.get(section)
+        if not isinstance(given, Mapping) or not isinstance(node, dict):
             return
-        for name, other in MODEL_SOURCES:
+        first, second = ALTERNATIVES[section]
+        for name, other in ((first, second), (second, first)):
             is_replaced = given.get(name) is not None and other not in given
-            if is_replaced and model.get(other) is not None:
-                model[other] = None
-                self._origins[f"model.{other}"] = _Origin(file, f"model.{name}")
+            if is_replaced and node.get(other) is not None:
+                node[other] = None
+                self._origins[f"{section}.{other}"] = _Origin(file, f"{section}.{name}")

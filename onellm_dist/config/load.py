@@ -23,7 +23,9 @@ from onellm_dist.config.keys import find_section, list_key_names
 from onellm_dist.config.layers import LayeredRecipe
 from onellm_dist.config.old_keys import explain_old_key, explain_old_value
 from onellm_dist.config.recipe_files import RecipeFile, find_recipe, read_recipe_files
-from onellm_dist.config.schema import RunConfig, RunSection, Section
+from onellm_dist.config.schema import RunConfig, RunSection
+from onellm_dist.config.section import Section
+from onellm_dist.config.train_sections import NO_LENGTH
 from onellm_dist.config.values import list_ambiguous
 
 FindProblems = Callable[[Mapping[str, Section]], Sequence[str]]
@@ -94,6 +96,8 @@ def load_recipe(
             for e in error.errors()
             for problem in _describe_problem(e)
         ]
+    if _lacks_length(raw) and NO_LENGTH not in problems:
+        problems.append(NO_LENGTH)
     if find_problems is not None:
         problems += find_problems(_list_valid_sections(raw, config))
     if config is None or problems:
@@ -120,6 +124,17 @@ def find_run_dir(recipe: Path | str, overrides: Sequence[str]) -> Path:
         return RunSection(dir=run["dir"]).dir if isinstance(run, dict) else RunSection().dir
     except (ValidationError, KeyError):
         return RunSection().dir
+
+
+def _lacks_length(raw: Mapping[str, Any]) -> bool:
+    """Whether a recipe with a section `train` does not say how long the run is.
+
+    The section's own check finds that only where all of its keys are valid.
+    """
+    train = raw.get("train")
+    if not isinstance(train, Mapping):
+        return False
+    return train.get("steps") is None and train.get("epochs") is None
 
 
 def _find_masked(value: Any, key: str = "") -> list[str]:
@@ -162,6 +177,9 @@ def _describe_problem(error: Any) -> list[str]:
     renamed = explain_old_value(key, given)
     if renamed is not None:
         return [renamed]
+    if error["type"] in ("model_type", "model_attributes_type"):
+        what = "is empty" if given is None else f"is a section, not {given!r}"
+        return [f"{key} {what}: write its keys below it, or remove the line"]
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and isinstance(given, dict):  # names its keys itself
         return [message]

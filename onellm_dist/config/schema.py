@@ -7,40 +7,20 @@ site show it. It says what the key does, its unit, and what the default means.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from onellm_dist.common.secrets import mask_value
 from onellm_dist.common.workers.sandbox import SAMPLE_MB, SAMPLE_SECONDS
 from onellm_dist.config.paths import LocalPath, Location
+from onellm_dist.config.section import Section
+from onellm_dist.config.train_sections import OptimSection, TrainSection
 from onellm_dist.config.yaml_text import dump_yaml
-
-
-def _check_decay_rates(rates: tuple[float, ...]) -> tuple[float, ...]:
-    if not all(0 <= rate < 1 for rate in rates):
-        raise ValueError("a decay rate lies from 0 to below 1")
-    return rates
-
 
 MOST_STEPS = 1 << 40
 MOST_SAMPLES = 1 << 20
 """No run has more steps, or more samples in one: records of a run that say so are damaged."""
-
-DecayRates = Annotated[tuple[float, float], AfterValidator(_check_decay_rates)]
-"""Decay rates of the averages of the gradient and of its square."""
-
-
-class Section(BaseModel):
-    """A section of the recipe. It is immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        ser_json_inf_nan="constants",  # in options
-    )
 
 
 class RunSection(Section):
@@ -175,79 +155,6 @@ class DataSection(Section):
         return f"{self.root.rstrip('/')}/{entry.path.as_posix()}"
 
 
-class TrainSection(Section):
-    """`train.*`: the stage and its length."""
-
-    stage: Literal["align", "tune"]
-    """What trains. `align`: tokenizers and UPM, while LLM and encoder are frozen. `tune`: the LLM,
-    while the rest is frozen."""
-    encoder: Literal["frozen", "trainable"] = "frozen"
-    """Whether the encoder trains too; `trainable` is for `align` only (paper, table 8: needs more
-    memory, and is worse for every modality but audio)."""
-    steps: PositiveInt
-    """Optimizer steps of the whole run."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of forward and backward. Gradients accumulate in fp32 with either."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes in every block of the encoder (where gradients pass), UPM
-    and LLM. `none`: nothing. `selective`: everything but matrix products and attention. `full`:
-    everything."""
-    log_every: PositiveInt = 1
-    """Steps between two lines of metrics on the terminal. `metrics.jsonl` has every step."""
-    loss: str = "cross_entropy"
-    """Loss of a supervised token: a registered name, or `module:function` of your own."""
-    callbacks: tuple[str, ...] = ()
-    """Callbacks that look at the run: `module:Class` each, or the name under which an installed
-    package registers one."""
-
-    @model_validator(mode="after")
-    def _check_encoder(self) -> TrainSection:
-        if self.stage != "align" and self.encoder == "trainable":
-            raise ValueError(
-                "train.encoder=trainable needs train.stage=align: in tune only the LLM trains"
-            )
-        return self
-
-
-class OptimSection(Section):
-    """`optim.*`: the optimizer and its learning-rate schedule."""
-
-    name: str = "adamw"
-    """The optimizer: `adamw`, `sgd`, or one that another package registers."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of an optimizer other than AdamW: `{momentum: 0.9, nesterov: false}` for `sgd`."""
-    lr: float = Field(gt=0)
-    """Peak learning rate, reached after the warm-up."""
-    min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the end of a decaying schedule."""
-    schedule: str = "cosine"
-    """Learning rate after the warm-up: `cosine` decays to `optim.min_lr`, `constant` stays at
-    `optim.lr`."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises linearly from 0. Default: no warm-up."""
-    decay_steps: int | None = Field(None, gt=0)
-    """Step at which the schedule ends. Default: `train.steps`."""
-    betas: DecayRates = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon, added to the root of the second moment."""
-    weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay. It is not applied to biases and norm weights (as in the
-    reference)."""
-    grad_clip: float = Field(2.0, ge=0)
-    """Maximum global gradient norm; larger gradients are scaled down to it. 0 turns clipping
-    off."""
-
-    @model_validator(mode="after")
-    def _check_schedule(self) -> OptimSection:
-        if self.min_lr > self.lr:
-            raise ValueError(
-                f"optim.min_lr={self.min_lr:g} is above optim.lr={self.lr:g}: the learning rate "
-                "would rise over the run"
-            )
-        return self
-
-
 class EngineSection(Section):
     """`engine.*`: what shards the model over the ranks."""
 
@@ -380,6 +287,12 @@ class RunConfig(Section):
     """Loss and gradient spikes, values that are not finite, and hangs."""
     launch: LaunchSection = LaunchSection()
     """Local ranks, if no launcher started the process."""
+
+    @model_validator(mode="after")
+    def _check_early_stopping(self) -> RunConfig:
+        if self.train.early_stopping is not None and self.data.validation is None:
+            raise ValueError("train.early_stopping needs data.validation: it looks at its losses")
+        return self
 
     def to_yaml(self) -> str:
         """Return the complete recipe, defaults included and secrets masked, as YAML."""

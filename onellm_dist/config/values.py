@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from onellm_dist.config.schema import RunConfig, Section
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.config.section import Section
 from onellm_dist.config.yaml_text import Plain, parse_yaml
 
 QUOTES = ("'", '"')

@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.model.adapter_folder import is_adapter
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.converted_weights import ConvertedWeights
 from onellm_dist.model.generation_settings import set_generation
@@ -113,6 +114,13 @@ def open_empty_model(
         model = build_empty_model(build_config(str(preset)))
         return model, load_preset_processor(str(preset))
     check_directory(path)
+    if is_adapter(path):
+        raise UsageError(
+            f"{path} holds an adapter",
+            "a run starts from the weights of a whole model.",
+            f"merge it first: onellm convert adapter {path} MERGED, or use the folder model/ that "
+            "its run exported.",
+        )
     model = build_empty_model(OneLLMConfig.from_pretrained(path))
     set_generation(model, path)
     processor = load_processor(path)

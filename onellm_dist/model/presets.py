@@ -19,6 +19,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.common.remote_code import refuse_remote_code
 from onellm_dist.common.start_token import get_start_id
 from onellm_dist.common.token_limit import set_token_limit
+from onellm_dist.model.adapter_folder import is_adapter, load_adapted
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.llm_attention import ATTENTION_NAME
@@ -136,7 +137,8 @@ def load_model(
     """Load a model with its processor, from a directory or a preset.
 
     Args:
-        path: a `save_pretrained` directory; or
+        path: a `save_pretrained` directory, or the folder of an adapter, which is merged into its
+            base; or
         preset: a name of PRESETS, whose weights are random (`smollm2-135m` has its pretrained LLM).
         seed: seed of a preset's random weights.
         dtype: dtype of every parameter.
@@ -151,6 +153,14 @@ def load_model(
             "give exactly one of path and preset",
             "the model has one source.",
             "set model.path or model.preset.",
+        )
+    if path is not None and is_adapter(Path(path)):
+        check_directory(Path(path))
+        return load_adapted(
+            Path(path),
+            lambda base: load_model(
+                path=base.path, preset=base.preset, seed=base.seed, dtype=dtype
+            ),
         )
     if path is not None:
         return _load_directory(Path(path), dtype)

@@ -16,6 +16,7 @@ from onellm_dist.config.load import load_config
 from onellm_dist.config.recipe_files import find_recipe
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.config.yaml_text import dump_yaml
+from onellm_dist.data.epochs import resolve_epochs
 from onellm_dist.modalities import all_modalities
 from onellm_dist.planner.hardware import find_gpus_here, get_gpu_kind
 from onellm_dist.planner.memory import MemoryPlan
@@ -151,7 +152,7 @@ def load_planned_config(recipe: Path | str, overrides: Sequence[str]) -> RunConf
         UsageError: the recipe is wrong; all problems are listed.
     """
     try:
-        return load_config(recipe, overrides, find_problems=find_shape_problems)
+        return resolve_epochs(load_config(recipe, overrides, find_problems=find_shape_problems))
     except UsageError as error:
         if "model.path=" not in error.what:
             raise

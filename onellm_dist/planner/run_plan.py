@@ -14,6 +14,7 @@ from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.packing import TokenBudget
 from onellm_dist.modalities import Modality, get_modality
 from onellm_dist.model.configuration import OneLLMConfig
+from onellm_dist.model.lora import add_adapters
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.presets import build_config
 from onellm_dist.model.recompute import enable_activation_checkpointing
@@ -47,7 +48,7 @@ from onellm_dist.planner.workload import DataShape, StepShape, pack_step
 from onellm_dist.train.engine.description import StepTraffic
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.optim.optimizers import make_optimizer
-from onellm_dist.train.optim.stages import freeze_for_stage
+from onellm_dist.train.optim.rules import prepare_parameters
 
 FLOAT_BYTES = 4
 
@@ -146,7 +147,10 @@ class Planner:
             model: Any = build_model(load_model_config(self.config))
             model.to(dtype)
             present = {name for kind in self.data.kinds for name in kind}
-            freeze_for_stage(model, train.stage, present, encoder=train.encoder == "trainable")
+            if train.lora is not None:
+                add_adapters(model, train.lora)
+                model.to(dtype)
+            prepare_parameters(model, train, self.config.optim, present)
             model.set_loss(train.loss)
             enable_activation_checkpointing(model, mode)
             self._models[mode] = model.train()

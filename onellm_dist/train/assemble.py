@@ -11,11 +11,13 @@ from onellm_dist.train import setup
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.callbacks.build import build_callbacks, load_callbacks
 from onellm_dist.train.callbacks.callback_list import CallbackList
+from onellm_dist.train.callbacks.experts import RouterWatch
 from onellm_dist.train.callbacks.preemption import Preemption
 from onellm_dist.train.checkpoint.folder import read_manifest
 from onellm_dist.train.checkpoint.resume import ResumeTarget, find_checkpoint
-from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.flops import FlopCounter
+from onellm_dist.train.model_setup import prepare_model, shard_model
+from onellm_dist.train.optim.part_summary import PartSummary
 from onellm_dist.train.records.metrics import MetricSet
 from onellm_dist.train.records.old_runs import check_manifest, check_run_directory
 from onellm_dist.train.records.run_directory import check_inputs_stay
@@ -52,11 +54,12 @@ def assemble_trainer(
     callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
     target, preemption = _find_target(config, session)
     inputs, weights = setup.open_inputs(config, target=target, session=session)
-    meter = _build_meter(config, inputs, dist)  # counts weights before they are sharded
-    engine, router = setup.shard_model(
-        config, inputs=inputs, weights=weights, settings=settings, session=session
-    )
-    del weights
+    prepared = prepare_model(config, inputs=inputs, weights=weights)
+    meter = StepMeter(MetricSet(), FlopCounter(inputs.model, inputs.plan.corpus), dist)  # unsharded
+    router = RouterWatch(inputs.model, inputs.modalities)
+    engine, rates = shard_model(config, prepared=prepared, settings=settings, session=session)
+    parts = prepared.parts
+    del weights, prepared
     first_step = setup.restore_checkpoint(inputs, engine=engine, session=session)
     events = open_records(config, inputs=inputs, session=session)
     sample_log = SampleLog(config.run.dir / SAMPLES, rank=dist.rank)
@@ -64,7 +67,8 @@ def assemble_trainer(
     checkpoints = setup.build_checkpoints(
         config, engine=engine, inputs=inputs, monitor=monitor, dist=dist, events=events
     )
-    built_in: list[Callback] = [session.watchdog, preemption, session.timing]
+    early_stopping = setup.build_early_stopping(config, inputs=inputs, dist=dist)
+    built_in: list[Callback] = [session.watchdog, preemption, session.timing, early_stopping]
     built_in += build_callbacks(
         config, inputs=inputs, engine=engine, router=router, dist=dist, events=events
     )
@@ -83,20 +87,21 @@ def assemble_trainer(
         callbacks=CallbackList([*built_in, *callbacks]),
         preemption=preemption,
         meter=meter,
+        rates=rates,
+        early_stopping=early_stopping,
     )
-    session.hold(trainer.callbacks.close)
-    session.hold(sample_log.close)
+    return _begin(trainer, first_step, target, parts)
+
+
+def _begin(
+    trainer: Trainer, first_step: int, target: ResumeTarget, parts: Sequence[PartSummary]
+) -> Trainer:
+    """Let a trainer begin at its first step, and record that."""
+    trainer.session.hold(trainer.callbacks.close)
+    trainer.session.hold(trainer.sample_log.close)
     trainer.begin_at(first_step)
-    write_start(trainer, target)
+    write_start(trainer, target, parts)
     return trainer
-
-
-def _build_meter(config: RunConfig, inputs: setup.Inputs, dist: Distributed) -> StepMeter:
-    encoder_trains = config.train.encoder == "trainable"
-    flops = FlopCounter(
-        inputs.model, inputs.plan.corpus, config.train.stage, encoder_trains=encoder_trains
-    )
-    return StepMeter(MetricSet(), flops, dist)
 
 
 def _find_target(config: RunConfig, session: Session) -> tuple[ResumeTarget, Preemption]:

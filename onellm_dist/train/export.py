@@ -23,6 +23,8 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import replace_folder, sync
 from onellm_dist.model.card import CARD, build_card
 from onellm_dist.model.generation_settings import write_generation
+from onellm_dist.model.lora import Adapter, fold_adapters, list_adapters, merge_parts
+from onellm_dist.train.adapter_export import AdapterTarget
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 
@@ -48,6 +50,7 @@ def export_model(
     dist: Distributed,
     notes: Mapping[str, object] = MappingProxyType({}),
     extra_files: Mapping[str, str] = MappingProxyType({}),
+    adapter: AdapterTarget | None = None,
 ) -> None:
     """Write the trained model, its processor, a model card and checksums, or nothing at all.
 
@@ -56,31 +59,35 @@ def export_model(
     Args:
         folder: the directory, which may exist.
         engine: holds the weights.
-        model: the transformers model; only its class, config and generation settings are used.
+        model: the transformers model; its class, config, generation settings and adapters, which
+            are merged into the weights, are used.
         processor: saved beside the weights.
         dist: the ranks.
         notes: what the model card says about the training.
         extra_files: name to text of small files that belong to the model (rank 0's count).
+        adapter: where the adapters are written too.
 
     Raises:
         OneLLMError: rank 0 could not write; every rank raises.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     failure = None
-    weights = engine.full_weights()
+    adapters = list_adapters(model)
+    found: dict[str, torch.Tensor] = {}
+    weights = _merge(engine, adapters, None if adapter is None else found)
     if dist.is_rank_zero:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            shapes = _get_shapes(engine)
-            _write_configs(partial, model, processor, engine.compute_dtype, shapes, notes)
+            shapes = _get_shapes(engine, adapters)
+            parts = model, processor, engine.compute_dtype, shapes, notes
+            _write_configs(partial, *parts)
             digests = write_weights(partial, weights, shapes)
             for name, text in extra_files.items():
                 (partial / name).write_text(text, encoding="utf-8")
-            write_sums(partial, digests)
-            for path in partial.iterdir():
-                sync(path)
-            replace_folder(partial, folder)
+            finish_folder(partial, folder, digests)
+            if adapter is not None:
+                adapter.write(found, lambda into: _write_configs(into, *parts))
         except OSError as error:
             failure = str(error)
     # The other ranks, and rank 0 after a failure, run the collectives to their end.
@@ -93,6 +100,14 @@ def export_model(
             "the run has no exported model.",
             "free disk space, and start the run again.",
         )
+
+
+def finish_folder(partial: Path, folder: Path, digests: Mapping[str, str]) -> None:
+    """Record the checksums of a folder, force it to the disk, and give it its name."""
+    write_sums(partial, digests)
+    for path in partial.iterdir():
+        sync(path)
+    replace_folder(partial, folder)
 
 
 def write_weights(
@@ -146,8 +161,24 @@ def write_weights(
     return digests
 
 
-def _get_shapes(engine: Engine) -> Shapes:
-    return {name: (tuple(shape), dtype) for name, shape, dtype in engine.full_weight_shapes()}
+def _merge(
+    engine: Engine, adapters: Mapping[str, Adapter], found: dict[str, torch.Tensor] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the full weights with adapters merged; `found` receives the adapters on rank 0."""
+
+    def keep() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in engine.full_weights():
+            if found is not None and ".lora_" in name and not tensor.is_meta:
+                found[name] = tensor
+            yield name, tensor
+
+    for name, parts, adapter in fold_adapters(keep(), adapters):
+        yield name, merge_parts(parts, adapter)
+
+
+def _get_shapes(engine: Engine, adapters: Mapping[str, Adapter]) -> Shapes:
+    shapes = ((name, (tuple(s), dtype)) for name, s, dtype in engine.full_weight_shapes())
+    return {name: parts[0] for name, parts, _ in fold_adapters(shapes, adapters)}
 
 
 def _count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -2,15 +2,16 @@
 
 There are several conventions. This one leaves out attention scores and recomputation:
 
-    LLM      4 N per position where frozen (forward 2 N, gradient of the activations 2 N), 6 N where
-             it trains
-    head     4 or 6 x width x vocabulary, per supervised token only
-    encoder  2 N per token of the visual pack, 4 N per token of the tokenizer pack (the gradient
-             passes through)   [trainable: 6 N; tune: 2 N]
-    UPM      6 N per token, all experts   [tune: 2 N]; the last block computes keys and values of
-             all tokens, and the rest for the queries alone
+    LLM      2 N per position forward, 2 N for the gradient of the activations in the layers that it
+             passes through, 2 N for the gradient of the weights that train
+    head     the same x width x vocabulary, per supervised token only
+    encoder  the same per token of the visual pack and of the tokenizer pack
+    UPM      the same per token, all experts; the last block computes keys and values of all tokens,
+             and the rest for the queries alone
 
-N counts the weights of the part's linear layers, without embedding and head. Projections and
+N counts the weights of the part's linear layers, adapters included, without embedding and head. In
+`align` that is 4 N in the LLM, 6 N in the UPM, 2 N (visual) or 4 N (tokenizers, through which the
+gradient passes) in the encoder; in `tune` 6 N in the LLM and 2 N elsewhere. Projections and
 tokenizers (a few per cent) are left out. MFU = FLOPs / seconds / (ranks x peak of the device in
 bf16, dense).
 """
@@ -62,15 +63,11 @@ class FlopCounter:
     """Computes the work of a step from its plan alone, so that no rank has to ask another.
 
     Args:
-        model: the model before the engine shards it.
+        model: the model before the engine shards it; `requires_grad` says what trains.
         corpus: the datasets of the run.
-        stage: `align` or `tune`.
-        encoder_trains: whether the encoder trains too (in `align`).
     """
 
-    def __init__(
-        self, model: Any, corpus: Corpus, stage: str, *, encoder_trains: bool = False
-    ) -> None:
+    def __init__(self, model: Any, corpus: Corpus) -> None:
         parts = {
             name: _count_matrix_weights(model.get_submodule(name))
             for name in ("encoder", "upm", "llm")
@@ -78,8 +75,15 @@ class FlopCounter:
         text = model.config.text_config
         self._head = text.hidden_size * text.vocab_size
         body = parts["llm"] - self._head
-        align = stage == "align"
-        self._llm_factor = 4 if align else 6
+        encoder_trains = _trains(model.encoder)
+        feeds_upm = encoder_trains or _trains(model.tokenizers) or _trains(model.projectors)
+        visual = _count_per_weight(model.encoder, has_gradient=False)
+        tokenized = _count_per_weight(model.encoder, has_gradient=_trains(model.tokenizers))
+        upm_factor = _count_per_weight(model.upm, has_gradient=feeds_upm)
+        head = model.get_output_embeddings()
+        feeds_llm = feeds_upm or _trains(model.upm)
+        self._llm_factor = _count_per_weight(model.llm, has_gradient=feeds_llm, without=head)
+        self._head_factor = _count_per_weight(head, has_gradient=feeds_llm or _trains(model.llm))
         self._llm = self._llm_factor * body
         upm = model.config.upm
         last_kv = upm.experts * 2 * model.config.vision.width**2
@@ -89,13 +93,11 @@ class FlopCounter:
             + (last - last_kv) * QUERY_TOKENS
             for name, modality in corpus.modalities.items()
         }
-        visual = 6 if encoder_trains else 2
-        tokenized = 4 if align and not encoder_trains else visual
         per_sample = {
             name: modality.encoder_tokens
             * parts["encoder"]
             * (visual if modality.visual else tokenized)
-            + upm_flops[name] * (6 if align else 2)
+            + upm_flops[name] * upm_factor
             for name, modality in corpus.modalities.items()
         }
         self._per_span = per_sample
@@ -125,7 +127,7 @@ class FlopCounter:
             flops=float(
                 media
                 + self._llm * totals.llm_tokens
-                + self._llm_factor * self._head * totals.supervised_tokens
+                + self._head_factor * self._head * totals.supervised_tokens
             ),
             balance=plan.balance,
         )
@@ -143,9 +145,10 @@ class FlopCounter:
             else "ranks x peak (not known for this device: MFU is null)"
         )
         media = ", ".join(f"{name} {flops:.3g}" for name, flops in self._by_combination.items())
+        head = self._head_factor * self._head
         return (
             f"MFU = model FLOPs per second / ({peak_total}); model FLOPs = {self._llm:.3g} per LLM "
-            f"position ({self._llm_factor} N), {self._llm_factor * self._head:.3g} per supervised "
+            f"position ({self._llm_factor:.3g} N), {head:.3g} per supervised "
             f"token (head), and per sample {media} in encoder and UPM; attention scores, "
             "projections and recomputation are not counted"
         )
@@ -162,3 +165,28 @@ def peak_flops(device: torch.device) -> float | None:
 def _count_matrix_weights(module: nn.Module) -> int:
     """Number of weights that every token is multiplied with: those of the linear layers."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _count_per_weight(
+    module: nn.Module, *, has_gradient: bool, without: nn.Module | None = None
+) -> float:
+    """FLOPs of forward and backward for each weight of a part's linear layers and token: 2 to 6.
+
+    Args:
+        module: the part.
+        has_gradient: whether its inputs have a gradient.
+        without: a layer of it that does not count.
+    """
+    total, passed, trained = 0, 0, 0
+    for own in module.modules():
+        has_gradient = has_gradient or any(p.requires_grad for p in own.parameters(recurse=False))
+        if isinstance(own, nn.Linear) and own is not without:
+            size = own.weight.numel()
+            total += size
+            passed += size * has_gradient
+            trained += size * own.weight.requires_grad
+    return 2 + 2 * (passed + trained) / total if total else 2

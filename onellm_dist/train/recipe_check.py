@@ -20,13 +20,13 @@ from onellm_dist.config.schema import (
     DataSection,
     EngineSection,
     ModelSection,
-    OptimSection,
     RunConfig,
     RunSection,
-    Section,
     TrackSection,
-    TrainSection,
 )
+from onellm_dist.config.section import Section
+from onellm_dist.config.train_sections import OptimSection, TrainSection
+from onellm_dist.data.epochs import resolve_epochs
 from onellm_dist.data.exclusions import read_exclusions
 from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.train.records.applied_resumes import was_applied
@@ -35,13 +35,13 @@ Sections = Mapping[str, Section]
 
 
 def load_checked_config(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load a recipe, and look for everything that it names.
+    """Load a recipe, look for everything that it names, and replace `train.epochs` by steps.
 
     Raises:
         UsageError: the recipe is wrong, or something that it names is missing; all problems are
             listed.
     """
-    return load_config(recipe, overrides, find_problems=find_problems)
+    return resolve_epochs(load_config(recipe, overrides, find_problems=find_problems))
 
 
 def find_problems(sections: Sections) -> list[str]:
@@ -128,7 +128,7 @@ def _check_parts(sections: Sections) -> Iterator[UsageError]:
         yield from _collect(get_engine(engine.name).check, engine, bf16=bf16)
     optim = cast("OptimSection | None", sections.get("optim"))
     if optim is not None:
-        yield from _collect(check_optim, optim)
+        yield from _collect(check_optim, optim, train.parameters if train is not None else ())
     track = cast("TrackSection | None", sections.get("track"))
     if track is not None and track.trackers:
         from onellm_dist.train.callbacks.trackers import tracker_class

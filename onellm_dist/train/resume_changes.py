@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.config.schema import OptimSection, RunConfig
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.train.checkpoint.folder import get_steps_done
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.optim.schedules import compute_learning_rate

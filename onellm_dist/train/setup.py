@@ -5,8 +5,8 @@ Each takes its own section of the recipe; `assemble.py` calls them in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,35 +14,27 @@ from typing import Any
 from onellm_dist import __version__
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.run_files import CHECKPOINTS
-from onellm_dist.config.schema import DataSection, RunConfig, TrainSection
+from onellm_dist.config.schema import DataSection, RunConfig
+from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.data.length_check import check_batch, check_corpus
 from onellm_dist.data.phases import parse_data_phases
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.validation import open_validation_plan
-from onellm_dist.modalities import all_modalities
 from onellm_dist.model.lazy_weights import InitialWeights, open_model
 from onellm_dist.model.llm_positions import get_context
-from onellm_dist.model.recompute import enable_activation_checkpointing
-from onellm_dist.train.callbacks.experts import RouterWatch
+from onellm_dist.train.callbacks.early_stopping import EarlyStopping
 from onellm_dist.train.callbacks.preemption import grace_period_seconds, warn_about_grace_period
 from onellm_dist.train.callbacks.trackers import check_trackers
 from onellm_dist.train.checkpoint.folder import get_steps_done, read_manifest
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.checkpoint.source import describe_source
-from onellm_dist.train.checkpoint.state import load_state
+from onellm_dist.train.checkpoint.state import check_adapters, load_state
 from onellm_dist.train.checkpoint.weights import check_weights
 from onellm_dist.train.checkpoint.writer import Checkpoints
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
-from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings, make_settings
 from onellm_dist.train.optim.optimizers import check_optim
-from onellm_dist.train.optim.stages import (
-    build_parameter_groups,
-    find_copies,
-    freeze_for_stage,
-    map_parts,
-)
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.sample_log import SampleLog
 from onellm_dist.train.resume_changes import check_steps_left
@@ -63,6 +55,7 @@ class Inputs:
         plan: the plan of the run.
         validation_plan: the plan of the validation set; None where there is none.
         new_phase: whether a new data phase begins.
+        lora: the `train.lora` section.
     """
 
     target: ResumeTarget
@@ -72,6 +65,7 @@ class Inputs:
     plan: Plan
     validation_plan: Plan | None
     new_phase: bool
+    lora: LoraSection | None = None
 
     @property
     def modalities(self) -> set[str]:
@@ -93,7 +87,7 @@ def check_recipe(config: RunConfig, dist: Distributed) -> EngineSettings:
     Raises:
         UsageError: the recipe names an engine, optimizer or tracker that does not exist or fit.
     """
-    check_optim(config.optim)
+    check_optim(config.optim, config.train.parameters)
     check_trackers(config.track)
     return make_settings(config, world_size=dist.world_size, device=dist.device)
 
@@ -142,6 +136,7 @@ def open_inputs(
         plan=plan,
         validation_plan=validation_plan,
         new_phase=follow_checkpoint(plan, target.folder),
+        lora=config.train.lora,
     )
     return inputs, weights
 
@@ -235,74 +230,6 @@ def follow_checkpoint(plan: Plan, folder: Path | None) -> bool:
     return plan.follow(history, get_steps_done(manifest))
 
 
-def shard_model(
-    config: RunConfig,
-    *,
-    inputs: Inputs,
-    weights: InitialWeights,
-    settings: EngineSettings,
-    session: Session,
-) -> tuple[Engine, RouterWatch]:
-    """Prepare the model for its stage, and shard it over the ranks. All ranks call it together.
-
-    Args:
-        config: the recipe.
-        inputs: what this start has read.
-        weights: where the weights of the model come from.
-        settings: what the recipe says to the engine.
-        session: what this start holds.
-
-    Returns:
-        The engine, and what reads the router load of its model.
-    """
-    model = inputs.model
-    prepare_model(
-        model,
-        weights,
-        train=config.train,
-        init_from_image=config.model.init_from_image,
-        modalities=inputs.modalities,
-    )
-    router = RouterWatch(model, inputs.modalities)
-    with session.timing.measure("engine"):
-        groups = build_parameter_groups(model, config.optim.weight_decay)
-        engine_class = get_engine(config.engine.name).load()
-        parts = replace(settings, parts=map_parts(model))
-        engine = engine_class.wrap(model, groups, parts, weights)
-    session.hold(engine.close)
-    return engine, router
-
-
-def prepare_model(
-    model: Any,
-    weights: InitialWeights,
-    *,
-    train: TrainSection,
-    init_from_image: Sequence[str],
-    modalities: Collection[str],
-) -> None:
-    """Freeze what does not train, copy image's parts, and set loss and recomputation.
-
-    Args:
-        model: the model, before the engine shards it.
-        weights: where its weights come from.
-        train: the `train` section.
-        init_from_image: `model.init_from_image`.
-        modalities: the modalities of the mixture.
-
-    Raises:
-        UsageError: nothing would train, or the recipe names a modality or loss that does not exist.
-    """
-    freeze_for_stage(model, train.stage, modalities, encoder=train.encoder == "trainable")
-    if init_from_image:
-        # On a resume the checkpoint replaces what trains; frozen copies are not in it.
-        image = next(iter(all_modalities()))
-        weights.copy(find_copies(model, image, init_from_image))
-    model.set_loss(train.loss)
-    enable_activation_checkpointing(model, train.activation_checkpointing)
-    model.train()
-
-
 def restore_checkpoint(inputs: Inputs, *, engine: Engine, session: Session) -> int:
     """Load the checkpoint that is resumed into the engine. All ranks call it together.
 
@@ -320,6 +247,7 @@ def restore_checkpoint(inputs: Inputs, *, engine: Engine, session: Session) -> i
     folder = inputs.target.folder
     if folder is None:
         return 0
+    check_adapters(folder, inputs.manifest, inputs.lora)
     with session.timing.measure("checkpoint"):
         return get_steps_done(load_state(folder, engine, session.dist))
 
@@ -337,6 +265,23 @@ def build_monitor(config: RunConfig, *, inputs: Inputs, sample_log: SampleLog) -
         max_skipped_samples=config.data.max_skipped_samples,
         skipped_samples=sample_log.unreadable,
         state={} if inputs.new_phase else inputs.manifest.get("stability", {}),
+    )
+
+
+def build_early_stopping(config: RunConfig, *, inputs: Inputs, dist: Distributed) -> EarlyStopping:
+    """Build what knows whether the validation loss has stopped falling.
+
+    Args:
+        config: the recipe.
+        inputs: what this start has read.
+        dist: the ranks.
+    """
+    plan = inputs.validation_plan
+    return EarlyStopping(
+        config.train.early_stopping,
+        run_dir=config.run.dir,
+        dist=dist,
+        sample_digest=plan.digest(0) if plan is not None and dist.is_rank_zero else "",
     )
 
 
@@ -359,7 +304,7 @@ def build_checkpoints(
         dist: the ranks.
         events: where checkpoints are recorded.
     """
-    plan = inputs.plan
+    plan, lora = inputs.plan, config.train.lora
 
     def make_manifest(steps_done: int) -> dict[str, Any]:
         return {
@@ -370,6 +315,7 @@ def build_checkpoints(
             "seed": config.run.seed,
             "data_phases": [data_phase.to_json() for data_phase in plan.data_phases],
             "stability": monitor.state(),
+            **({"lora": lora.model_dump(mode="json")} if lora is not None else {}),
         }
 
     grace_period = grace_period_seconds()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,13 @@ from onellm_dist import __version__
 from onellm_dist.common.run_files import CHECKPOINTS, SAMPLES
 from onellm_dist.common.secrets import mask_text
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.data.epochs import describe_length
 from onellm_dist.data.phases import DataPhase
 from onellm_dist.train.callbacks.preemption import grace_period_seconds
 from onellm_dist.train.checkpoint.folder import get_steps_done, recover_checkpoints
 from onellm_dist.train.checkpoint.inherit import apply_resume
 from onellm_dist.train.checkpoint.resume import ResumeTarget
+from onellm_dist.train.optim.part_summary import PartSummary, format_parts, to_json
 from onellm_dist.train.records.data_phases import write_data_phases
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.run_directory import prepare_directory
@@ -74,17 +76,20 @@ def _to_absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).resolve())
 
 
-def write_start(trainer: Trainer, target: ResumeTarget) -> None:
+def write_start(trainer: Trainer, target: ResumeTarget, parts: Sequence[PartSummary]) -> None:
     """Write the event `start`.
 
     Args:
         trainer: the trainer, which has begun at its first step.
         target: what this start resumes.
+        parts: what trains, part by part of the model.
     """
     state, dist, config = trainer.state, trainer.dist, trainer.config
-    numel = trainer.engine.numel
-    trainable = sum(numel(p) for p in trainer.model.parameters() if p.requires_grad)
+    trainable = sum(part.trained for part in parts)
+    table = "\n".join(f"  {line}" for line in format_parts(parts))
     mfu = trainer.meter.describe_mfu()
+    datasets = trainer.plan.corpus.datasets
+    length = describe_length(config.data, datasets, config.train.steps)
     folder = target.folder
     origin = f"resumes {folder.name} (step {state.first_step})" if folder else "starts at step 0"
     trainer.events.write(
@@ -97,13 +102,15 @@ def write_start(trainer: Trainer, target: ResumeTarget) -> None:
         lost_seconds=round(state.lost_seconds, 3),
         mfu=mfu,
         trainable=trainable,
+        parameters=to_json(parts),
+        length=length,
         threads=torch.get_num_threads(),
         onellm_dist=__version__,
         nodes=dist.world_size // dist.local_world_size,
         grace_period_seconds=grace_period_seconds(),
         **describe_slurm_job(os.environ),
         message=f"{config.train.stage}: {trainable:,} trainable parameters, {dist.world_size} "
-        f"ranks on {dist.device.type}, {origin} of {config.train.steps}\n{mfu}",
+        f"ranks on {dist.device.type}, {origin} of {config.train.steps}\n{length}\n{table}\n{mfu}",
     )
 
 

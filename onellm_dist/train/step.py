@@ -56,7 +56,9 @@ class Decision:
     loss: float
     norms: GradNorms
     lr: float
-    """Learning rate of the step."""
+    """Learning rate of the step by the `optim` section."""
+    rates: list[float]
+    """Learning rate of each parameter group."""
     anomaly: Anomaly | None
     """Why the step must not be applied."""
 
@@ -115,6 +117,7 @@ class StepMeter:
         metrics = StepMetrics(self.metrics, plan.step)
         metrics.seconds = time.perf_counter() - local.started
         metrics.data_wait_seconds = local.data_wait_seconds
+        metrics.rank_seconds = values.rank_seconds
         work, seconds = self._flops.count(plan), metrics.seconds
         recorded = {
             "loss": decision.loss,

@@ -17,6 +17,8 @@ NOT_FINITE = 1
 SIGNALS = ("new_skipped_samples", "stop_requests", "checkpoint_failures", "checkpoint_requests")
 """What the trainer itself sums over ranks to decide about a step."""
 FIXED = 2 + len(SIGNALS)
+RANK_SECONDS = ("data", "compute", "host")
+"""What is shared of the time of each rank; every rank has an element of its own for each."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class StepValues:
         checkpoint_due: whether a checkpoint is due by rank 0's clock.
         unreadable: modality to samples that could not be read and were not known before.
         metrics: metrics of callbacks, by name.
+        rank_seconds: kind of time to the seconds of each rank; {} in a step that was not measured.
     """
 
     loss: float
@@ -46,6 +49,7 @@ class StepValues:
     checkpoint_due: bool = False
     unreadable: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    rank_seconds: dict[str, list[float]] = field(default_factory=dict)
 
 
 class StepTotals:
@@ -71,7 +75,8 @@ class StepTotals:
         self._modalities = sorted({name for c in combinations for name in c or ("text",)})
         self._first_unreadable = FIXED + 2 * len(combinations)
         self._first_metric = self._first_unreadable + len(self._modalities)
-        size = self._first_metric + sum(self._slots(metric) for metric in metrics)
+        self._first_rank = self._first_metric + sum(self._slots(metric) for metric in metrics)
+        size = self._first_rank + len(RANK_SECONDS) * dist.world_size
         self._sums = torch.zeros(size, dtype=torch.float64, device=dist.device)
 
     def _slots(self, metric: Metric) -> int:
@@ -111,6 +116,7 @@ class StepTotals:
         checkpoint_due: bool = False,
         unreadable: Mapping[str, int] | None = None,
         metrics: Mapping[str, float] | None = None,
+        rank_seconds: Mapping[str, float] | None = None,
     ) -> None:
         """Sum over the ranks. On a GPU this is queued, not waited for.
 
@@ -121,6 +127,7 @@ class StepTotals:
             checkpoint_due: see `StepValues`; this rank's.
             unreadable: see `StepValues`; this rank's.
             metrics: this rank's values of the metrics; missing ones do not count.
+            rank_seconds: see `StepValues`; this rank's.
         """
         signals = (new_skipped_samples, stop, checkpoint_failed, checkpoint_due)
         for i, signal in enumerate(signals, FIXED - len(SIGNALS)):
@@ -137,6 +144,9 @@ class StepTotals:
                 if metric.reduction != "sum":
                     self._sums[at + 1] = 1.0
             place += self._slots(metric)
+        for i, kind in enumerate(RANK_SECONDS):
+            at = self._first_rank + i * self._dist.world_size + self._dist.rank
+            self._sums[at] = (rank_seconds or {}).get(kind, 0.0)
         self._dist.sum(self._sums)
 
     def read(self) -> StepValues:
@@ -164,7 +174,16 @@ class StepTotals:
                 if values[i]
             },
             metrics=self._read_metrics(values),
+            rank_seconds=self._read_ranks(values),
         )
+
+    def _read_ranks(self, values: Sequence[float]) -> dict[str, list[float]]:
+        count = self._dist.world_size
+        found = {
+            kind: list(values[self._first_rank + i * count :][:count])
+            for i, kind in enumerate(RANK_SECONDS)
+        }
+        return found if any(map(any, found.values())) else {}
 
     def _read_metrics(self, values: Sequence[float]) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -8,26 +8,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from onellm_dist.common.run_files import MODEL
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.data.epochs import resolve_epochs
 from onellm_dist.data.micro_batch import StepPlan
 from onellm_dist.data.plan import Plan
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.train.assemble import assemble_trainer
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.callbacks.callback_list import CallbackList
+from onellm_dist.train.callbacks.early_stopping import EarlyStopping
 from onellm_dist.train.callbacks.preemption import Preemption
 from onellm_dist.train.checkpoint.writer import Checkpoints
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
-from onellm_dist.train.export import export_model
 from onellm_dist.train.heartbeat import Heartbeat
 from onellm_dist.train.micro_batches import MicroBatchStream
+from onellm_dist.train.optim.groups import compute_group_rates
+from onellm_dist.train.optim.rules import ParameterRate
 from onellm_dist.train.optim.schedules import compute_learning_rate
+from onellm_dist.train.rank_time import RankTime
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.run_directory import drop_repeated_lines
 from onellm_dist.train.records.sample_log import SampleLog
 from onellm_dist.train.recovery import needs_first_checkpoint, roll_back
+from onellm_dist.train.run_export import export_run
 from onellm_dist.train.session import ProcessContext, Session
 from onellm_dist.train.stability.monitor import Anomaly, StabilityMonitor
 from onellm_dist.train.stability.offending_samples import MicroBatchLosses, find_offending_samples
@@ -60,6 +64,8 @@ class Trainer:
         callbacks: what looks at the run.
         preemption: whether the run was asked to stop.
         meter: collects the metrics of each step.
+        rates: how each of the engine's parameter groups trains.
+        early_stopping: knows whether the validation loss has stopped falling.
     """
 
     config: RunConfig
@@ -76,6 +82,8 @@ class Trainer:
     callbacks: CallbackList
     preemption: Preemption
     meter: StepMeter
+    rates: Sequence[ParameterRate]
+    early_stopping: EarlyStopping
 
     def __post_init__(self) -> None:
         self._micro_batches = MicroBatchStream(
@@ -84,6 +92,7 @@ class Trainer:
             steps=self.config.train.steps,
             left_out=self.sample_log.left_out,
         )
+        self._time = RankTime(self.model, self.dist.device)
         self._combinations = self.plan.corpus.combinations
         self._unreadable = UnreadableSamples(self.config.stability.max_skipped)
         for callback in self.callbacks:
@@ -112,7 +121,7 @@ class Trainer:
         Raises:
             UsageError: the recipe asks for something that does not exist or is not possible.
         """
-        session = Session(config, ranks=ranks, process=process)
+        session = Session(config := resolve_epochs(config), ranks=ranks, process=process)
         try:
             return assemble_trainer(cls, config, session=session, callbacks=callbacks)
         except BaseException as error:
@@ -204,17 +213,20 @@ class Trainer:
         self.checkpoints.wait()
         if outcome.status == "done":
             self.heartbeat.leave_step("export")
-            self._export()
+            export_run(self)
         self._finish(outcome)
         return outcome
 
     def _train(self) -> Outcome:
         """Run every step that is left."""
         steps = self.config.train.steps
-        while self.state.step < steps:
+        while self.state.step < steps and self.early_stopping.reason is None:
             if self._end_step(self.train_step()):
-                return self._make_outcome("preempted", self._find_stop_reason())
-        return self._make_outcome("done", f"{steps} steps")
+                return self._end("preempted", self._find_stop_reason())
+        return self._end("done", self.early_stopping.reason or f"{steps} steps")
+
+    def _end(self, status: str, reason: str) -> Outcome:
+        return Outcome(status, reason, self.state.steps_done, self.config.run.dir)
 
     def _end_step(self, values: StepValues) -> bool:
         """Do what is due between two steps; return whether the run stops here."""
@@ -223,7 +235,7 @@ class Trainer:
             self.checkpoints.wait()  # raises on every rank
         stopping = values.stop and steps_done < steps
         self.callbacks.after_step(steps_done, stopping=stopping)
-        last = stopping or steps_done == steps
+        last = stopping or steps_done == steps or self.early_stopping.reason is not None
         if last or steps_done % self.config.checkpoint.every == 0 or values.checkpoint_due:
             self.heartbeat.leave_step("checkpoint")
             self.checkpoints.save(steps_done, wait=last)
@@ -259,6 +271,7 @@ class Trainer:
 
     def _forward_backward(self, plan: StepPlan) -> LocalPass:
         """Run this rank's micro-batches of a step; gradients accumulate in the engine."""
+        self._time.begin(plan.step)
         self.callbacks.before_forward_backward(plan.step)
         reduced = self.meter.metrics.reduced
         local = LocalPass(StepTotals(self._combinations, self.dist, reduced))
@@ -269,12 +282,14 @@ class Trainer:
             local.data_wait_seconds += time.perf_counter() - asked
             self.heartbeat.enter("forward")
             batch = batch.to(self.dist.device)
-            loss, nll, sample_index = self.engine.forward(batch, last=planned.last)
+            with self._time.run_forward():
+                loss, nll, sample_index = self.engine.forward(batch, last=planned.last)
             local.totals.add(batch, loss, nll, sample_index)
             without_media = replace(batch, values={})
             local.losses.append(MicroBatchLosses(without_media, loss.detach(), nll, sample_index))
             self.heartbeat.enter("backward")
-            self.engine.backward(loss, plan.global_valid_tokens)
+            with self._time.run_pass():
+                self.engine.backward(loss, plan.global_valid_tokens)
         if not local.losses:
             raise RuntimeError(f"the plan has no micro-batch in step {plan.step}")
         self.callbacks.after_forward_backward(plan.step)
@@ -298,6 +313,7 @@ class Trainer:
                 **self.meter.get_reduced(),
                 **self.callbacks.metrics_to_reduce(plan.step),
             },
+            rank_seconds=self._time.end(local.data_wait_seconds),
         )
         return local.totals.read()
 
@@ -307,13 +323,14 @@ class Trainer:
         loss = values.loss / plan.global_valid_tokens
         self._unreadable.check(plan, values, self.sample_log.new_unreadable, self.dist)
         anomaly = self.monitor.check(math.nan if values.not_finite else loss, norms.total)
-        lr = compute_learning_rate(plan.step, self.config.optim, self.config.train.steps)
-        return Decision(loss, norms, lr, anomaly)
+        schedule = plan.step, self.config.optim, self.config.train.steps
+        rates = compute_group_rates(*schedule, self.rates)
+        return Decision(loss, norms, compute_learning_rate(*schedule), rates, anomaly)
 
     def _apply(self, plan: StepPlan, decision: Decision, local: LocalPass) -> bool:
         """Apply the step, or discard it and do what `stability.policy` says."""
         self.heartbeat.enter("apply")
-        applied = self.engine.step(decision.lr, discard=decision.anomaly is not None)
+        applied = self.engine.step(decision.rates, discard=decision.anomaly is not None)
         if applied:
             self.monitor.accept(decision.loss, decision.norms.total)
             return True
@@ -333,7 +350,6 @@ class Trainer:
         *,
         applied: bool,
     ) -> None:
-        """Measure the step, and hand its metrics to the callbacks."""
         if values.new_skipped_samples:
             self.events.write(
                 "skipped_samples",
@@ -349,7 +365,7 @@ class Trainer:
         self.callbacks.on_metrics(metrics)
 
     def _count(self, step: int, values: StepValues, *, applied: bool) -> None:
-        """Count a step that is done; from here on a failure concerns no sample."""
+        # From here on a failure concerns no sample.
         self.state.steps_done = step + 1
         self.heartbeat.steps_done = step + 1
         self.heartbeat.first_step_done = True
@@ -364,20 +380,10 @@ class Trainer:
         if needs_first_checkpoint(self.monitor.policy, self.config.run.dir, first_step, self.dist):
             self.checkpoints.save(first_step)
 
-    def _make_outcome(self, status: str, reason: str) -> Outcome:
-        return Outcome(status, reason, self.state.steps_done, self.config.run.dir)
-
     def _find_stop_reason(self) -> str:
         """Who asked the run to stop, as far as any rank knows. All ranks call it together."""
-        reasons = [reason for reason in self.dist.gather(self.preemption.reason) if reason]
-        return reasons[0] if reasons else "asked to stop"
-
-    def _export(self) -> None:
-        """Write the trained model to `<run.dir>/model`."""
-        folder = self.config.run.dir / MODEL
-        notes = {"stage": self.config.train.stage, "steps done": self.state.steps_done}
-        export_model(folder, self.engine, self.model, self.processor, self.dist, notes=notes)
-        self.events.write("export", folder=str(folder), message=f"the trained model is in {folder}")
+        reasons = filter(None, self.dist.gather(self.preemption.reason))
+        return next(reasons, "asked to stop")
 
     def _finish(self, outcome: Outcome) -> None:
         """Record the end of a start that did not fail; all ranks leave together."""

@@ -24,6 +24,7 @@ from onellm_dist.convert.tensors.lazy import Shapes
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.convert.tensors.writers import split_into_files, write_index
 from onellm_dist.convert.tokenizers import has_tokenizer, load_tokenizer
+from onellm_dist.model.adapter_folder import is_adapter
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.generation_settings import read_generation, write_generation
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
@@ -38,6 +39,11 @@ DEFAULT_TARGET = "reference"
 
 
 def is_format(path: Path) -> bool:
+    """Whether a path is a folder whose config.json is ours, with weights of a whole model."""
+    return has_config(path) and not is_adapter(path)
+
+
+def has_config(path: Path) -> bool:
     """Whether a path is a folder whose config.json is ours."""
     config = read_config(path)
     return config is not None and config.get("model_type") == OneLLMConfig.model_type

@@ -24,19 +24,20 @@ from onellm_dist.common.run_files import (
     CONFIG,
     METRICS,
 )
+from onellm_dist.convert.adapters import compute_scaling, merge_adapters, split_adapters
 from onellm_dist.convert.checkpoint import (
     ConversionOptions,
     KeyProblem,
     OpenedCheckpoint,
-    add_prefix,
     cast_tensors,
 )
-from onellm_dist.convert.formats import gguf, onellm
-from onellm_dist.convert.new_parameters import copy_projector, draw_tensors
+from onellm_dist.convert.formats import onellm
+from onellm_dist.convert.formats.preset_model import open_preset
+from onellm_dist.convert.new_parameters import copy_projector
 from onellm_dist.convert.run_manifest import check_manifest, read_manifest
 from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors, concatenate
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
-from onellm_dist.model.presets import TOY_TOKENIZER, build_config, find_smollm2_gguf
+from onellm_dist.model.lora import get_base_name
 
 NAME = "run"
 KIND = "onellm"
@@ -81,17 +82,17 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     dtype = _DTYPES[precision or "fp32"]
     base = _open_base(manifest.get("model", {}), int(manifest.get("seed", 0)), run, options)
     base = _check_base(base, manifest, folder)
-    trained = _open_trained(folder, manifest)
+    adapters, trained = split_adapters(_open_trained(folder, manifest))
+    trained = {get_base_name(name): tensor for name, tensor in trained.items()}
     wanted = onellm.get_onellm_shapes(base.config)
     unexpected = [
         KeyProblem("unexpected", name, str(list(t.shape)))
         for name, t in trained.items()
         if wanted.get(name) != t.shape
     ]
-    tensors = cast_tensors(
-        {name: trained.get(name, tensor) for name, tensor in base.tensors.items()},
-        options.dtype or dtype,
-    )
+    tensors = {name: trained.get(name, tensor) for name, tensor in base.tensors.items()}
+    tensors, problems = _merge(tensors, adapters, manifest, dtype)
+    tensors = cast_tensors(tensors, options.dtype or dtype)
     # Checkpoints of 0.1.0 have `step`, `world` and no optimizer.
     steps_done = manifest.get("steps_done", manifest.get("step"))
     notes = {
@@ -99,6 +100,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
         **_describe(manifest),
         "precision": precision or "unknown; fp32 assumed",
         "trained tensors": f"{len(trained)} of {len(wanted)}",
+        **({"tensors of adapters": len(adapters)} if adapters else {}),
         **_read_metrics(run, steps_done),
     }
     return replace(
@@ -107,13 +109,23 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
         tensors=tensors,
         files=(*files, *base.files),
         ignored=(),
-        problems=(*base.problems, *unexpected),
+        problems=(*base.problems, *unexpected, *problems),
         notes=notes,
         checksums={
             **base.checksums,
             **{folder / name: digest for name, digest in manifest.get("sha256", {}).items()},
         },
     )
+
+
+def _merge(
+    tensors: Tensors, adapters: Tensors, manifest: dict[str, Any], dtype: torch.dtype
+) -> tuple[Tensors, list[KeyProblem]]:
+    """The tensors with the adapters of a run merged, as the run exports them."""
+    if not adapters:
+        return tensors, []
+    scaling = compute_scaling(manifest.get("lora") or {})
+    return merge_adapters(tensors, adapters, scaling, dtype)
 
 
 def _describe(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +287,7 @@ def _open_base(
             )
         base = onellm.open_checkpoint(folder, options)
     elif preset is not None:
-        base = _open_preset(str(preset), seed)
+        base = open_preset(str(preset), seed)
     else:
         raise UsageError(
             f"{run}: the checkpoint does not state what the run started from",
@@ -287,13 +299,3 @@ def _open_base(
     for name in model.get("init_from_image") or ():
         tensors |= copy_projector(base.tensors, source, name)
     return replace(base, tensors=tensors)
-
-
-def _open_preset(name: str, seed: int) -> OpenedCheckpoint:
-    config = build_config(name)
-    tensors = draw_tensors(config, seed)
-    if name != "smollm2-135m":
-        return OpenedCheckpoint("preset", KIND, config, tensors, (), TOY_TOKENIZER)
-    llm = gguf.open_checkpoint(find_smollm2_gguf(), ConversionOptions())
-    llm_tensors = add_prefix(cast_tensors(llm.tensors, torch.float32), "llm.")
-    return OpenedCheckpoint("preset", KIND, config, {**tensors, **llm_tensors}, llm.files, llm.root)

@@ -5,20 +5,14 @@ Counted are weights, gradients, optimizer state and checkpoints; not activations
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 from dataclasses import dataclass
-from pathlib import Path
 
-from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.optim.optimizers import make_optimizer
 
 FLOAT_BYTES = 4
 """Checkpoints and optimizers keep fp32."""
-FROZEN_IN_ALIGN = ("llm.", "encoder.")
 
 
 @dataclass(frozen=True)
@@ -75,41 +69,29 @@ def estimate_needs(config: RunConfig, world_size: int, *, gpus: bool) -> Resourc
 
 
 def count_parameters(config: RunConfig) -> tuple[int, int]:
-    """(all parameters, those that train), without loading any.
+    """(all parameters, those that train on all modalities of the model), without loading any.
 
     Raises:
-        UsageError: there is no model at `model.path`.
+        UsageError: there is no model at `model.path`, or a rule of `train.parameters` is wrong.
     """
-    if config.model.path is not None:
-        sizes = _read_sizes(config.model.path)
-    else:
-        sizes = _get_preset_sizes(str(config.model.preset))
-    total = sum(sizes.values())
-    if config.train.stage == "align":
-        frozen = sum(size for name, size in sizes.items() if name.startswith(FROZEN_IN_ALIGN))
-        return total, total - frozen
-    return total, sum(size for name, size in sizes.items() if name.startswith("llm."))
+    from onellm_dist.model.configuration import OneLLMConfig
+    from onellm_dist.model.lazy_weights import build_empty_model
+    from onellm_dist.model.lora import add_adapters
+    from onellm_dist.model.presets import build_config, check_directory
+    from onellm_dist.train.optim.rules import prepare_parameters
 
-
-def _get_preset_sizes(preset: str) -> dict[str, int]:
-    from onellm_dist.model.presets import build_meta_model
-
-    return {name: p.numel() for name, p in build_meta_model(preset).named_parameters()}
-
-
-def _read_sizes(path: Path) -> dict[str, int]:
-    """Sizes from the headers of safetensors files (8 bytes of length, then JSON)."""
-    sizes: dict[str, int] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as source:
-            header = json.loads(source.read(struct.unpack("<Q", source.read(8))[0]))
-        for name, about in header.items():
-            if name != "__metadata__":
-                sizes[name] = math.prod(about["shape"])
-    if not sizes:
-        raise UsageError(
-            f"no model in {path}",
-            "it has no safetensors files.",
-            "convert or assemble one first (onellm convert).",
-        )
-    return sizes
+    path = config.model.path
+    if path is not None:
+        check_directory(path)
+    found = (
+        build_config(str(config.model.preset))
+        if path is None
+        else OneLLMConfig.from_pretrained(path)
+    )
+    model = build_empty_model(found)
+    if config.train.lora is not None:
+        add_adapters(model, config.train.lora)
+    prepare_parameters(model, config.train, config.optim, found.modalities)
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(p.numel() for p in parameters), trainable

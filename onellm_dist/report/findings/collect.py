@@ -19,6 +19,7 @@ RULES: tuple[Rule, ...] = (
     efficiency.check_goodput,
     efficiency.check_lost_steps,
     efficiency.check_data_wait,
+    efficiency.check_stragglers,
     learning.check_skipped_samples,
     learning.check_loss,
     learning.check_skipped_steps,

@@ -15,6 +15,12 @@ from onellm_dist.report.starts import compute_resume_seconds
 from onellm_dist.report.time_account import LABELS
 from onellm_dist.report.wording import format_count, format_duration
 
+STRAGGLERS = {
+    "data": "it waits for its loader (disk, network or CPU cores of that node)",
+    "compute": "it computes slowly (clocks and temperature of its GPU)",
+    "host": "Python between its passes is slow (callbacks, other processes)",
+}
+
 
 def check_goodput(facts: RunFacts) -> Iterator[Finding]:
     """A low goodput, and what costs most."""
@@ -88,6 +94,23 @@ def check_data_wait(facts: RunFacts) -> Iterator[Finding]:
             "note",
             f"{padding:.0%} of the positions are padding: many micro-batches are empty on some "
             "ranks. Use fewer ranks, a larger data.global_batch, or smaller packs.",
+        )
+
+
+def check_stragglers(facts: RunFacts) -> Iterator[Finding]:
+    """Ranks that kept the others waiting, by node and kind; the latest word about each."""
+    latest = {
+        (str(event.get("node")), str(event.get("kind")), str(event.get("ranks"))): event
+        for event in facts.records.select_events("straggler")
+    }
+    for (node, kind, _), event in sorted(latest.items()):
+        ranks = event.get("ranks")
+        named = ", ".join(map(str, ranks)) if isinstance(ranks, list) else "unknown"
+        share, what = to_number(event.get("share")), STRAGGLERS.get(kind, kind)
+        yield Finding(
+            "warn",
+            f"Rank {named} on {node} kept the others waiting for {share:.0%} of a step, from step "
+            f"{event.get('step')} on: {what}.",
         )
 
 

@@ -15,6 +15,7 @@ from onellm_dist.train.callbacks.experts import Experts, RouterWatch
 from onellm_dist.train.callbacks.metrics import MetricsWriter
 from onellm_dist.train.callbacks.profiler import Profiler
 from onellm_dist.train.callbacks.sample_generation import SampleGeneration
+from onellm_dist.train.callbacks.stragglers import Stragglers
 from onellm_dist.train.callbacks.telemetry import Telemetry
 from onellm_dist.train.callbacks.trackers import Trackers
 from onellm_dist.train.callbacks.validation import Validation
@@ -97,6 +98,7 @@ def build_callbacks(
     recipe = config.model_dump(mode="json", by_alias=True)
     return [
         Telemetry(dist.device, **log),
+        Stragglers(dist, events),
         Experts(router, track=track, events=events, **log),
         MetricsWriter(run_dir, enabled=rank_zero, **log),
         Trackers(track, run_dir, recipe, events, enabled=rank_zero),

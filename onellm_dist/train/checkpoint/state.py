@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.train.checkpoint.folder import make_tensor_name, read_manifest
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine, LocalRange
@@ -69,6 +70,24 @@ def check_optimizer(folder: Path, manifest: dict[str, Any], optimizer: Optimizer
         )
 
 
+def check_adapters(folder: Path, manifest: dict[str, Any], lora: LoraSection | None) -> None:
+    """Refuse a checkpoint whose adapters are added to their layers in another way than here.
+
+    Raises:
+        UsageError: another scale, or with and without DoRA.
+    """
+    here = None if lora is None else lora.model_dump(mode="json", exclude={"targets"})
+    saved = manifest.get("lora")
+    there = None if saved is None else {key: saved.get(key) for key in here or saved}
+    if here is not None and there is not None and here != there:
+        different = [f"{key} was {there[key]}" for key in here if here[key] != there[key]]
+        raise UsageError(
+            f"checkpoint {folder} has other adapters than train.lora says: {', '.join(different)}",
+            "the same numbers would mean another model.",
+            "restore train.lora, or set another run.dir.",
+        )
+
+
 def _check_parameters(
     folder: Path, saved: dict[str, Any], ranges: Sequence[LocalRange], dist: Distributed
 ) -> None:
@@ -87,7 +106,7 @@ def _check_parameters(
     raise UsageError(
         f"checkpoint {folder} holds other trainable parameters than this run: "
         f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}",
-        "it is from another stage, mixture or model.",
+        "it is from another stage, mixture or model, or other train.parameters or train.lora.",
         "set another run.dir, or restore the recipe that it was written with (config.yaml beside "
         "the checkpoints).",
     )

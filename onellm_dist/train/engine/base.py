@@ -184,11 +184,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, lr: float, *, discard: bool = False) -> bool:
+    def step(self, lr: float | Sequence[float], *, discard: bool = False) -> bool:
         """Clip the gradient and apply the optimizer. Either way the gradient is gone afterwards.
 
         Args:
-            lr: learning rate of this step.
+            lr: learning rate of this step, or one for each of the parameter groups.
             discard: skip the step. It is also skipped if the gradient is not finite. Weights,
                 optimizer state and the number of steps then stay as they are, bit for bit.
 

@@ -25,6 +25,17 @@ def fill_groups(
     ]
 
 
+def set_learning_rates(groups: Sequence[dict[str, Any]], lr: float | Sequence[float]) -> None:
+    """Set the learning rate of an optimizer's groups, or one for each of them.
+
+    Raises:
+        ValueError: there are more or fewer rates than groups.
+    """
+    rates = [lr] * len(groups) if isinstance(lr, float) else lr
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+
+
 class ParameterOwners:
     """Which modules register each parameter of a model; tied parameters have several owners.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.config.schema import OptimSection
+from onellm_dist.config.train_sections import OptimSection
 
 if TYPE_CHECKING:
     import torch

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from functools import cache
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.plugins import OPTIMIZERS, load_plugins
-from onellm_dist.config.schema import OptimSection
+from onellm_dist.config.train_sections import OptimSection, ParameterRule
 from onellm_dist.train.optim import components
 from onellm_dist.train.optim.base import OptimizerComponent
-from onellm_dist.train.optim.schedules import get_schedule
+from onellm_dist.train.optim.schedules import WSD, get_schedule
 
 _REGISTERED: dict[str, type[OptimizerComponent]] = {}
 
@@ -64,14 +65,26 @@ def make_optimizer(optim: OptimSection) -> OptimizerComponent:
     return known[optim.name](optim)
 
 
-def check_optim(optim: OptimSection) -> None:
+def check_optim(optim: OptimSection, rules: Sequence[ParameterRule] = ()) -> None:
     """Refuse a wrong `optim` section; called before any rank starts.
+
+    Args:
+        optim: the recipe's `optim` section.
+        rules: `train.parameters`, which may name schedules of their own.
 
     Raises:
         UsageError: an unknown optimizer or schedule, or options that the optimizer does not have.
     """
     make_optimizer(optim)
-    get_schedule(optim.schedule)
+    schedules = {optim.schedule, *(rule.schedule for rule in rules if rule.schedule is not None)}
+    for name in sorted(schedules):
+        get_schedule(name)
+    if optim.decay_from is not None and WSD not in schedules:
+        raise UsageError(
+            f"optim.decay_from={optim.decay_from} is read by optim.schedule={WSD} alone",
+            "the recipe would say something that does not hold.",
+            f"set optim.schedule={WSD}, or remove optim.decay_from.",
+        )
 
 
 @cache

@@ -2,47 +2,109 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from onellm_dist.config.schema import OptimSection
-from onellm_dist.train.optim.stages import build_parameter_groups, map_parts
+from onellm_dist.common.text_table import format_table
+from onellm_dist.config.train_sections import OptimSection
+from onellm_dist.train.optim.groups import build_parameter_groups
+from onellm_dist.train.optim.parts import map_parts
+from onellm_dist.train.optim.rules import ParameterPlan
+
+HEADER = ("part", "parameters", "trained", "learning rate", "weight decay")
 
 
 class PartSummary(NamedTuple):
-    """One part of a model in a stage."""
+    """One part of a model in a run."""
 
     part: str
     """A modality (its tokenizer and projector), `upm`, `llm` or `encoder`."""
     parameters: int
     trained: int
     """Parameters that train."""
-    decayed: int
-    """Trained parameters with weight decay."""
-    lr: float
-    """Peak learning rate of those that train."""
-    weight_decay: float
+    rates: tuple[float, ...]
+    """Peak learning rates of those that train, ascending."""
+    schedules: tuple[str, ...]
+    """Their schedules."""
+    decays: tuple[tuple[float, int], ...]
+    """Weight decay to how many of them have it, the largest first."""
 
 
-def summarize_parts(model: nn.Module, optim: OptimSection) -> list[PartSummary]:
-    """Summarize the parts of a model that was prepared for its stage.
+def summarize_parts(
+    model: nn.Module, optim: OptimSection, plan: ParameterPlan
+) -> list[PartSummary]:
+    """Summarize the parts of a model.
 
     Args:
-        model: its parameters may be on the meta device; `requires_grad` says which of them train.
+        model: its parameters may be on the meta device.
         optim: the `optim` section.
+        plan: what trains.
     """
-    groups = build_parameter_groups(model, optim.weight_decay)
-    decayed_ids = {id(p) for g in groups if g["weight_decay"] > 0 for p in g["params"]}
-    total, trained, decayed = Counter[str](), Counter[str](), Counter[str]()
+    groups = {
+        id(parameter): group.rate
+        for group in build_parameter_groups(model, plan.rates)
+        for parameter in group.parameters
+    }
     parts = map_parts(model)
+    owned: dict[str, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        part = parts[name]
-        total[part] += parameter.numel()
-        trained[part] += parameter.numel() * parameter.requires_grad
-        decayed[part] += parameter.numel() * (id(parameter) in decayed_ids)
+        owned[parts[name]].append(parameter)
+    found = []
+    for part, parameters in owned.items():
+        trained = [(groups[id(p)], p.numel()) for p in parameters if id(p) in groups]
+        decays: dict[float, int] = defaultdict(int)
+        for rate, size in trained:
+            decays[rate.weight_decay] += size
+        found.append(
+            PartSummary(
+                part,
+                sum(p.numel() for p in parameters),
+                sum(size for _, size in trained),
+                tuple(sorted({optim.lr * rate.scale for rate, _ in trained})),
+                tuple(sorted({rate.schedule for rate, _ in trained})),
+                tuple(sorted(decays.items(), reverse=True)),
+            )
+        )
+    return found
+
+
+def format_parts(parts: Sequence[PartSummary]) -> list[str]:
+    """Format the table of parameters, a line for each part."""
+    schedules = {name for part in parts for name in part.schedules}
+    rows = [HEADER, *(_format_part(part, len(schedules) > 1) for part in parts)]
+    total, trained = (sum(numbers) for numbers in zip(*(p[1:3] for p in parts), strict=True))
+    rows.append(("total", f"{total:,}", f"{trained:,}", "", ""))
+    return format_table(rows, right=(1, 2))
+
+
+def to_json(parts: Iterable[PartSummary]) -> list[dict[str, Any]]:
+    """The parts as objects of `events.jsonl`."""
     return [
-        PartSummary(part, total[part], trained[part], decayed[part], optim.lr, optim.weight_decay)
-        for part in total
+        {
+            "part": part.part,
+            "parameters": part.parameters,
+            "trained": part.trained,
+            "learning_rates": [part.rates[0], part.rates[-1]] if part.rates else [],
+            "schedules": list(part.schedules),
+            "weight_decays": [decay for decay, _ in part.decays],
+        }
+        for part in parts
     ]
+
+
+def _format_part(part: PartSummary, names_schedules: bool) -> tuple[str, ...]:
+    if not part.trained:
+        return part.part, f"{part.parameters:,}", "frozen", "-", "-"
+    low, high = part.rates[0], part.rates[-1]
+    rate = f"{high:g}" if low == high else f"{low:.3g} to {high:g}"
+    if names_schedules:
+        rate += f", {' and '.join(part.schedules)}"
+    decayed = [decay for decay, _ in part.decays if decay]
+    decay = ", ".join(f"{value:g}" for value in decayed) or "0"
+    exempt = dict(part.decays).get(0.0, 0)
+    if decayed and exempt:
+        decay += f", none for {exempt:,} (biases, norms)"
+    return part.part, f"{part.parameters:,}", f"{part.trained:,}", rate, decay

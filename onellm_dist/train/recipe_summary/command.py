@@ -5,40 +5,53 @@ Nothing is written but the user's cache of remote datasets, no weight is read an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.common.errors import EXIT_DONE, OneLLMError
+from onellm_dist.common.errors import EXIT_DONE, EXIT_USAGE, OneLLMError
 from onellm_dist.config.load import LoadedRecipe, load_recipe
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.data.epochs import resolve_epochs
 from onellm_dist.train.recipe_check import find_problems
 from onellm_dist.train.recipe_summary.values import format_values
 
+DescribePlan = Callable[[Path | str, Sequence[str]], list[str]]
+"""(recipe, overrides) -> what the planner says, in lines."""
 
-def show_recipe(recipe: Path | str, overrides: Sequence[str]) -> int:
+
+def show_recipe(
+    recipe: Path | str, overrides: Sequence[str], *, describe_plan: DescribePlan | None = None
+) -> int:
     """Print what a recipe says and what a start of it would do.
 
     Args:
         recipe: a file, or the name of a recipe that ships.
         overrides: `key=value`, each for one key of the recipe.
+        describe_plan: says what the planner says; default: nothing.
 
     Returns:
-        The exit code.
+        The exit code: that of wrong usage if a start would be refused.
 
     Raises:
         UsageError: the recipe is wrong by itself. What it names may be missing: that is shown.
     """
     loaded = load_recipe(recipe, overrides)
-    for line in (*_describe_files(loaded), *format_values(loaded), *_describe_work(loaded.config)):
+    for line in (*_describe_files(loaded), *format_values(loaded)):
         print(line)
-    config = loaded.config
-    problems = find_problems({name: getattr(config, name) for name in RunConfig.model_fields})
+    problems = find_problems(
+        {name: getattr(loaded.config, name) for name in RunConfig.model_fields}
+    )
+    lines, refused = _describe_work(loaded.config)
+    for line in lines:
+        print(line)
+    if describe_plan is not None:
+        print("\nPlan", *describe_plan(recipe, overrides), sep="\n")
     if problems:
         print("\nA start would be refused:")
     for problem in problems:
         print(f"  - {problem}")
-    return EXIT_DONE
+    return EXIT_USAGE if problems or refused else EXIT_DONE
 
 
 def _describe_files(loaded: LoadedRecipe) -> list[str]:
@@ -46,27 +59,30 @@ def _describe_files(loaded: LoadedRecipe) -> list[str]:
     return [f"Recipe {recipe}", *(f"  built on {base}" for base in bases), ""]
 
 
-def _describe_work(config: RunConfig) -> list[str]:
-    """The tables that need the model; why there is none, if it cannot be opened."""
+def _describe_work(config: RunConfig) -> tuple[list[str], bool]:
+    """The tables that need the model, and whether a start would be refused for one of them."""
     from onellm_dist.train.recipe_summary.first_steps import format_first_steps
     from onellm_dist.train.recipe_summary.parameters import format_parameters
 
     model: Any = None
     tokenizer: Any = None
-    lines = ["", "Parameters"]
+    lines, refused = ["", "Parameters"], False
     try:
         model, tokenizer = _open_model(config)
         lines += format_parameters(config, model)
     except OneLLMError as error:
         lines += _explain(error)
+        refused = True
     lines += ["", "First steps"]
     if model is None:
-        return [*lines, "  not shown: the plan needs the model's modalities and tokenizer"]
+        lines.append("  not shown: the plan needs the model's modalities and tokenizer")
+        return lines, refused
     try:
-        lines += format_first_steps(config, model, tokenizer)
+        lines += format_first_steps(resolve_epochs(config), model, tokenizer)
     except OneLLMError as error:
         lines += _explain(error)
-    return lines
+        refused = True
+    return lines, refused
 
 
 def _open_model(config: RunConfig) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.common.text_table import format_table
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.corpus import Corpus, open_datasets
+from onellm_dist.data.epochs import describe_length
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.data.token_counts import find_missing_token_counts
@@ -43,7 +44,9 @@ def format_first_steps(config: RunConfig, model: Any, tokenizer: Any) -> list[st
     first = 0 if folder is None else get_steps_done(read_manifest(folder) or {})
     steps = range(first, min(first + STEPS, config.train.steps))
     ranks = config.launch.ranks or torch.cuda.device_count() or 1
-    lines = [] if folder is None else [f"after {folder} ({first} steps done)"]
+    lines = [describe_length(config.data, plan.corpus.datasets, config.train.steps)]
+    if folder is not None:
+        lines.append(f"after {folder} ({first} steps done)")
     if not steps:
         lines.append(f"none: all {config.train.steps} steps are done")
     else:

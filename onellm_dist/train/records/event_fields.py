@@ -30,6 +30,8 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
             "lost_seconds",
             "mfu",
             "trainable",
+            "parameters",
+            "length",
             "threads",
             "onellm_dist",
             "nodes",
@@ -52,6 +54,12 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
     "learning_rate_jump": EventDescription(
         "At a resume, the learning rate is another one than by the recipe before.",
         ("step", "old", "new"),
+    ),
+    "straggler": EventDescription(
+        "Ranks keep the others waiting: `seconds` of a step beyond the median of the other ranks, "
+        "over the last 32 steps. `kind` says with what: `data` (their loader), `compute` (their "
+        "forward) or `host` (Python between the passes). `node` is where they run.",
+        ("step", "kind", "ranks", "node", "seconds", "share"),
     ),
     "exclusions": EventDescription(
         "Lists of excluded samples were read. `other_datasets` counts the entries of datasets that "
@@ -98,7 +106,11 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
     "tracker_dropped": EventDescription(
         "A tracker failed and is no longer used.", ("tracker", "call", "problem")
     ),
-    "export": EventDescription("The trained model was written.", ("folder",)),
+    "export": EventDescription(
+        "The trained model was written; `adapter` is the folder of its adapters alone. Where they "
+        "are not written alone, `alone` says why.",
+        ("folder", "adapter", "alone"),
+    ),
     "end": EventDescription(
         "The start ended. After a failure it also has the other fields of `exit.json`.",
         ("status", "steps_done", "reason"),

@@ -7,7 +7,7 @@ file, the charts and the reference page follow from it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -248,6 +248,8 @@ class StepMetrics:
         """Duration of the step on this rank."""
         self.data_wait_seconds = 0.0
         """Time in which this rank waited for its loader."""
+        self.rank_seconds: Mapping[str, Sequence[float]] = {}
+        """Kind of time to the seconds of each rank (`totals.RANK_SECONDS`), in a measured step."""
         self._known = known
         self._values: dict[str, Any] = {"step": step}
 

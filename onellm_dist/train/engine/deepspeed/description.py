@@ -61,7 +61,9 @@ class DeepSpeedDescription(EngineDescription):
             raise UsageError(
                 "engine.shard_ranks and engine.reduce_every need engine.name=fsdp",
                 "DeepSpeed does not read them.",
-                "remove them; DeepSpeed's own key for hybrid sharding is zero_hpz_partition_size.",
+                "remove them, or over a base that sets them write engine.shard_ranks=null "
+                "engine.reduce_every=micro_batch; DeepSpeed's own key for hybrid sharding is "
+                "zero_hpz_partition_size.",
             )
         complete_config(load_ds_config(section.config), bf16=bf16, grad_clip=0.0)
 

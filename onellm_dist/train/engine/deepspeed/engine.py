@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onellm_dist.model.lora import list_foreign_reads
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.engine.base import Engine, GradNorms, LocalRange, PackedLoss, WeightSource
 from onellm_dist.train.engine.deepspeed.config import complete_config, get_zero_stage
@@ -27,7 +28,12 @@ from onellm_dist.train.engine.deepspeed.ranges import (
 )
 from onellm_dist.train.engine.deepspeed.weights import fill_partitioned, fill_replicated
 from onellm_dist.train.engine.grad_norms import PartNorms
-from onellm_dist.train.engine.parameters import fill_groups, list_persistent_buffers, name_groups
+from onellm_dist.train.engine.parameters import (
+    fill_groups,
+    list_persistent_buffers,
+    name_groups,
+    set_learning_rates,
+)
 from onellm_dist.train.engine.settings import EngineSettings
 
 
@@ -90,6 +96,9 @@ class DeepSpeedEngine(Engine):
             else:
                 fill_replicated(model, weights, dtype, settings.device)
             groups = fill_groups(names, dict(model.named_parameters()))
+        if get_zero_stage(config) == 3:
+            for reader, parameter in list_foreign_reads(model):
+                deepspeed.zero.register_external_parameter(reader, parameter)
         module = PackedLoss(model)
         optimizer = settings.optimizer.build(groups)
         engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
@@ -129,9 +138,8 @@ class DeepSpeedEngine(Engine):
     def grad_norms(self) -> GradNorms:
         return self._norms.read()
 
-    def step(self, lr: float, *, discard: bool = False) -> bool:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+    def step(self, lr: float | Sequence[float], *, discard: bool = False) -> bool:
+        set_learning_rates(self._engine.optimizer.param_groups, lr)
         if self._stage == 0:
             applied = self._step_without_zero(discard)
         else:

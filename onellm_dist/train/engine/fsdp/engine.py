@@ -29,6 +29,7 @@ from onellm_dist.train.engine.parameters import (
     fill_groups,
     list_persistent_buffers,
     name_groups,
+    set_learning_rates,
 )
 from onellm_dist.train.engine.settings import EngineSettings
 
@@ -140,7 +141,7 @@ class FsdpEngine(Engine):
         return self._known_norms
 
     @torch.no_grad()
-    def step(self, lr: float, *, discard: bool = False) -> bool:
+    def step(self, lr: float | Sequence[float], *, discard: bool = False) -> bool:
         norm = (self._known_norms or self.grad_norms()).total
         self._known_norms = None
         applied = math.isfinite(norm) and not discard
@@ -150,13 +151,12 @@ class FsdpEngine(Engine):
             shard.release()
         return applied
 
-    def _apply(self, lr: float, norm: float) -> None:
+    def _apply(self, lr: float | Sequence[float], norm: float) -> None:
         gradients = [values.grad for values in self._values.values() if values.grad is not None]
         clip = self._settings.grad_clip
         if clip and gradients and norm + 1e-6 > clip:
             torch._foreach_mul_(gradients, clip / (norm + 1e-6))
-        for group in self._torch_optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rates(self._torch_optimizer.param_groups, lr)
         self._torch_optimizer.step()
         self._steps += 1
 

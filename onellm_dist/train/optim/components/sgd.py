@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from onellm_dist.config.schema import OptimSection
+from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.train.optim.base import OptimizerComponent
 
 if TYPE_CHECKING:

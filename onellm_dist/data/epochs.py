@@ -1,0 +1,57 @@
+"""Epochs of a mixture: as many samples as all its datasets have together.
+
+The datasets are read by their weights. By weights that are not their sizes, some are read more
+often in an epoch than others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from onellm_dist.config.schema import DataSection, RunConfig
+from onellm_dist.data.mixture import quantize_weights
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
+
+SPLIT = "train"
+
+
+def resolve_epochs(config: RunConfig) -> RunConfig:
+    """Replace `train.epochs` by `train.steps`; a recipe that says steps stays as it is.
+
+    Raises:
+        UsageError: a dataset cannot be opened.
+    """
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    data = config.data
+    datasets = [
+        open_dataset(data.locate(entry), follow_links=data.follow_links) for entry in data.mixture
+    ]
+    samples = sum(dataset.samples(SPLIT) for dataset in datasets)
+    steps = max(1, math.ceil(epochs * samples / data.global_batch))
+    train = config.train.model_copy(update={"steps": steps, "epochs": None})
+    return config.model_copy(update={"train": train})
+
+
+def describe_length(data: DataSection, datasets: Sequence[Dataset], steps: int) -> str:
+    """How long a run is in epochs, and how often it reads each dataset, for people.
+
+    Args:
+        data: the `data` section.
+        datasets: the datasets of its mixture, in its order.
+        steps: optimizer steps of the run.
+    """
+    sizes = [dataset.samples(SPLIT) for dataset in datasets]
+    read = steps * data.global_batch
+    counts = quantize_weights([entry.weight for entry in data.mixture])
+    passes = ", ".join(
+        f"{dataset.name} {read * count / sum(counts) / size:.3g}"
+        for dataset, size, count in zip(datasets, sizes, counts, strict=True)
+        if size
+    )
+    return (
+        f"length: {steps} steps, {read / max(1, sum(sizes)):.3g} epochs of {sum(sizes):,} samples; "
+        f"times each dataset is read: {passes}"
+    )

@@ -1,0 +1,194 @@
+"""The folder of an adapter: PEFT's own files, and what the adapter was trained over.
+
+    adapter_config.json          PEFT's configuration
+    adapter_model.safetensors    the adapters, named as PEFT names them
+    onellm_adapter.json          the base: `{"path": ..., "files": {name: [bytes, mtime, sha256]}}`
+                                 or `{"preset": ..., "seed": ...}`
+    config.json, processor       as in the folder of a whole model
+
+Such a folder may be given wherever a model's folder is read: the base is loaded, and the adapter is
+merged into it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from onellm_dist.common.checksums import hash_once, list_recorded_files
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.config.train_sections import LoraSection
+from onellm_dist.model.lora import ADAPTER, MAGNITUDE, build_peft_config, import_peft
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE = "onellm_adapter.json"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a wrapped model."""
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """What an adapter was trained over."""
+
+    path: Path | None
+    preset: str | None = None
+    seed: int = 0
+    files: Mapping[str, Any] | None = None
+    """Name of each file of `path` to its size, time and SHA-256."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no weights of a whole model."""
+    return (folder / CONFIG).is_file() and not (folder / "model.safetensors").is_file()
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    section: LoraSection,
+    base: Mapping[str, Any],
+) -> None:
+    """Write PEFT's files and the description of the base into an existing folder.
+
+    Args:
+        folder: the folder.
+        tensors: the adapters, by the names of their parameters in the model.
+        section: the `train.lora` section.
+        base: what `train.checkpoint.source.describe_source` says.
+    """
+    layers = {name.split(".lora_", 1)[0] for name in tensors}
+    config = build_peft_config(section, layers)
+    config.base_model_name_or_path = base.get("path")
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    # PEFT reads and writes a set of layers; sorted, the file is the same every time.
+    written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    written["target_modules"] = sorted(layers)
+    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True), encoding="utf-8")
+    save_file(
+        {get_peft_name(name): tensor.contiguous() for name, tensor in tensors.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+
+
+def get_peft_name(name: str) -> str:
+    """The name under which PEFT saves a parameter of an adapter."""
+    if name.endswith(MAGNITUDE):
+        return PREFIX + name.removesuffix(MAGNITUDE) + ".lora_magnitude_vector"
+    return PREFIX + name.replace(f".{ADAPTER}.", ".")
+
+
+def read_base(folder: Path) -> AdapterBase:
+    """Read what an adapter was trained over.
+
+    Raises:
+        UsageError: the folder does not say, or the base is not there.
+    """
+    source = folder / (BASE if (folder / BASE).is_file() else CONFIG)
+    try:
+        found = json.loads(source.read_text(encoding="utf-8"))
+        path = found.get("path" if source.name == BASE else "base_model_name_or_path")
+        preset, seed, files = found.get("preset"), int(found.get("seed", 0)), found.get("files")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{source}: {error}",
+            "it says which model the adapter belongs to.",
+            "copy the folder of the adapter again.",
+        ) from None
+    if preset is not None:
+        return AdapterBase(None, str(preset), seed)
+    candidates = [] if path is None else [Path(path), folder / path]
+    existing = next((p for p in candidates if (p / "config.json").is_file()), None)
+    if existing is None:
+        raise UsageError(
+            f"{folder}: the adapter was trained over {path or 'a model that it does not name'}, "
+            "which is not here",
+            "an adapter holds changes of a model, not the model.",
+            f"copy that model to this place, or set its folder in {source}.",
+        )
+    return AdapterBase(existing, files=files)
+
+
+def check_base(folder: Path, base: AdapterBase) -> None:
+    """Refuse to add an adapter to other weights than it was trained over.
+
+    Raises:
+        UsageError: a file of the base differs, or is missing.
+    """
+    if base.path is None or not base.files:
+        return
+    recorded = list_recorded_files(base.path)
+    for name, (*_, digest) in base.files.items():
+        path = base.path / name
+        try:
+            found = recorded.get(path) or hash_once(path)
+        except OSError as error:
+            found = str(error)
+        if found != digest:
+            raise UsageError(
+                f"{folder}: {path} is not the file that the adapter was trained over",
+                "an adapter means nothing over other weights.",
+                "restore the model that the run started from.",
+            )
+
+
+def load_adapted(
+    folder: Path, load_base: Callable[[AdapterBase], tuple[Any, Any]]
+) -> tuple[Any, Any]:
+    """Load the base of an adapter, and merge the adapter into it.
+
+    Args:
+        folder: the adapter's folder.
+        load_base: loads a base: (model, processor).
+
+    Returns:
+        (model, processor).
+
+    Raises:
+        UsageError: the base is not there or another one, or PEFT is not installed.
+        OneLLMError: the adapter does not fit the base.
+    """
+    peft = import_peft()
+    base = read_base(folder)
+    check_base(folder, base)
+    model, processor = load_base(base)
+    try:
+        wrapped = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise OneLLMError(
+            f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}",
+            "parts of it would be lost.",
+            "give the model that it was trained over.",
+        ) from None
+    _check_names(folder, wrapped)
+    merged: Any = wrapped.merge_and_unload()
+    merged.requires_grad_(True)
+    merged.encoder.requires_grad_(False)
+    return merged, processor
+
+
+def _check_names(folder: Path, wrapped: Any) -> None:
+    """Refuse files with other parameters than the wrapped model has: PEFT only warns."""
+    own = {
+        get_peft_name(name.removeprefix(PREFIX))
+        for name, _ in wrapped.named_parameters()
+        if ".lora_" in name
+    }
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        wrong = sorted(own ^ set(file.keys()))
+    if wrong:
+        raise OneLLMError(
+            f"{folder}: {WEIGHTS} does not fit {CONFIG}: {', '.join(wrong[:3])}",
+            "parts of the adapter would be random or lost.",
+            "copy the folder of the adapter again.",
+        )

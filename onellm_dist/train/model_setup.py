@@ -1,0 +1,88 @@
+"""The model of a run: prepared for what trains, and sharded over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.modalities import all_modalities
+from onellm_dist.model.lazy_weights import InitialWeights
+from onellm_dist.model.lora import AdapterWeights, add_adapters
+from onellm_dist.model.recompute import enable_activation_checkpointing
+from onellm_dist.train.engine.base import Engine, WeightSource
+from onellm_dist.train.engine.select import get_engine
+from onellm_dist.train.engine.settings import EngineSettings
+from onellm_dist.train.optim.groups import build_parameter_groups
+from onellm_dist.train.optim.part_summary import PartSummary, summarize_parts
+from onellm_dist.train.optim.parts import find_copies, map_parts
+from onellm_dist.train.optim.rules import ParameterPlan, ParameterRate, prepare_parameters
+from onellm_dist.train.session import Session
+from onellm_dist.train.setup import Inputs
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model that is ready for the engine."""
+
+    model: Any
+    weights: WeightSource
+    parameters: ParameterPlan
+    """What trains, and how."""
+    parts: list[PartSummary]
+    """The same, part by part."""
+
+
+def prepare_model(config: RunConfig, *, inputs: Inputs, weights: InitialWeights) -> PreparedModel:
+    """Add adapters, freeze what does not train, copy image's parts, set loss and recomputation.
+
+    Args:
+        config: the recipe.
+        inputs: what this start has read; its model is changed.
+        weights: where the weights of the model come from.
+
+    Raises:
+        UsageError: a rule matches nothing, nothing would train, or the recipe names a modality or
+            loss that does not exist.
+    """
+    model, train = inputs.model, config.train
+    if config.model.init_from_image:
+        # On a resume the checkpoint replaces what trains; frozen copies are not in it.
+        image = next(iter(all_modalities()))
+        weights.copy(find_copies(model, image, config.model.init_from_image))
+    source: WeightSource = weights
+    if train.lora is not None:
+        add_adapters(model, train.lora)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        source = AdapterWeights(weights, shapes, config.run.seed)
+    parameters = prepare_parameters(model, train, config.optim, inputs.modalities)
+    model.set_loss(train.loss)
+    enable_activation_checkpointing(model, train.activation_checkpointing)
+    model.train()
+    parts = summarize_parts(model, config.optim, parameters)
+    return PreparedModel(model, source, parameters, parts)
+
+
+def shard_model(
+    config: RunConfig, *, prepared: PreparedModel, settings: EngineSettings, session: Session
+) -> tuple[Engine, list[ParameterRate]]:
+    """Shard a prepared model over the ranks. All ranks call it together.
+
+    Args:
+        config: the recipe.
+        prepared: the model, and what trains.
+        settings: what the recipe says to the engine.
+        session: what this start holds.
+
+    Returns:
+        The engine, and how each of its parameter groups trains.
+    """
+    model = prepared.model
+    with session.timing.measure("engine"):
+        groups = build_parameter_groups(model, prepared.parameters.rates)
+        engine_class = get_engine(config.engine.name).load()
+        parts = replace(settings, parts=map_parts(model))
+        torch_groups = [group.to_torch() for group in groups]
+        engine = engine_class.wrap(model, torch_groups, parts, prepared.weights)
+    session.hold(engine.close)
+    return engine, [group.rate for group in groups]

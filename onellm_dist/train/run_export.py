@@ -1,0 +1,46 @@
+"""What a finished run leaves: `<run.dir>/model`, and `<run.dir>/adapter` where it trained one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from onellm_dist.common.run_files import ADAPTER, MODEL
+from onellm_dist.train.adapter_export import plan_adapter
+from onellm_dist.train.checkpoint.source import describe_source
+from onellm_dist.train.export import export_model
+
+if TYPE_CHECKING:
+    from onellm_dist.train.trainer import Trainer
+
+
+def export_run(trainer: Trainer) -> None:
+    """Write the trained model. All ranks call it together.
+
+    Args:
+        trainer: the trainer; all its steps are done.
+
+    Raises:
+        OneLLMError: rank 0 could not write; every rank raises.
+    """
+    config = trainer.config
+    folder, beside = config.run.dir / MODEL, config.run.dir / ADAPTER
+    adapter, reason = plan_adapter(config, trainer.model, beside, partial(describe_source, config))
+    export_model(
+        folder,
+        trainer.engine,
+        trainer.model,
+        trainer.processor,
+        trainer.dist,
+        notes={"stage": config.train.stage, "steps done": trainer.state.steps_done},
+        adapter=adapter,
+    )
+    lines = [f"the trained model is in {folder}"]
+    fields: dict[str, Any] = {}
+    if adapter is not None:
+        fields["adapter"] = str(beside)
+        lines.append(f"its adapters alone are in {beside}")
+    elif reason:
+        fields["alone"] = reason
+        lines.append(f"adapters are merged into it, and not written alone: {reason}")
+    trainer.events.write("export", folder=str(folder), message="\n".join(lines), **fields)
