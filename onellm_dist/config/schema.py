@@ -119,7 +119,7 @@ class DataSection(Section):
     max_text_tokens: PositiveInt = 96
     """Longer texts are cut to this many tokens (the reference's `max_words`: 96 for pretraining,
     2018 for tuning)."""
-    spans: dict[str, PositiveInt] = {}
+    spans: dict[str, PositiveInt] = Field(default_factory=dict)
     """Modality to the most spans that the media of one sample may take: `{image: 5, audio: 6,
     video: 4}`. A sound takes one for each 10.24 seconds, a film one for each 10 seconds, a picture
     one for the whole and one for each tile of the best grid; several media of a sample share them.

@@ -90,7 +90,7 @@ def test_what_a_base_may_give_is_required_only_without_one() -> None:
 def test_limits_and_choices_are_those_of_the_keys() -> None:
     properties = dict(list_properties(SCHEMA))
     assert properties["data.global_batch"]["exclusiveMinimum"] == 0
-    assert properties["train.stage"]["enum"] == ["align", "tune"]
+    assert properties["train.stage"]["enum"] == ["align", "tune", "joint", "custom"]
     assert properties["model.preset"]["enum"] == ["onellm-7b", "toy", "smollm2-135m", None]
     assert properties["optim.betas"]["minItems"] == 2
     assert properties["checkpoint.resume"]["anyOf"][0] == {"enum": ["auto", "never"]}

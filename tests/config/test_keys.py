@@ -83,6 +83,7 @@ def test_the_list_has_a_line_for_every_key() -> None:
     lines = format_key_list().splitlines()
     assert [line.split()[0] for line in lines] == list(KEYS)
     (steps,) = (line for line in lines if line.startswith("train.steps "))
-    assert steps.split(maxsplit=4)[1:] == [
-        "integer", ">", "0", "required       Optimizer steps of the whole run."
-    ]  # fmt: skip
+    assert steps.split(maxsplit=6)[1:-1] == ["integer", ">", "0", "or", "null"]
+    assert steps.split()[6:] == ["null", "Optimizer", "steps", "of", "the", "whole", "run."]
+    (stage,) = (line for line in lines if line.startswith("train.stage "))
+    assert "required" in stage

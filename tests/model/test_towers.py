@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from packs import relative
+from stage_setup import freeze_for_stage
 from timm.models.vision_transformer import ParallelScalingBlock
 
 from onellm_dist.common.errors import OneLLMError, UsageError
@@ -23,7 +24,6 @@ from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.sequence_lengths import SequenceLengths
 from onellm_dist.model.towers import convert_tower
 from onellm_dist.packed import IGNORE, PackedBatch
-from onellm_dist.train.optim.stages import freeze_for_stage
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 0}
 TIMM: dict[str, dict[str, Any]] = {

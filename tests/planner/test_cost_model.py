@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from plain_counts import make_config
+from stage_setup import freeze_for_stage
 
 from onellm_dist.model.presets import build_config
 from onellm_dist.model.recompute import MODES, enable_activation_checkpointing
@@ -16,7 +17,6 @@ from onellm_dist.planner.hardware import get_gpu_kind
 from onellm_dist.planner.pack_shapes import PackShape, SampleShape, make_meta_batch, measure_sizes
 from onellm_dist.planner.run_plan import build_model, get_modalities
 from onellm_dist.planner.time import DeviceClock
-from onellm_dist.train.optim.stages import freeze_for_stage
 
 KINDS = (("image",), ("video",), ("audio",), ("image", "imu"), ())
 PACK: PackShape = (

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from plain_counts import count_saved, make_config
+from stage_setup import freeze_for_stage
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from toy_packs import make_toy_pack
@@ -19,7 +20,6 @@ from onellm_dist.packed import PackedBatch
 from onellm_dist.planner.counting import PackCount, count_pack
 from onellm_dist.planner.pack_shapes import PackShape, SampleShape, make_meta_batch, measure_sizes
 from onellm_dist.planner.run_plan import build_model, get_modalities
-from onellm_dist.train.optim.stages import freeze_for_stage
 
 NAMES = ["image", "image", "imu", "audio"]
 PACK: PackShape = tuple(SampleShape((name,), 40, 39) for name in NAMES)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from plain_counts import make_config, write_recipe
+from stage_setup import freeze_for_stage
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from onellm_dist.planner.command import PlanOptions, make_cluster, make_planner, run_plan
 from onellm_dist.planner.hardware import all_gpu_kinds, find_gpus_here, get_gpu_kind
 from onellm_dist.planner.run_plan import build_model
-from onellm_dist.train.optim.stages import freeze_for_stage
 
 H100 = PlanOptions(gpu="h100", gpus_per_node=2)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from plain_counts import make_config
+from stage_setup import freeze_for_stage
 from traffic_worker import MICRO_BATCHES, NAMES, TEXT
 
 from onellm_dist.config.schema import EngineSection
@@ -21,7 +22,6 @@ from onellm_dist.planner.pack_shapes import SampleShape, make_meta_batch
 from onellm_dist.planner.run_plan import build_model, get_modalities
 from onellm_dist.train.engine.description import StepTraffic
 from onellm_dist.train.engine.select import get_engine
-from onellm_dist.train.optim.stages import freeze_for_stage
 
 pytestmark = pytest.mark.slow
 ZERO3 = {

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from plain_counts import make_config
+from stage_setup import freeze_for_stage, make_groups
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_packs import make_toy_pack
 
-from onellm_dist.config.schema import EngineSection, OptimSection
+from onellm_dist.config.schema import EngineSection
+from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights, build_empty_model
@@ -25,7 +27,6 @@ from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
 from onellm_dist.train.optim.optimizers import make_optimizer
-from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_stage
 
 NAMES, TEXT, MICRO_BATCHES = ["image", "image", "audio"], 20, 2
 
@@ -66,7 +67,7 @@ def measure(dist: Distributed, section: EngineSection, mode: str) -> dict[str, i
     )
     engine = engine_kind.load().wrap(
         model,
-        build_parameter_groups(model, 0.1),
+        make_groups(model, 0.1),
         settings,
         InitialWeights(RandomWeights(model, 0)),
     )

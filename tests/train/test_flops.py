@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from stage_setup import freeze_for_stage
 from torch.utils.flop_counter import FlopCounterMode
 from toy_packs import make_toy_pack
 
@@ -13,7 +14,6 @@ from onellm_dist.data.micro_batch import BatchTotals
 from onellm_dist.modalities import SPAN_TOKENS, all_modalities
 from onellm_dist.model.presets import load_model
 from onellm_dist.train.flops import FlopCounter
-from onellm_dist.train.optim.stages import freeze_for_stage
 
 TEXT = 60
 
@@ -33,7 +33,7 @@ def test_the_formula_counts_what_is_computed(toy: Any, stage: str, name: str) ->
     freeze_for_stage(toy, stage, {name})
     modality = all_modalities()[name]
     corpus: Any = SimpleNamespace(spans=[(name,)], modalities={name: modality})
-    counter = FlopCounter(toy, corpus, stage)
+    counter = FlopCounter(toy, corpus)
     totals = BatchTotals(
         samples=samples,
         llm_tokens=samples * (TEXT + SPAN_TOKENS),

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from small_model import SmallModel, pack, sample, supervised
+from stage_setup import make_groups
 
-from onellm_dist.config.schema import OptimSection
+from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.packed import PackedBatch
@@ -27,7 +28,6 @@ from onellm_dist.train.engine.fsdp.description import FsdpOptions
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
 from onellm_dist.train.optim.optimizers import make_optimizer
-from onellm_dist.train.optim.stages import build_parameter_groups
 
 LR, CLIP, DECAY = 1e-3, 0.5, 0.1
 STEPS = (((0, 1, 2), ("a",)), ((3, 4), ("a",)), ((5, 6, 7), ("b",)), ((8, 9, 10, 11), ("a",)))
@@ -99,7 +99,7 @@ def new_engine(
         parts=parts,
     )
     engine = get_engine("fsdp" if "fsdp" in job else "deepspeed").load()
-    return engine.wrap(model, build_parameter_groups(model, DECAY), settings)
+    return engine.wrap(model, make_groups(model, DECAY), settings)
 
 
 def train(
@@ -166,7 +166,7 @@ def reference(
         (weights, losses, norms of the gradient).
     """
     model = new_model(job.get("stage", "align"))
-    optimizer = plain_optimizer(job, build_parameter_groups(model, DECAY))
+    optimizer = plain_optimizer(job, make_groups(model, DECAY))
     losses, norms = [], []
     for step in steps:
         every = step_samples(step)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from deepspeed.utils import groups as deepspeed_groups
 from matrix_model import (
-    MODALITIES,
     SEED,
     assign_samples,
     get_step_modalities,
@@ -23,13 +22,14 @@ from matrix_model import (
     make_pack,
     tiny_config,
 )
+from matrix_variants import absent_gradients, make_plain_optimizer, prepare
 from torch import nn
 
-from onellm_dist.config.schema import OptimSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights, build_empty_model
+from onellm_dist.model.lora import AdapterWeights
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.distributed import Distributed, join, leave
@@ -38,50 +38,55 @@ from onellm_dist.train.engine.fsdp.description import FsdpOptions
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
 from onellm_dist.train.optim.optimizers import make_optimizer
-from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_stage
 
-LR, CLIP, DECAY, BETAS, EPS = 2e-3, 2.0, 0.1, (0.9, 0.95), 1e-8
+CLIP = 2.0
 State = dict[str, torch.Tensor]
 Reference = dict[Any, Any]
 """Number of steps -> weights; `losses`; `trained`: names of what trains."""
 
 
-def train_plain(stage: str, steps: tuple[int, ...]) -> Reference:
-    """Train with plain torch in one process, sample by sample.
+def train_plain(stage: str, steps: tuple[int, ...], optimizer: str = "adamw") -> Reference:
+    """Train with plain torch (and PEFT) in one process, sample by sample.
 
     Returns:
         The weights before (key 0) and after each number of `steps`; the loss of every step.
     """
-    model = OneLLMForConditionalGeneration(tiny_config())
+    model: Any = OneLLMForConditionalGeneration(tiny_config())
     initialise(model, SEED)
-    freeze(model, stage)
+    variant = prepare(model, stage, optimizer)
+    fill_adapters(model)
     model.train()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(build_parameter_groups(model, DECAY), lr=LR, betas=BETAS, eps=EPS)
+    stepper = make_plain_optimizer(variant)
     found: Reference = {0: copy_weights(model), "losses": [], "trained": list(trained)}
     for step in range(max(steps)):
-        optimizer.zero_grad()
+        stepper.zero_grad()
         total = 0.0
         for number in range(len(get_step_modalities(step))):
             loss = model(packed=make_pack(step, [number])).loss / global_valid_tokens(step)
             loss.backward()
             total += float(loss.detach())
-        for parameter in trained.values():
-            if parameter.grad is None:  # a modality that is absent has gradient zero
-                parameter.grad = torch.zeros_like(parameter)
+        absent_gradients(trained.values())
         nn.utils.clip_grad_norm_(trained.values(), CLIP)
-        optimizer.step()
+        stepper.step()
         found["losses"].append(total)
         if step + 1 in steps:
             found[step + 1] = copy_weights(model)
     return found
 
 
-def freeze(model: nn.Module, stage: str) -> None:
-    """Set what trains; the stage `encoder` is `align` with the encoder trained too."""
-    freeze_for_stage(
-        model, "tune" if stage == "tune" else "align", MODALITIES, encoder=stage == "encoder"
-    )
+def make_weights(model: Any) -> AdapterWeights:
+    """The values with which a model with or without adapters starts."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return AdapterWeights(InitialWeights(RandomWeights(model, SEED)), shapes, SEED)
+
+
+@torch.no_grad()
+def fill_adapters(model: Any) -> None:
+    weights = make_weights(model)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.copy_(weights.rows(name, 0, len(parameter)))
 
 
 def select_trained(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -107,10 +112,10 @@ def train_sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State,
         (exported weights, full fp32 weights of what trains, losses).
     """
     model = build_empty_model(tiny_config())
-    freeze(model, job.get("stage", "align"))
+    variant = prepare(model, job.get("stage", "align"), job.get("optimizer", "adamw"))
     enable_activation_checkpointing(model, job.get("recompute", "none"))
     model.train()
-    weights = InitialWeights(RandomWeights(model, SEED))
+    weights = make_weights(model)
     config = job.get("config", {})
     config = (
         load_ds_config(Path(config)) if isinstance(config, str) else json.loads(json.dumps(config))
@@ -119,12 +124,12 @@ def train_sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State,
         world_size=dist.world_size,
         device=dist.device,
         bf16=job.get("bf16", False),
-        optimizer=make_optimizer(OptimSection(lr=LR, betas=BETAS, eps=EPS)),
+        optimizer=make_optimizer(variant.optim),
         grad_clip=CLIP,
         options=FsdpOptions(**job["fsdp"]) if "fsdp" in job else config,
     )
     kind = get_engine("fsdp" if "fsdp" in job else "deepspeed").load()
-    engine = kind.wrap(model, build_parameter_groups(model, DECAY), settings, weights)
+    engine = kind.wrap(model, variant.torch_groups, settings, weights)
     losses = []
     for step in range(job["steps"]):
         mine = assign_samples(step, dist.world_size, job["accumulate"])[dist.rank]
@@ -134,7 +139,7 @@ def train_sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State,
             engine.backward(loss, global_valid_tokens(step))
             total += loss.detach().double()
         dist.sum(total)
-        assert engine.step(LR)
+        assert engine.step(variant.rates)
         losses.append(total.item() / global_valid_tokens(step))
     masters: State = {}
     for rank, ranges in enumerate(
@@ -181,6 +186,20 @@ def compare(
     }
 
 
+def get_reference_key(job: dict[str, Any]) -> tuple[str, str]:
+    return job.get("stage", "align"), job.get("optimizer", "adamw")
+
+
+def train_references(file: Path, jobs: list[dict[str, Any]]) -> None:
+    """Add what plain torch gives for jobs to the file that the starts of a test share."""
+    known = torch.load(file, weights_only=False) if file.exists() else {}
+    for key in {get_reference_key(job) for job in jobs} - known.keys():
+        stage, optimizer = key
+        steps = (20, 32) if stage in ("align", "tune") else (20,)
+        known[key] = train_plain(stage, steps, optimizer)
+    torch.save(known, file)
+
+
 def main() -> None:
     end_with_parent()
     ranks = discover_ranks()
@@ -189,10 +208,8 @@ def main() -> None:
     dist = join(ranks)
     out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     file = Path(sys.argv[3])
-    if dist.is_rank_zero and not file.exists():
-        torch.save(
-            {stage: train_plain(stage, (20, 32)) for stage in ("align", "tune", "encoder")}, file
-        )
+    if dist.is_rank_zero:
+        train_references(file, jobs)
     found = {}
     for job in jobs:
         started = time.perf_counter()
@@ -200,7 +217,7 @@ def main() -> None:
         # DeepSpeed makes hpZ's groups once a process; here the next job may want them too.
         deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         if dist.is_rank_zero:
-            right = torch.load(file, weights_only=False)[job.get("stage", "align")]
+            right = torch.load(file, weights_only=False)[get_reference_key(job)]
             found[job["name"]] = compare(job, *result, right) | {
                 "seconds": time.perf_counter() - started
             }

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stage_setup import freeze_for_stage, make_groups
 
-from onellm_dist.config.schema import OptimSection
+from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.modalities import all_modalities
@@ -22,7 +23,6 @@ from onellm_dist.train.engine.fsdp.description import FsdpOptions
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
 from onellm_dist.train.optim.optimizers import make_optimizer
-from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_stage
 
 LR, CLIP, DECAY, TOKENS = 1e-3, 2.0, 0.1, 6
 MIXTURE = ("image", "audio", "imu")
@@ -120,7 +120,7 @@ def train_sharded(dist: Distributed, name: str) -> tuple[dict[str, torch.Tensor]
     engine = (
         get_engine("fsdp" if fsdp else "deepspeed")
         .load()
-        .wrap(model, build_parameter_groups(model, DECAY), settings)
+        .wrap(model, make_groups(model, DECAY), settings)
     )
     losses = []
     for step in range(len(ASSIGNED)):
@@ -141,9 +141,7 @@ def train_plain() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], lis
     model = new_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        build_parameter_groups(model, DECAY), lr=LR, betas=(0.9, 0.95), eps=1e-8
-    )
+    optimizer = torch.optim.AdamW(make_groups(model, DECAY), lr=LR, betas=(0.9, 0.95), eps=1e-8)
     losses = []
     for step in range(len(ASSIGNED)):
         optimizer.zero_grad()

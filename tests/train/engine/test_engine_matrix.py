@@ -1,6 +1,7 @@
 """Every engine gives the updates of plain torch in one process.
 
-It does so at 1 to 4 ranks, with every accumulation, packed and unpacked. A tiny OneLLM trains 20
+It does so at 1 to 4 ranks, with every accumulation, packed and unpacked, with adapters (against
+PEFT's own in one process), rules of seven rates, and other optimizers. A tiny OneLLM trains 20
 steps at a constant rate of 2e-3 in two parameter groups, fp32; modalities are absent from whole
 steps and from last micro-batches; the loss falls by a fifth. Key biases, whose true gradient is
 zero, are left out where the encoder trains; LLaMA and the UPM have none.
@@ -67,6 +68,8 @@ JOBS: dict[int, list[dict[str, Any]]] = {
         job("zero3", 2, stage="encoder"),
         job("fsdp", 2, stage="encoder"),
         *(job(engine, 2, bf16=True) for engine in ("zero1", "zero3", "fsdp")),
+        job("zero3", 2, stage="lora"),
+        job("fsdp", 2, stage="joint", optimizer="lion"),
     ],
     3: [*(job(engine, 2) for engine in ("zero1", "zero3", "fsdp")), job("fsdp", 1, bf16=True)],
     4: [
@@ -90,6 +93,10 @@ SOAK_JOBS = {
             for s in ("align", "tune")
             for r in ("selective", "full")
         ),
+        *(job(engine, 2, stage=stage) for engine in BASIC for stage in ("joint", "lora", "dora")),
+        *(job(engine, 2, stage="dora", recompute="full") for engine in ("zero3", "fsdp")),
+        *(job(e, 4, stage="joint", optimizer=o) for e in BASIC for o in ("sgd", "lion")),
+        *(job(e, 2, stage="lora", optimizer=o) for e in ("zero3", "fsdp") for o in ("sgd", "lion")),
     ]
     for ranks in (1, 2, 3, 4)
 }

@@ -10,24 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from stage_setup import make_groups
 from torch import distributed as dist
 
 from onellm_dist.common import plugins
 from onellm_dist.common.errors import UsageError
-from onellm_dist.config.schema import OptimSection
+from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.train.checkpoint.state import check_optimizer
 from onellm_dist.train.optim import components, optimizers, schedules
 from onellm_dist.train.optim.components.sgd import Sgd
 from onellm_dist.train.optim.optimizers import all_optimizers, check_optim, make_optimizer
 
-LION = '''
-"""Lion (arXiv 2302.06675)."""
+SIGNUM = '''
+"""Signum (arXiv 1802.04434)."""
 
 import torch
 from onellm_dist.train.optim.base import OptimizerComponent
 
 
-class TorchLion(torch.optim.Optimizer):
+class TorchSignum(torch.optim.Optimizer):
     def __init__(self, groups):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
 
@@ -36,20 +37,19 @@ class TorchLion(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 momentum = self.state[p]["momentum"]
-                update = (0.9 * momentum + 0.1 * p.grad).sign() + group["weight_decay"] * p
-                p -= group["lr"] * update
-                momentum.mul_(0.99).add_(p.grad, alpha=0.01)
+                momentum.mul_(0.9).add_(p.grad, alpha=0.1)
+                p -= group["lr"] * (momentum.sign() + group["weight_decay"] * p)
 
 
-class Lion(OptimizerComponent):
-    name = "lion"
+class Signum(OptimizerComponent):
+    name = "signum"
     state_keys = ("momentum",)
 
     def build(self, groups):
-        return TorchLion(list(groups))
+        return TorchSignum(list(groups))
 
 
-OPTIMIZER = Lion
+OPTIMIZER = Signum
 '''
 
 
@@ -72,10 +72,11 @@ def alone(tmp_path: Path) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def test_the_package_has_adamw_and_sgd() -> None:
-    assert list(all_optimizers()) == ["adamw", "sgd"]
+def test_the_package_has_adamw_lion_and_sgd() -> None:
+    assert list(all_optimizers()) == ["adamw", "lion", "sgd"]
     assert make_optimizer(OptimSection(lr=1.0)).state_keys == ("exp_avg", "exp_avg_sq")
     assert make_optimizer(OptimSection(lr=1.0, name="sgd")).state_keys == ("momentum_buffer",)
+    assert make_optimizer(OptimSection(lr=1.0, name="lion")).state_keys == ("exp_avg",)
     without = OptimSection(lr=1.0, name="sgd", options={"momentum": 0})
     assert make_optimizer(without).state_keys == ()
 
@@ -83,8 +84,10 @@ def test_the_package_has_adamw_and_sgd() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"name": "adam"}, "unknown optimizer(.|\n)*adamw, sgd"),
-        ({"schedule": "linear"}, "unknown schedule(.|\n)*constant, cosine"),
+        ({"name": "adam"}, "unknown optimizer(.|\n)*adamw, lion, sgd"),
+        ({"schedule": "step"}, "unknown schedule(.|\n)*constant, cosine, linear, wsd"),
+        ({"decay_from": 5}, "optim.decay_from=5 is read by optim.schedule=wsd alone"),
+        ({"name": "lion", "betas": (0.8, 0.9)}, "optim.betas is not read by optim.name=lion"),
         ({"name": "sgd", "betas": (0.8, 0.9)}, "optim.betas is not read by optim.name=sgd"),
         ({"name": "sgd", "options": {"momentum": 2}}, "momentum: .*less than 1"),
         ({"name": "sgd", "options": {"dampening": 0.1}}, "dampening(.|\n)*momentum, nesterov"),
@@ -102,7 +105,8 @@ def test_checking_a_recipe_needs_no_torch() -> None:
 
     code = (
         "import sys\n"
-        "from onellm_dist.config.schema import EngineSection, OptimSection\n"
+        "from onellm_dist.config.schema import EngineSection\n"
+        "from onellm_dist.config.train_sections import OptimSection\n"
         "from onellm_dist.train.engine.select import all_engines\n"
         "from onellm_dist.train.optim.optimizers import check_optim\n"
         "check_optim(OptimSection(lr=1.0))\n"
@@ -116,21 +120,21 @@ def test_checking_a_recipe_needs_no_torch() -> None:
 def test_an_optimizer_of_the_package_is_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None
 ) -> None:
-    (tmp_path / "lion.py").write_text(LION)
+    (tmp_path / "signum.py").write_text(SIGNUM)
     monkeypatch.setattr(components, "__path__", [*components.__path__, str(tmp_path)])
-    assert list(all_optimizers()) == ["adamw", "lion", "sgd"]
-    train_and_resume(tmp_path / "checkpoint", OptimSection(lr=1e-2, name="lion"))
-    monkeypatch.delitem(sys.modules, f"{components.__name__}.lion")
+    assert list(all_optimizers()) == ["adamw", "lion", "sgd", "signum"]
+    train_and_resume(tmp_path / "checkpoint", OptimSection(lr=1e-2, name="signum"))
+    monkeypatch.delitem(sys.modules, f"{components.__name__}.signum")
 
 
 def test_an_optimizer_of_another_package_is_one_entry_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "other_package.py").write_text(LION)
+    (tmp_path / "other_package.py").write_text(SIGNUM)
     monkeypatch.syspath_prepend(str(tmp_path))
-    point = EntryPoint("lion", "other_package:Lion", plugins.OPTIMIZERS)
+    point = EntryPoint("signum", "other_package:Signum", plugins.OPTIMIZERS)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
-    assert make_optimizer(OptimSection(lr=1.0, name="lion")).state_keys == ("momentum",)
+    assert make_optimizer(OptimSection(lr=1.0, name="signum")).state_keys == ("momentum",)
     monkeypatch.delitem(sys.modules, "other_package")
 
 
@@ -145,11 +149,11 @@ def test_two_optimizers_of_one_name_are_refused() -> None:
 
 
 def test_a_schedule_is_one_function() -> None:
-    @schedules.register_schedule("linear")
-    def linear_rate(optim: OptimSection, progress: float) -> float:
-        return optim.lr * (1 - progress)
+    @schedules.register_schedule("falling")
+    def falling_rate(optim: OptimSection, step: int, end: int) -> float:
+        return optim.lr * (1 - schedules.compute_progress(step, optim.warmup_steps, end))
 
-    section = OptimSection(lr=1.0, schedule="linear", warmup_steps=2)
+    section = OptimSection(lr=1.0, schedule="falling", warmup_steps=2)
     check_optim(section)
     rates = [schedules.compute_learning_rate(step, section, 6) for step in range(6)]
     assert rates == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -178,7 +182,6 @@ def train_and_resume(folder: Path, optim: OptimSection) -> None:
     from onellm_dist.train.engine.fsdp.description import FsdpOptions
     from onellm_dist.train.engine.select import get_engine
     from onellm_dist.train.engine.settings import EngineSettings
-    from onellm_dist.train.optim.stages import build_parameter_groups
 
     ranks = Distributed(0, 1, 1, torch.device("cpu"))
 
@@ -193,7 +196,7 @@ def train_and_resume(folder: Path, optim: OptimSection) -> None:
             grad_clip=1.0,
             options=FsdpOptions(),
         )
-        return get_engine("fsdp").load().wrap(model, build_parameter_groups(model, 0.1), settings)
+        return get_engine("fsdp").load().wrap(model, make_groups(model, 0.1), settings)
 
     def train(engine: Engine, steps: range) -> dict[str, torch.Tensor]:
         for step in steps:

@@ -7,19 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stage_setup import freeze_for_stage, make_groups
 
 from onellm_dist.common.checksums import seal
-from onellm_dist.common.errors import EXIT_DONE, UsageError
+from onellm_dist.common.errors import EXIT_DONE, EXIT_USAGE, UsageError
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST, CHECKPOINTS
 from onellm_dist.config.load import load_config
-from onellm_dist.config.schema import OptimSection
+from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.data.plan import Plan
 from onellm_dist.model.lazy_weights import open_empty_model
 from onellm_dist.model.presets import load_model
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 from onellm_dist.train.checkpoint.folder import VERSION, make_checkpoint_name
 from onellm_dist.train.optim.part_summary import summarize_parts
-from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_stage, map_parts
+from onellm_dist.train.optim.parts import map_parts
 from onellm_dist.train.recipe_summary.command import show_recipe
 from onellm_dist.train.recipe_summary.first_steps import find_resumed
 
@@ -49,8 +50,8 @@ def recipe(tmp_path: Path, toy: Path) -> Path:
 
 @pytest.fixture
 def show(recipe: Path, capsys: pytest.CaptureFixture[str]) -> Show:
-    def run(*overrides: str) -> list[str]:
-        assert show_recipe(recipe, overrides) == EXIT_DONE
+    def run(*overrides: str, code: int = EXIT_DONE) -> list[str]:
+        assert show_recipe(recipe, overrides) == code
         return capsys.readouterr().out.splitlines()
 
     return run
@@ -111,12 +112,15 @@ def test_the_table_says_what_trains(show: Show) -> None:
 @pytest.mark.parametrize(("stage", "encoder"), [("align", True), ("align", False), ("tune", False)])
 def test_the_parts_add_up_to_the_optimizers_groups(stage: str, encoder: bool) -> None:
     model, _ = open_empty_model(path=None, preset="toy")
-    freeze_for_stage(model, stage, {"image"}, encoder=encoder)
-    parts = summarize_parts(model, OptimSection(lr=1e-3, weight_decay=0.1))
-    groups = {g["weight_decay"]: g["params"] for g in build_parameter_groups(model, 0.1)}
-    assert sum(p.decayed for p in parts) == sum(p.numel() for p in groups[0.1])
-    exempt = sum(p.numel() for p in groups[0.0])
-    assert sum(p.trained - p.decayed for p in parts) == exempt > 0
+    plan = freeze_for_stage(model, stage, {"image"}, encoder=encoder, weight_decay=0.1)
+    parts = summarize_parts(model, OptimSection(lr=1e-3, weight_decay=0.1), plan)
+    groups = {g["weight_decay"]: g["params"] for g in make_groups(model, 0.1)}
+    counts = {0.1: 0, 0.0: 0}
+    for part in parts:
+        for decay, count in part.decays:
+            counts[decay] += count
+    assert counts == {decay: sum(p.numel() for p in own) for decay, own in groups.items()}
+    assert counts[0.0] > 0 and sum(p.trained for p in parts) == sum(counts.values())
     assert {p.part for p in parts} == set(map_parts(model).values())
 
 
@@ -156,17 +160,37 @@ def test_nothing_is_written_and_no_weight_is_read(
 
 
 def test_what_is_missing_is_said(show: Show, tmp_path: Path) -> None:
-    lines = show(f"data.root={tmp_path}/nowhere")
+    lines = show(f"data.root={tmp_path}/nowhere", code=EXIT_USAGE)
     text = "\n".join(lines)
     assert "for all modalities of the model" in text
     assert "not shown: 2 problems in data.mixture" in text
     refused = lines[lines.index("A start would be refused:") :]
     assert len(refused) == 3 and f"{tmp_path}/nowhere/image" in refused[1]
-    text = "\n".join(show(f"model.path={tmp_path}/nowhere"))
+    text = "\n".join(show(f"model.path={tmp_path}/nowhere", code=EXIT_USAGE))
     assert f"not shown: no model in {tmp_path}/nowhere" in text
     assert "the plan needs the model's modalities" in text
-    text = "\n".join(show("checkpoint.resume=nowhere"))
+    text = "\n".join(show("checkpoint.resume=nowhere", code=EXIT_USAGE))
     assert "not shown: checkpoint.resume=nowhere: no complete checkpoint there" in text
+
+
+def test_a_wrong_rule_is_a_start_that_would_be_refused(show: Show) -> None:
+    text = "\n".join(show("train.parameters=[{match: upm.expert.*}]", code=EXIT_USAGE))
+    assert "not shown: train.parameters: upm.expert.* matches no parameter" in text
+    lines = show("train.parameters=[{match: 'upm.*', lr: 0.5}]", "train.epochs=1.5")
+    assert find_row(lines, "upm")[3] == "0.5"
+    assert any("length: 5 steps, 1.67 epochs of 24 samples" in line for line in lines)
+
+
+def test_the_planner_has_its_say(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onellm_dist.planner.brief import describe_briefly
+
+    assert show_recipe(recipe, (), describe_plan=describe_briefly) == EXIT_DONE
+    said = capsys.readouterr().out.partition("\nPlan\n")[2]
+    assert "fits: " in said and "s a step" in said and "hours" in said
+    refused = describe_briefly(recipe, ["data.pack_llm_tokens=4"])
+    assert len(refused) == 1 and refused[0].startswith("  not planned: ")
 
 
 def test_a_wrong_recipe_is_refused(recipe: Path) -> None:
@@ -200,7 +224,7 @@ def test_a_run_is_shown_from_where_it_would_resume(
     anew = show("train.steps=7", "checkpoint.resume=never")
     assert find_row(anew, "0") and find_row(show(f"checkpoint.resume={folder}"), "5")
     assert any("none: all 5 steps are done" in line for line in show("train.steps=5"))
-    changed = "\n".join(show("data.mixture=[{path: image}, {path: imu}]"))
+    changed = "\n".join(show("data.mixture=[{path: image}, {path: imu}]", code=EXIT_USAGE))
     assert "not shown: the recipe's data is not that of the checkpoint at step 5" in changed
     new_phase = show("data.mixture=[{path: image}, {path: imu}]", "data.new_phase=true")
     assert find_row(new_phase, "5")[1:4] == ["4", "4", "8"]
