@@ -32,7 +32,8 @@ def test_the_formula_counts_what_is_computed(toy: Any, stage: str, name: str) ->
     batch = make_toy_pack([name] * samples, TEXT)
     freeze_for_stage(toy, stage, {name})
     modality = all_modalities()[name]
-    corpus: Any = SimpleNamespace(spans=[(name,)], modalities={name: modality})
+    media = SimpleNamespace(varied=[False])
+    corpus: Any = SimpleNamespace(spans=[(name,)], modalities={name: modality}, media=media)
     counter = FlopCounter(toy, corpus)
     totals = BatchTotals(
         samples=samples,
