@@ -82,7 +82,11 @@ class PackedLayout:
             gather.append(np.arange(text_start + done, text_start + length))
             total = length + SPAN_TOKENS * len(spans)
             position_ids.append(np.arange(total))
-            predictor.append(_find_predictors(length, own_places, llm_start))
+            if places:
+                predictor.append(_find_predictors(length, own_places, llm_start))
+            else:
+                text_rest = np.arange(llm_start + total - length + 1, llm_start + total)
+                predictor.append(np.concatenate([[llm_start + 1], text_rest]) - 1)
             lengths.append(total)
             text_start += length
             llm_start += total
