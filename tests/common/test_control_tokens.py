@@ -160,10 +160,10 @@ def test_chat_refuses_control_tokens_in_turns_and_in_prompts(make: Make) -> None
     assert encode_talk(tokenizer, "a this", "chat")[: len(ids)] == ids
 
 
-def test_a_processor_renders_chat_but_does_not_encode_it() -> None:
+def test_a_processor_renders_a_control_token_of_a_chat_and_refuses_to_encode_it() -> None:
     processor = OneLLMProcessor(byte_level())
     messages = [{"role": "user", "content": "a </s>"}]
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert rendered == "<|im_start|>user\na </s><|im_end|><|im_start|>assistant\n"
-    with pytest.raises(UsageError, match="encode_prompt"):
+    with pytest.raises(SampleError, match="contains the control token '</s>'"):
         processor.apply_chat_template(messages, tokenize=True)

@@ -120,7 +120,9 @@ def test_arrays_are_pictures_too() -> None:
     assert make_rgb_picture(array[..., :1].astype(np.uint16) * 257).getpixel((3, 3)) == (
         (int(array[3, 3, 0]),) * 3
     )
-    for bad in (array.astype(np.float32), array.transpose(2, 0, 1), np.zeros(5, np.uint8)):
+    assert make_rgb_picture(array.transpose(2, 0, 1)).tobytes() == image.tobytes()
+    assert make_rgb_picture(array.astype(np.float32) / 255).tobytes() == image.tobytes()
+    for bad in (array.astype(np.float32), array[None], np.zeros(5, np.uint8)):
         with pytest.raises(SampleError, match="not a picture"):
             make_rgb_picture(bad)
 

@@ -235,7 +235,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
         ({"image": photo()}, {}, "no column of captions or conversations"),
         ({"image": photo(), "audio": b"x", "text": "x"}, {}, "audio or image"),
         ({"image": photo(), "text": "x"}, {"caption_column": "no"}, "has no column 'no'"),
-        ({"image": photo(), "text": "x"}, {"several": "first"}, "neither fail nor skip"),
+        ({"image": photo(), "text": "x"}, {"several": "first"}, "none of fail, skip, list"),
     ],
 )
 def test_tables_that_are_refused(
