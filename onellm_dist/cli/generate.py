@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from onellm_dist.serving.generate import Answer
 
 
 def generate(
     model: Annotated[Path, typer.Argument(help="A onellm directory.")],
     prompt: Annotated[
-        str, typer.Argument(help="What to ask. Without a prompt the inputs are captioned.")
-    ] = "",
+        list[str] | None,
+        typer.Argument(
+            help="What to ask; several are answered one after the other. Without a prompt the "
+            "inputs are captioned."
+        ),
+    ] = None,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(help='Questions, one a line: {"prompt": ..., "image": PATH, ...}.'),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each answer as a JSON object in one line.")
+    ] = False,
     order: Annotated[
         str,
         typer.Option(
@@ -48,23 +63,72 @@ def generate(
     Examples: onellm generate runs/tune/model --image cat.jpg "What is this?"
               onellm generate runs/tune/model --image a.jpg --image b.jpg "<image> or <image>?"
     """
-    from onellm_dist.serving.generate import DecodingOptions, answer_files
+    from onellm_dist.serving.generate import DecodingOptions
 
-    answer = answer_files(
-        model,
-        prompt,
-        [(name, path) for name, paths in files.items() for path in paths or ()],
-        order=order,
-        prompt_format=prompt_format,
-        decoding=DecodingOptions(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            decode_offset=decode_offset,
-        ),
+    given = [(name, path) for name, paths in files.items() for path in paths or ()]
+    decoding = DecodingOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        decode_offset=decode_offset,
     )
-    typer.echo(answer.text)
+    options = {"order": order, "prompt_format": prompt_format, "decoding": decoding}
+    raise typer.Exit(_answer(model, prompt or [], jsonl, given, as_json, options))
+
+
+def _answer(
+    model: Path,
+    prompts: Sequence[str],
+    jsonl: Path | None,
+    files: Sequence[tuple[str, Path]],
+    as_json: bool,
+    options: Mapping[str, Any],
+) -> int:
+    """Answer the questions of a command line, and print the answers as they come."""
+    from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, UsageError
+    from onellm_dist.serving.questions import AskedQuestion, answer_questions, read_questions
+
+    if jsonl is not None and (prompts or files):
+        raise UsageError(
+            "--jsonl together with a prompt or files",
+            "each line has its own.",
+            "put them into the lines.",
+        )
+    questions = (
+        read_questions(jsonl) if jsonl else [AskedQuestion(p, files) for p in prompts or [""]]
+    )
+    failed = False
+    on_text = None if as_json else _print_piece
+    for question, answer in answer_questions(model, questions, on_text=on_text, **options):
+        if isinstance(answer, OneLLMError):
+            failed = True
+            place = f"line {question.line}" if question.line else repr(question.prompt)
+            typer.echo(f"onellm: {place}: {answer}", err=True)
+            if as_json:
+                typer.echo(json.dumps({"prompt": question.prompt, "error": answer.what}))
+        elif as_json:
+            typer.echo(json.dumps({"prompt": question.prompt, **_describe(answer)}))
+        else:
+            typer.echo("")
+            _print_ending(answer)
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _print_piece(text: str) -> None:
+    typer.echo(text, nl=False)
+
+
+def _describe(answer: Answer) -> dict[str, Any]:
+    return {
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "ended": answer.ended,
+        "seconds": round(answer.seconds, 3),
+    }
+
+
+def _print_ending(answer: Answer) -> None:
     if not answer.text.strip():
         typer.echo(f"(the answer is empty; it was ended by {answer.ended})", err=True)
     if sys.stderr.isatty():

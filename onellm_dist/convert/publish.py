@@ -92,7 +92,7 @@ def make_upload_command(folder: Path, repository: str) -> str:
         repository: `OWNER/NAME`.
 
     Raises:
-        UsageError: it is no name of a repository.
+        UsageError: it does not name a repository.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise UsageError(
@@ -172,15 +172,15 @@ def _read_front_matter(text: str) -> dict[str, Any] | None:
 
 
 def _check_licence(folder: Path, config: OneLLMConfig) -> Iterator[PublicationFinding]:
-    """LLaMA-2's licence and its notice must go with its weights."""
+    """LLaMA-2's licence and its Notice file must go with its weights."""
     if not needs_llama_licence(config):
         return
     names = [path.name.lower() for path in folder.iterdir()]
-    for what in ("license", "notice"):
-        if not any(name.startswith((what, what.replace("s", "c"))) for name in names):
+    for what in ("License", "Notice"):
+        if not any(name.startswith(what.lower()) for name in names):
             yield PublicationFinding(
                 "missing",
-                f"there is no {what.upper()} file: LLaMA-2's licence asks for it, if the LLM's "
+                f"there is no {what} file: LLaMA-2's licence asks for it, if the LLM's "
                 "weights are Meta's",
             )
 

@@ -20,18 +20,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onellm_dist.common.errors import SampleError, UsageError
-from onellm_dist.common.placeholders import check_placeholders
+from onellm_dist.common.errors import UsageError
 from onellm_dist.common.turns import ConversationTurn
 from onellm_dist.data.text import HEADER, STOP, TextEncoder, render_answer_prefix, render_turn
-from onellm_dist.modalities import SPAN_TOKENS, Part, all_modalities
-from onellm_dist.serving.media import read_media
-from onellm_dist.serving.placed_media import MediaInputs, needs_places, place_prompt
+from onellm_dist.modalities import SPAN_TOKENS, Part
+from onellm_dist.serving.answer_text import AnswerText
+from onellm_dist.serving.placed_media import MediaInputs, place_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -79,83 +78,6 @@ class Answer:
     """Duration of the generation, without loading the model."""
 
 
-def answer_files(
-    model: Path,
-    prompt: str,
-    files: Sequence[tuple[str, Path]],
-    *,
-    order: str = "",
-    prompt_format: str = "auto",
-    decoding: DecodingOptions | None = None,
-) -> Answer:
-    """Load a model and let it answer a prompt about files.
-
-    The files are read before the model is loaded, so that a bad one is reported at once.
-
-    Args:
-        model: a directory of a saved model.
-        prompt: the question; empty asks for a caption.
-        files: (modality, file) pairs.
-        order: order of the media without placeholders, as modalities separated by commas; default:
-            the model's own.
-        prompt_format: one of FORMATS.
-        decoding: how new tokens are chosen; default: greedily.
-
-    Raises:
-        UsageError: the model, a file, the format or the order does not exist, or there is neither
-            a prompt nor a file.
-        SampleError: a file is not readable media of its modality.
-    """
-    decoding = decoding or DecodingOptions()
-    text = build_prompt(prompt, prompt_format)
-    if not prompt and not files:
-        raise UsageError(
-            "neither a prompt nor a file was given",
-            "there is nothing to answer.",
-            "see onellm generate --help.",
-        )
-    if not (model / "config.json").is_file():
-        raise UsageError(
-            f"{model}: not the directory of a saved model",
-            "it has no config.json.",
-            "give the directory that training exported: RUN_DIR/model.",
-        )
-    media_order = parse_order(order, [name for name, _ in files])
-    media = read_media(files, read_spans(model))
-    placed = _needs_places(text, media)
-
-    from onellm_dist.model.presets import load_model
-
-    dtype = choose_dtype(model)
-    network, processor = load_model(path=model, preset=None, seed=decoding.seed, **dtype)
-    return generate(
-        network,
-        processor.tokenizer,
-        text,
-        media if placed else dict(media),
-        modality_order=media_order,
-        chat=prompt_format == "chat",
-        decoding=decoding,
-    )
-
-
-def _needs_places(text: str, media: MediaInputs) -> bool:
-    """Whether a prompt is more than one span of each modality behind BOS.
-
-    Raises:
-        UsageError: its placeholders do not fit the media.
-    """
-    names = [name for name, _ in media]
-    try:
-        if not needs_places(text, names, [len(values) for _, values in media]):
-            return False
-        check_placeholders(text, names, list(all_modalities()))
-    except SampleError as error:
-        what = error.what.replace("its text", "the prompt")
-        raise UsageError(what, error.why, error.do) from error
-    return True
-
-
 def build_prompt(prompt: str, prompt_format: str) -> str:
     """Return the text after BOS in one of FORMATS.
 
@@ -179,38 +101,6 @@ def build_prompt(prompt: str, prompt_format: str) -> str:
     if prompt_format == "chat":  # the template is applied once the tokenizer is loaded
         return prompt
     return HEADER + render_turn(ConversationTurn("user", prompt)) + render_answer_prefix()
-
-
-def parse_order(order: str, names: Sequence[str]) -> list[str] | None:
-    """Return the modalities in the order that `--order` asks for; None for the model's own order.
-
-    Raises:
-        UsageError: the order does not name each modality once.
-    """
-    if not order:
-        return None
-    wanted = [name.strip() for name in order.split(",")]
-    if sorted(wanted) != sorted(set(names)):
-        raise UsageError(
-            f"--order {order}: the modalities given are {', '.join(names) or 'none'}",
-            "the order must name each of them once.",
-            "separate them by commas.",
-        )
-    return wanted
-
-
-def read_spans(model: Path) -> dict[str, int]:
-    """Return the spans that the media of a question may take: as the model was trained.
-
-    Args:
-        model: the directory of a saved model.
-    """
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return {}  # opening the model says what is wrong
-    spans = config.get("spans") if isinstance(config, dict) else None
-    return dict(spans) if isinstance(spans, dict) else {}
 
 
 def choose_dtype(model: Path) -> dict[str, Any]:
@@ -246,6 +136,7 @@ def generate(
     modality_order: Sequence[str] | None = None,
     chat: bool = False,
     decoding: DecodingOptions | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> Answer:
     """Continue `text` after BOS and the media spans, on the model's device.
 
@@ -258,6 +149,7 @@ def generate(
         modality_order: order of the media spans; default: the model's own.
         chat: whether `text` is a question to put into the LLM's chat template.
         decoding: how new tokens are chosen; default: greedily.
+        on_text: called with the answer's text, piece by piece, as it comes.
 
     Raises:
         UsageError: prompt, media spans and new tokens exceed the LLM's context, or the model lacks
@@ -279,19 +171,21 @@ def generate(
     torch.manual_seed(decoding.seed)
     model.eval()
     ids = ids.to(model.device)
+    streams = decoding.decode_offset == "correct"  # else two calls make the answer
+    if on_text and streams:
+        options["streamer"] = _Streamer(tokenizer, stop_text, on_text)
     started = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(ids, torch.ones_like(ids), **placed, **options, **media)
     seconds = time.perf_counter() - started
     new = out[0, ids.shape[1] :].tolist()
     decoded = tokenizer.decode(new, skip_special_tokens=True)
-    ended: Ending = "length"
-    if set(end_ids) & set(new):
-        ended = "eos"
-    elif stop and stop_text in decoded:
-        ended = "stop string"
-    answer = decoded.split(stop_text)[0] if stop else decoded
-    return Answer(text=answer.strip(), tokens=len(new), ended=ended, seconds=seconds)
+    stopped = bool(stop) and stop_text in decoded
+    ended: Ending = "eos" if set(end_ids) & set(new) else "stop string" if stopped else "length"
+    answer = (decoded.split(stop_text)[0] if stop else decoded).strip()
+    if on_text and not streams:
+        on_text(answer)
+    return Answer(text=answer, tokens=len(new), ended=ended, seconds=seconds)
 
 
 def _encode(
@@ -383,3 +277,27 @@ class _StopString:
             input_ids[:, -self.TAIL_TOKENS :].tolist(), skip_special_tokens=True
         )
         return torch.tensor([self.text in tail for tail in tails], device=input_ids.device)
+
+
+class _Streamer:
+    """Hands on the text of an answer as its tokens come (a transformers streamer)."""
+
+    def __init__(self, tokenizer: Any, stop_text: str, on_text: Callable[[str], None]) -> None:
+        self._text = AnswerText(tokenizer, [stop_text] if stop_text else [])
+        self._on_text = on_text
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take new tokens; the first call has the prompt's."""
+        if not self._is_prompt:
+            for token in value.flatten().tolist():
+                self._hand_on(self._text.add(token))
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Hand on what was held back."""
+        self._hand_on(self._text.finish())
+
+    def _hand_on(self, text: str) -> None:
+        if text:
+            self._on_text(text)

@@ -14,7 +14,7 @@ from onellm_dist.common.workers.samples import SampleFunction, SampleLimits, Sam
 from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.common.workers.words import PoolWords
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.modalities.base import Modality
+from onellm_dist.modalities.base import Modality, translate_errors
 from onellm_dist.modalities.files import read_file_spans
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class GivenFiles(NamedTuple):
     modality: str
     files: Mapping[str, bytes]
     """The modality's part -> the bytes of its file."""
+    most: int = 1
+    """The most spans it may take."""
 
 
 def read_files(
@@ -122,7 +124,7 @@ def read_given_files(
             recipes.
 
     Returns:
-        [*value_shape] fp32 of each.
+        [spans, *value_shape] fp32 of each.
 
     Raises:
         SampleError: a medium cannot be decoded within its limits; the message begins with its place
@@ -138,6 +140,7 @@ def read_given_files(
 
 def _read_given(medium: tuple[int, GivenFiles]) -> torch.Tensor:
     import numpy as np
+    import torch
 
     number, given = medium
     modality = get_modality(given.modality)
@@ -154,8 +157,12 @@ def _read_given(medium: tuple[int, GivenFiles]) -> torch.Tensor:
     # The bytes decide how they are read, not the extension.
     parts = {role: Part(roles[role][0], data) for role, data in given.files.items()}
     try:
-        with decoding():
-            return modality.read_value(parts, {}, train=False, rng=np.random.default_rng(0))
+        with decoding(), translate_errors(modality.name):
+            spans = (
+                modality.count_spans(modality.measure(parts), given.most) if given.most > 1 else 1
+            )
+            rng = np.random.default_rng(0)
+            return torch.stack(modality.read_spans(parts, {}, spans=spans, train=False, rng=rng))
     except SampleError as error:
         name = _name_given(number, given)
         raise SampleError(f"{name}: {error.what}", error.why, error.do) from error

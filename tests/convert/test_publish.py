@@ -61,35 +61,35 @@ def test_a_complete_folder_loads_alone_and_gets_its_command(
     )
 
 
-def spoil_card(text: str) -> Callable[[Path], object]:
+def change_card(text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / CARD).write_text(text)
 
 
-SPOILED: list[tuple[str, Callable[[Path], object], str]] = [
+CHANGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("wrong", lambda f: (f / "optimizer.pt").write_bytes(b"x"), "optimizer.pt: only safetensors"),
     ("wrong", lambda f: (f / "x.txt").symlink_to("/etc/hostname"), "x.txt is a link"),
     ("wrong", lambda f: (f / ".env").write_text("x"), ".env is hidden"),
     ("wrong", lambda f: (f / CARD).unlink(), "there is no README.md"),
-    ("wrong", spoil_card("# A model"), "does not begin with YAML"),
-    ("wrong", spoil_card("---\n[\n---\n"), "does not begin with YAML"),
-    ("wrong", spoil_card("---\ntags: []\n---\n"), "names no license"),
-    ("missing", spoil_card("---\nlicense: other\n---\n"), "needs license_name"),
-    ("missing", spoil_card("---\nlicense: mit\n---\n"), "no figures of an evaluation"),
-    ("missing", spoil_card("---\nlicense: mit\n---\n"), "names no datasets"),
-    ("missing", spoil_card(GOOD_CARD + "/home/me/runs/x"), "a path of a machine: /home/me/"),
-    ("wrong", spoil_card(GOOD_CARD + "https://me:secret12345@host/x"), "a password or key"),
-    ("wrong", spoil_card(GOOD_CARD + "key: hf_" + "a1" * 17), "a password or key"),
+    ("wrong", change_card("# A model"), "does not begin with YAML"),
+    ("wrong", change_card("---\n[\n---\n"), "does not begin with YAML"),
+    ("wrong", change_card("---\ntags: []\n---\n"), "names no license"),
+    ("missing", change_card("---\nlicense: other\n---\n"), "needs license_name"),
+    ("missing", change_card("---\nlicense: mit\n---\n"), "no figures of an evaluation"),
+    ("missing", change_card("---\nlicense: mit\n---\n"), "names no datasets"),
+    ("missing", change_card(GOOD_CARD + "/home/me/runs/x"), "a path of a machine: /home/me/"),
+    ("wrong", change_card(GOOD_CARD + "https://me:secret12345@host/x"), "a password or key"),
+    ("wrong", change_card(GOOD_CARD + "key: hf_" + "a1" * 17), "a password or key"),
     ("missing", lambda f: (f / "chat_template.jinja").unlink(), "no chat_template.jinja"),
     ("wrong", lambda f: (f / "onellm_code.py").unlink(), "there is no onellm_code.py"),
     ("missing", lambda f: (f / "modeling_onellm.py").write_text("x = 1"), "not the code of this"),
 ]
 
 
-@pytest.mark.parametrize(("level", "spoil", "says"), SPOILED)
+@pytest.mark.parametrize(("level", "change", "says"), CHANGES)
 def test_what_is_wrong_or_missing_is_named(
-    folder: Path, level: str, spoil: Callable[[Path], object], says: str
+    folder: Path, level: str, change: Callable[[Path], object], says: str
 ) -> None:
-    spoil(folder)
+    change(folder)
     findings = check_publication(folder, load=False)
     assert [f.level for f in findings if says in f.what] == [level], findings
 

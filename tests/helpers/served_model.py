@@ -128,7 +128,7 @@ def make_body(question: str, *parts: dict[str, Any], **options: Any) -> bytes:
 def read_values(media: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Modality to [1, *value_shape]."""
     found = read_given_files([to_files(name, files) for name, files in media.items()])
-    return {name: value[None] for name, value in zip(media, found, strict=True)}
+    return dict(zip(media, found, strict=True))
 
 
 def compute_answer(model: Any, question: str, media: dict[str, Any], tokens: int = 12) -> str:

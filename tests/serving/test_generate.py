@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from onellm_dist.modalities import all_modalities
 from onellm_dist.model.llm_call import LLMSupport
 from onellm_dist.model.presets import load_model
 from onellm_dist.serving import generate as g
+from onellm_dist.serving import questions
 from onellm_dist.serving.media import read_files
 from onellm_dist.testing.integration.ask import ask_questions
 
@@ -92,8 +94,73 @@ def test_an_empty_answer_is_no_silence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = g.Answer(text="", tokens=1, ended="eos", seconds=0.1)
-    monkeypatch.setattr(g, "answer_files", lambda *args, **keys: empty)
+    monkeypatch.setattr(questions, "answer_questions", lambda _, asked, **keys: [(asked[0], empty)])
     assert run(["model"], capsys) == (0, "\n", "(the answer is empty; it was ended by eos)\n")
+
+
+def test_an_answer_comes_in_pieces(loaded: tuple[Any, Any], media: dict[str, Path]) -> None:
+    model, processor = loaded
+    pieces: list[str] = []
+    for offset in g.OFFSETS:
+        pieces.clear()
+        answer = g.generate(
+            model,
+            processor.tokenizer,
+            g.build_prompt("What is it?", "auto"),
+            read_files([("imu", media["imu"])]),
+            decoding=g.DecodingOptions(max_new_tokens=20, decode_offset=offset),
+            on_text=pieces.append,
+        )
+        assert "".join(pieces) == answer.text
+        assert (len(pieces) > 3) == (offset == "correct")
+
+
+def test_several_prompts_and_lines_of_a_file(
+    model_dir: Path, media: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    short = ["--max-new-tokens", 6]
+    asked = [model_dir, "What?", "Who?", "--imu", media["imu"], *short]
+    code, text, _ = run(asked, capsys)
+    code_json, out, _ = run([*asked, "--json"], capsys)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == code_json == EXIT_DONE
+    assert [answer["prompt"] for answer in answers] == ["What?", "Who?"]
+    assert text == "".join(answer["answer"] + "\n" for answer in answers)
+    assert all(answer["tokens"] <= 6 and answer["ended"] for answer in answers)
+    lines = [
+        {"prompt": "Who?", "imu": str(media["imu"])},
+        {"prompt": "x", "image": "no.jpg"},
+        {"prompt": "What?", "imu": [str(media["imu"])]},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, lines)))
+    code, out, err = run([model_dir, "--jsonl", path, "--json", *short], capsys)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == EXIT_FAILED and "line 3: --image" in err and "no such file" in err
+    assert [f.get("answer") for f in found] == [answers[1]["answer"], None, answers[0]["answer"]]
+    assert "no such file" in found[1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "it is empty"),
+        ("{", "line 1: "),
+        ("[]", "it is not a JSON object"),
+        ('{"prompt": 7}', "its prompt is not a text"),
+        ('\n{"prompt": "x", "smell": "y"}', "line 2: it has 'smell'"),
+        ('{"image": [7]}', "its image is not a path"),
+    ],
+)
+def test_questions_that_cannot_be_read_are_refused(
+    text: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(text)
+    code, _, err = run(["model", "--jsonl", path], capsys)
+    assert code == EXIT_USAGE and says in err
+    code, _, err = run(["model", "What?", "--jsonl", path], capsys)
+    assert code == EXIT_USAGE and "--jsonl together with a prompt" in err
 
 
 def test_every_modality_has_a_file_here(media: dict[str, Path]) -> None:

@@ -19,8 +19,8 @@ import torch
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model.presets import load_toy_tokenizer
+from onellm_dist.serving.answer_text import AnswerText
 from onellm_dist.serving.generate import build_prompt, encode_prompt
-from onellm_dist.serving.server.answer_text import AnswerText
 from onellm_dist.serving.server.remote_llm import (
     EmbeddingsAlone,
     RemoteAddress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import socket
@@ -18,6 +19,12 @@ import openai
 import pytest
 import requests
 import served_model as served
+from PIL import Image
+
+from onellm_dist.model.presets import load_toy_tokenizer
+from onellm_dist.serving.generate import DecodingOptions, build_prompt, encode_prompt, generate
+from onellm_dist.serving.media import read_given_files
+from onellm_dist.serving.server.media import to_files
 
 MODEL = served.make_model()
 FILES = served.make_files()
@@ -53,6 +60,29 @@ def test_all_modalities_are_answered_as_by_generate(client: Any) -> None:
         assert found.usage.completion_tokens <= 12 and found.model == "toy"
         assert found.usage.prompt_tokens > 32 * len(media)
     assert len(set(answers.values())) > 3  # the media decide
+
+
+@pytest.mark.slow
+def test_a_large_picture_takes_as_many_spans_as_in_training() -> None:
+    model = served.make_model()
+    model.config.spans = {"image": 3}
+    buffer = io.BytesIO()
+    Image.effect_noise((448, 224), 80).convert("RGB").save(buffer, "PNG")
+    media = {"image": buffer.getvalue()}
+    with served.serve(model, max_new_tokens=12) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        found = ask(client, "What is it?", media)
+    plain = encode_prompt(load_toy_tokenizer(), build_prompt("What is it?", "conversation"))
+    assert found.usage.prompt_tokens == plain.shape[1] + 3 * 32
+    (values,) = read_given_files([to_files("image", media["image"])._replace(most=3)])
+    wanted = generate(
+        model,
+        load_toy_tokenizer(),
+        build_prompt("What is it?", "conversation"),
+        [("image", values)],
+        decoding=DecodingOptions(max_new_tokens=12),
+    )
+    assert found.choices[0].message.content == wanted.text
 
 
 def test_a_stream_gives_the_same_text_with_usage(client: Any) -> None:
@@ -185,13 +215,14 @@ def test_bad_requests_are_refused_in_words(
         ({"type": "audio", "data": served.encode(b"no sound")}, "medium 1 (audio)"),
         ({"type": "image", "data": ""}, "medium 1 (image)"),
         ({"type": "smell", "data": "x"}, "of type 'smell'"),
+        ({**served.make_part("imu", FILES["imu"]), "text": "What <imu>?"}, "says <imu>"),
     ],
 )
 def test_media_that_may_not_or_cannot_be_read_are_refused(
     address: str, part: dict[str, Any], says: str
 ) -> None:
     headers = {"Content-Type": "application/json"}
-    body = served.make_body("What?", part)
+    body = served.make_body(part.get("text", "What?"), part)
     answer = requests.post(f"{address}/v1/chat/completions", data=body, headers=headers)
     assert answer.status_code == 400 and says in answer.json()["error"]["message"]
 

@@ -26,7 +26,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.model import OneLLMProcessor
 from onellm_dist.model.batched_generation import Prompt
 from onellm_dist.model.presets import load_toy_tokenizer
-from onellm_dist.serving.server.answer_text import AnswerText
+from onellm_dist.serving.answer_text import AnswerText
 from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError
 from onellm_dist.serving.server.fetch import fetch

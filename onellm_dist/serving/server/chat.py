@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.placeholders import mark_placeholders
 from onellm_dist.modalities import SPAN_TOKENS, get_modality
 from onellm_dist.model.batched_generation import Prompt
 from onellm_dist.model.content_parts import Conversation, HeldMedium, read_conversation
@@ -64,19 +66,22 @@ class ChatService:
         try:
             # In a thread: other answers go on while a large request is read.
             request, ids, media = await asyncio.to_thread(self._read, body)
-            most = self._choose_length(request, len(ids), media)
+            self._choose_length(request, len(ids) + SPAN_TOKENS * len(media))
             given = [await self._read_item(medium) for medium in media]
             # As in training: spans in the order of the modalities.
             given.sort(key=lambda files: get_modality(files.modality).order)
-            values = await self.media.read(given)
+            given = self._share_spans(given)
+            spans = [
+                Medium(files.modality, value, f"{hash_files(files)} {number}")
+                for files, values in zip(given, await self.media.read(given), strict=True)
+                for number, value in enumerate(values)
+            ]
+            most = self._choose_length(request, len(ids) + SPAN_TOKENS * len(spans))
         except OneLLMError as error:
             raise RequestError.from_error(error) from None
         prompt = Prompt(
             ids=ids,
-            media=[
-                Medium(files.modality, value, hash_files(files))
-                for files, value in zip(given, values, strict=True)
-            ],
+            media=spans,
             max_new_tokens=most,
             temperature=_choose(request.temperature, self.settings.temperature),
             top_p=_choose(request.top_p, 1.0),
@@ -104,7 +109,18 @@ class ChatService:
         most = _MOST_CHARACTERS if context is None else context * _CHARACTERS_OF_TOKEN
         if sum(len(turn.text) for turn in conversation.turns) > most:
             raise RequestError(f"the messages have more than {most} characters")
+        self._refuse_placeholders(conversation)
         return request, self.text.encode(conversation.turns), conversation.media
+
+    def _refuse_placeholders(self, conversation: Conversation) -> None:
+        """Refuse texts that say where a medium stands, which would be read as words."""
+        names = {modality for modality, _ in conversation.media}
+        for turn in conversation.turns:
+            if mark_placeholders(turn.text, names) != turn.text:
+                raise RequestError(
+                    f"a message says <{'> or <'.join(sorted(names))}>: the spans of media stand "
+                    "before the text here; leave it out"
+                )
 
     def _check_media(self, conversation: Conversation) -> None:
         """Refuse media that the model does not read, or whose files would not be the client's."""
@@ -135,8 +151,17 @@ class ChatService:
         except TypeError as error:
             raise RequestError(f"{error}; send its file in base64") from None
 
-    def _choose_length(self, request: ChatRequest, tokens: int, media: list[HeldMedium]) -> int:
-        """The most new tokens.
+    def _share_spans(self, given: list[GivenFiles]) -> list[GivenFiles]:
+        """Let media take as many spans as in training; those of a modality share them."""
+        most = getattr(self.model.config, "spans", None) or {}
+        counts = Counter(files.modality for files in given)
+        return [
+            files._replace(most=max(1, most.get(files.modality, 1) // counts[files.modality]))
+            for files in given
+        ]
+
+    def _choose_length(self, request: ChatRequest, positions: int) -> int:
+        """The most new tokens behind a prompt of so many positions.
 
         Raises:
             RequestError: more are asked for than the server allows.
@@ -148,7 +173,6 @@ class ChatService:
             raise RequestError(
                 f"max_tokens is {asked}; this server allows {allowed}", param="max_tokens"
             )
-        positions = tokens + SPAN_TOKENS * len(media)
         context = get_context(self.model.config.text_config, self.model.llm_support)
         if asked is None and context is not None:
             asked = max(1, min(allowed, context - positions))

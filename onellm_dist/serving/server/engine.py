@@ -13,7 +13,7 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.model.batched_generation import generate_batch
 from onellm_dist.model.media_cache import MediaCache
-from onellm_dist.serving.server.answer_text import AnswerText
+from onellm_dist.serving.answer_text import AnswerText
 from onellm_dist.serving.server.errors import RequestError, make_internal_error, make_late_error
 from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece, TokenRecord
 from onellm_dist.serving.server.metrics import ServerMetrics

@@ -55,7 +55,7 @@ class MediaReader:
             media: their files.
 
         Returns:
-            [*value_shape] of each.
+            [spans, *value_shape] of each.
 
         Raises:
             SampleError: one of them cannot be decoded within its limits.
@@ -139,7 +139,7 @@ def to_files(modality: str, item: Any) -> GivenFiles:
 
 def hash_files(given: GivenFiles) -> str:
     """SHA-256 of the files of a medium: what its encoded tokens are kept by."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{given.most} ".encode())
     for role, data in sorted(given.files.items()):
         digest.update(f"{role} {len(data)} ".encode())
         digest.update(data)
