@@ -18,7 +18,7 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.convert.conversion import convert
 from onellm_dist.model import OneLLMForConditionalGeneration, OneLLMProcessor
 from onellm_dist.model.presets import load_model, load_toy_tokenizer
-from onellm_dist.serving.generate import answer_files
+from onellm_dist.serving.ask_files import open_for_generation
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_a_flipped_bit_is_found_whoever_loads_the_model(folder: Path, name: str)
         OneLLMForConditionalGeneration.from_pretrained,
         AutoModel.from_pretrained,
         lambda path: load_model(path=path, preset=None, seed=0),
-        lambda path: answer_files(path, "what is it", []),
+        open_for_generation,
     ]
     for number in range(20):
         (folder / name).write_bytes(whole)
