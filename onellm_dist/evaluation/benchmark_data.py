@@ -7,6 +7,7 @@ import io
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.data.text_parts import read_meta
 from onellm_dist.evaluation.questions import BenchmarkQuestion
 from onellm_dist.evaluation.tasks.base import Task
-from onellm_dist.modalities import get_modality
+from onellm_dist.modalities import Modality, Part, get_modality
+from onellm_dist.modalities.base import translate_errors
 from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.parts import read_parts
@@ -42,8 +44,8 @@ class ReadMedium:
     """A sample that was decoded."""
 
     key: str
-    values: Mapping[str, torch.Tensor]
-    """Modality -> model input."""
+    values: Mapping[str, Sequence[torch.Tensor]]
+    """Modality -> [*value_shape] model input of each of its spans."""
     content: Mapping[str, str]
     """Modality -> what identifies its content."""
     picture: bytes | None = None
@@ -126,7 +128,10 @@ def _check_new(dataset: Dataset, seen: set[str], medium: AskedMedium) -> None:
 
 
 def read_media(
-    dataset: Dataset, media: Sequence[AskedMedium], drawn: frozenset[str]
+    dataset: Dataset,
+    media: Sequence[AskedMedium],
+    drawn: frozenset[str],
+    spans: Mapping[str, int],
 ) -> Generator[ReadMedium]:
     """Decode samples in order, in a worker process, while others are being answered.
 
@@ -134,20 +139,27 @@ def read_media(
         dataset: the dataset.
         media: some of its samples.
         drawn: keys of those that are drawn for people, too.
+        spans: modality -> the most spans of a medium, as the model was trained; default: one.
 
     Raises:
         SampleError: one cannot be read; the message names it.
     """
 
     def read(dataset: Dataset, shard: ShardInfo, row: int) -> ReadMedium:
-        return _read_medium(dataset, shard, row, drawn)
+        return _read_medium(dataset, shard, row, drawn, spans)
 
     rows = [(medium.shard, medium.row) for medium in media]
     with closing(map_rows(dataset, rows, read, _refuse)) as found:
         yield from found
 
 
-def _read_medium(dataset: Dataset, shard: ShardInfo, row: int, drawn: frozenset[str]) -> ReadMedium:
+def _read_medium(
+    dataset: Dataset,
+    shard: ShardInfo,
+    row: int,
+    drawn: frozenset[str],
+    spans: Mapping[str, int],
+) -> ReadMedium:
     key, parts = dataset.index(shard).key(row), read_parts(dataset, shard, row)
     meta = read_meta(parts)
     values, content, pictures = {}, {}, []
@@ -155,8 +167,8 @@ def _read_medium(dataset: Dataset, shard: ShardInfo, row: int, drawn: frozenset[
         matched = {role: parts[extension] for role, extension in modality.match(parts).items()}
         try:
             with decoding():
-                rng = np.random.default_rng(0)
-                values[modality.name] = modality.read_value(matched, meta, train=False, rng=rng)
+                most = spans.get(modality.name, 1)
+                values[modality.name] = _read_spans(modality, matched, meta, most)
                 if key in drawn:
                     picture = modality.preview(modality.read_raw(matched, meta))
                     pictures.append(make_thumbnail(picture, EXAMPLE_SIDE))
@@ -169,6 +181,15 @@ def _read_medium(dataset: Dataset, shard: ShardInfo, row: int, drawn: frozenset[
             digest.update(matched[role].data)
         content[modality.name] = digest.hexdigest()
     return ReadMedium(key, values, content, _encode_png(pictures) if pictures else None)
+
+
+def _read_spans(
+    modality: Modality, media: Mapping[str, Part], meta: Mapping[str, Any], most: int
+) -> list[torch.Tensor]:
+    with translate_errors(modality.name):
+        count = modality.count_spans(modality.measure(media), most) if most > 1 else 1
+        rng = np.random.default_rng(0)
+        return modality.read_spans(media, meta, spans=count, train=False, rng=rng)
 
 
 def _encode_png(pictures: list[Image.Image]) -> bytes:

@@ -212,16 +212,18 @@ def _evaluate_task(
     answered = read_answers(folder).keys()
     mine = _choose_media(task, dataset, media, options, answered)
     drawn = frozenset(medium.key for medium in media[:EXAMPLE_COUNT])
+    spans: dict[str, int] = dict(getattr(model.config, "spans", None) or {})
     if not (count := sum(len(medium.questions) for medium in mine)):
         return
 
     def ask(question: BenchmarkQuestion, read: ReadMedium) -> _Asked:
         text, ids = form.encode(build(question))
-        spans = [
-            Medium(name, value, read.content[name] if options.reuse_media else None)
-            for name, value in read.values.items()
+        own = [
+            Medium(name, row, f"{read.content[name]} {i}" if options.reuse_media else None)
+            for name, rows in read.values.items()
+            for i, row in enumerate(rows)
         ]
-        return _Asked(question, text, _make_prompt(task, question, ids, spans, options))
+        return _Asked(question, text, _make_prompt(task, question, ids, own, options))
 
     with (
         AnswerWriter(folder) as writer,
@@ -236,7 +238,7 @@ def _evaluate_task(
                 bar.advance(len(written))
             window.clear()
 
-        with closing(read_media(dataset, mine, drawn)) as found:
+        with closing(read_media(dataset, mine, drawn, spans)) as found:
             for medium, read in zip(mine, found, strict=True):
                 if read.picture is not None:
                     _keep_example(folder, medium.questions[0].medium, read.picture)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from benchmark_trees import TREES, write_benchmark
+from source_checks import make_photo
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.evaluation.answer_folder import AnswerWriter, WrittenAnswer, write_task
@@ -19,6 +20,7 @@ from onellm_dist.evaluation.score import TaskScore, score_folder, score_task, wr
 from onellm_dist.evaluation.scorers import coco_captions
 from onellm_dist.evaluation.tasks import all_tasks, get_task
 from onellm_dist.modalities import get_modality
+from onellm_dist.model.batched_generation import generate_batch
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.registry import get_source
 from onellm_dist.shards.format.dataset import open_dataset
@@ -145,17 +147,17 @@ def test_media_are_those_of_the_question(name: str, benchmark_data: DataOf) -> N
     data = benchmark_data(name)
     dataset, task = open_dataset(data / f"{name}-eval"), get_task(name)
     media = list_media(dataset, task, task.split, None)
-    found = list(read_media(dataset, media, frozenset([media[0].key])))
+    found = list(read_media(dataset, media, frozenset([media[0].key]), {}))
     assert [read.key for read in found] == [medium.key for medium in media]
     for read in found:
-        assert {m: tuple(v.shape) for m, v in read.values.items()} == {
-            m: get_modality(m).value_shape for m in task.modalities
+        assert {m: [tuple(v.shape) for v in rows] for m, rows in read.values.items()} == {
+            m: [get_modality(m).value_shape] for m in task.modalities
         }
     assert len({read.content[task.modalities[0]] for read in found}) == len(found)
     assert found[0].picture and found[1].picture is None
     if name == "music-avqa":  # the sound comes out of the video
         assert media[0].questions[0].text == "Is the ukulele in the left?"
-        assert float(found[0].values["audio"].std()) > 0.1
+        assert float(found[0].values["audio"][0].std()) > 0.1
 
 
 def test_a_depth_map_is_turned_back(benchmark_data: DataOf) -> None:
@@ -256,3 +258,33 @@ def test_files_that_change_during_a_build_are_found(tmp_path: Path) -> None:
     rows.write_text(json.dumps({"data": content["data"][1:]}))
     with pytest.raises(OneLLMError, match="files changed while it was being built"):
         list(source.raw_samples(inputs, split.description, **options))
+
+
+def test_a_medium_takes_the_spans_that_the_model_was_trained_with(
+    benchmark_data: DataOf,
+    toy_model: tuple[Any, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A picture of 64 x 48 is no longer than a span, a wide one is cut into tiles."""
+    inputs = write_benchmark(tmp_path / "in", "mmvet")
+    (inputs / "images" / "v1_1.jpg").write_bytes(make_photo((900, 300), seed=1))
+    data = tmp_path / "data"
+    build_dataset("mmvet-eval", inputs, data / "mmvet-eval", options={"any_count": True})
+    dataset, task = open_dataset(data / "mmvet-eval"), get_task("mmvet")
+    media = list_media(dataset, task, task.split, None)
+    found = list(read_media(dataset, media, frozenset(), {"image": 5}))
+    counts = [len(read.values["image"]) for read in found]
+    assert counts[0] == 1 and counts[1] > 1
+    model, tokenizer = toy_model
+    lengths: list[int] = []
+
+    def spy(model: Any, prompts: Any, **options: Any) -> Any:
+        lengths.extend(len(prompt.media) for prompt in prompts)
+        return generate_batch(model, prompts, **options)
+
+    monkeypatch.setattr("onellm_dist.evaluation.evaluate.generate_batch", spy)
+    monkeypatch.setattr(model.config, "spans", {"image": 5}, raising=False)
+    options = EvaluationOptions(limit=2)
+    evaluate_model(model, tokenizer, ["mmvet"], data, tmp_path / "out", options, identity="toy")
+    assert sorted(lengths) == sorted(counts[:2])
