@@ -200,15 +200,9 @@ def _evaluate_task(
     media = list_media(dataset, task, split, options.limit, any_count=options.any_count)
     questions = [question for medium in media for question in medium.questions]
     folder = out / task.name
-    depends: dict[str, Any] = {
-        "task": task.name,
-        "split": split,
-        "prompt": prompt_name,
-        "model": identity,
-    }
-    depends |= {"format": options.format, "as_reference": options.as_reference}
-    depends |= {"dataset": dataset.fingerprint()}
-    write_task(folder, {**depends, "limit": options.limit, "questions": len(questions)}, questions)
+    depends = {"split": split, "prompt": prompt_name, "model": identity}
+    depends["dataset"] = dataset.fingerprint()
+    write_task(folder, _describe(task, options, questions, depends), questions)
     answered = read_answers(folder).keys()
     mine = _choose_media(task, dataset, media, options, answered)
     drawn = frozenset(medium.key for medium in media[:EXAMPLE_COUNT])
@@ -246,6 +240,23 @@ def _evaluate_task(
                 if len(window) >= WINDOW * options.batch:
                     answer()
         answer()
+
+
+def _describe(
+    task: Task,
+    options: EvaluationOptions,
+    questions: Sequence[BenchmarkQuestion],
+    depends: dict[str, Any],
+) -> dict[str, Any]:
+    """What is asked, for `task.json`."""
+    return {
+        **depends,
+        "task": task.name,
+        "format": options.format,
+        "as_reference": options.as_reference,
+        "limit": options.limit,
+        "questions": len(questions),
+    }
 
 
 def _answer(
