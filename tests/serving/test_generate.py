@@ -18,6 +18,7 @@ from onellm_dist.cli import main as cli
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, SampleError, UsageError
 from onellm_dist.data.text import STOP
 from onellm_dist.modalities import all_modalities
+from onellm_dist.model import OneLLMForConditionalGeneration
 from onellm_dist.model.llm_call import LLMSupport
 from onellm_dist.model.presets import load_model
 from onellm_dist.serving import generate as g
@@ -190,6 +191,31 @@ def test_a_file_of_each_modality_changes_what_the_model_reads(
         other = model(ids, **{f"{name}_values": torch.zeros_like(values[name])}).logits[0, -1]
         none = model(ids).logits[0, -1]
     assert not torch.allclose(given, none) and not torch.allclose(given, other)
+
+
+def test_the_command_takes_files_of_one_modality_where_the_prompt_says(
+    model_dir: Path,
+    media: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, Any] = {}
+    real = OneLLMForConditionalGeneration.generate
+
+    def record(self: Any, *given: Any, **options: Any) -> torch.Tensor:
+        seen.update(options)
+        return real(self, *given, **options)
+
+    monkeypatch.setattr(OneLLMForConditionalGeneration, "generate", record)
+    files = ["--image", media["image"], "--image", media["image"], "--audio", media["audio"]]
+    question = "hear <audio>: <image> or <image>?"
+    code, _, said = run([model_dir, question, *files, "--max-new-tokens", 3], capsys)
+    assert code == EXIT_DONE, said
+    ((first, *others),) = seen["media_spans"]
+    assert [name for name, _ in (first, *others)] == ["audio", "image", "image"]
+    places = [place for _, place in (first, *others)]
+    assert 1 < places[0] < places[1] < places[2]
+    assert len(seen["image_values"]) == 2 and len(seen["audio_values"]) == 1
 
 
 def test_the_command_takes_several_files_in_any_order(
