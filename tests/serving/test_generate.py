@@ -200,9 +200,9 @@ def test_the_command_takes_files_of_one_modality_where_the_prompt_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: dict[str, Any] = {}
-    real = OneLLMForConditionalGeneration.generate
+    real: Any = OneLLMForConditionalGeneration.generate
 
-    def record(self: Any, *given: Any, **options: Any) -> torch.Tensor:
+    def record(self: Any, *given: Any, **options: Any) -> Any:
         seen.update(options)
         return real(self, *given, **options)
 
