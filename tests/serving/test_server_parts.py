@@ -22,7 +22,7 @@ import served_model as served
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onellm_dist.common.errors import UsageError
+from onellm_dist.common.errors import MachineError, UsageError
 from onellm_dist.model import OneLLMProcessor
 from onellm_dist.model.batched_generation import Prompt
 from onellm_dist.model.presets import load_toy_tokenizer
@@ -107,6 +107,12 @@ def test_a_request_that_fails_its_batch_fails_alone() -> None:
     assert gone_events == [] and late_events[0].status == 504
     assert isinstance(good_events[-1], Ending) and good_events[-1].tokens == 3
     assert all(isinstance(event, Piece) for event in good_events[:-1])
+
+
+def test_faults_of_the_machine_are_not_the_clients() -> None:
+    fault = RequestError.from_error(MachineError("no memory", "it is full", "try again"))
+    assert fault.status == 503 and fault.headers["Retry-After"]
+    assert RequestError.from_error(UsageError("a", "b", "c")).status == 400
 
 
 def test_the_pace_of_clients() -> None:

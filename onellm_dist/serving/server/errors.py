@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.errors import MachineError, OneLLMError
 
 
 class RequestError(Exception):
@@ -43,7 +43,10 @@ class RequestError(Exception):
     @classmethod
     def from_error(cls, error: OneLLMError) -> RequestError:
         """Say an error of this package in one line, without paths of this machine."""
-        return cls(" ".join(line for line in (error.what, error.why, error.do) if line))
+        message = " ".join(line for line in (error.what, error.why, error.do) if line)
+        if isinstance(error, MachineError):
+            return cls(message, status=503, kind="server_error", headers={"Retry-After": "1"})
+        return cls(message)
 
     @property
     def content(self) -> dict[str, Any]:
