@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
@@ -249,7 +251,7 @@ def test_a_library_that_does_not_fit_is_no_fault_of_the_sample(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """PyAV 14.0 had no `rotation`: every film was called bad."""
-    monkeypatch.setattr("onellm_dist.modalities.io.frames._to_upright_rgb", lambda f: f.not_there)
+    monkeypatch.setattr("onellm_dist.modalities.io.frames.make_upright_rgb", lambda f: f.not_there)
     (tmp_path / "x.mp4").write_bytes(video(frames=5, size=SIZE))
     options = {name: option.default for name, option in OPTIONS.items()}
     settings = BuildSettings(**{**options, "name": "n", "licence": ""})
@@ -282,3 +284,21 @@ def test_what_an_edit_list_leaves_out_is_not_missing(tmp_path: Path, start: int)
     assert "8% of the film is missing" in damage[0]
     with pytest.raises(SampleError, match="missing"):
         decode(edit_list(whole, 0.9, 0)[: int(len(whole) * 0.5)])
+
+
+def test_a_forked_process_decodes_after_its_parent_converted_frames() -> None:
+    """PyAV's own converter of colours has threads, and a fork has none of them."""
+    data = video()
+    with av.open(io.BytesIO(data)) as container:  # a program that uses PyAV beside us
+        next(container.decode(video=0)).to_ndarray(format="rgb24")
+    here = brightness(decode(data))
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: os._exit(0 if brightness(decode(data)) == here else 1)
+    )
+    process.start()
+    process.join(30)
+    alive = process.is_alive()
+    process.kill()
+    process.join()
+    assert not alive
+    assert process.exitcode == 0

@@ -5,16 +5,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type
 
 from onellm_dist.common.media_size import MediaSize
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.containers import find_films, open_media
 from onellm_dist.modalities.io.damage import note_damage
+from onellm_dist.modalities.io.frame_pixels import make_upright_rgb
 from onellm_dist.modalities.limits import LIMITS, check_duration, check_rate, check_size
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def _decode_by_seeking(
             container.seek(key, stream=film, backward=True)
             for frame in _decode_needed(container, film, times):
                 if frame.pts in times and not frame.is_corrupt:
-                    found[frame.pts] = _to_upright_rgb(frame)
+                    found[frame.pts] = make_upright_rgb(frame)
                     if times <= found.keys():
                         break
         except av.error.FFmpegError:  # what is missing is looked for in order
@@ -295,15 +295,15 @@ def _decode_in_order(
             continue
         while waiting and waiting[0] < time:
             replaced.add(waiting[0])
-            found[waiting.pop(0)] = _to_upright_rgb(last or frame)
+            found[waiting.pop(0)] = make_upright_rgb(last or frame)
         if waiting and waiting[0] == time:
-            found[waiting.pop(0)] = _to_upright_rgb(frame)
+            found[waiting.pop(0)] = make_upright_rgb(frame)
         if not waiting:
             break
         last = frame
     if last is not None:
         replaced.update(waiting)
-        found |= dict.fromkeys(waiting, _to_upright_rgb(last)) if waiting else {}
+        found |= dict.fromkeys(waiting, make_upright_rgb(last)) if waiting else {}
     return found, replaced
 
 
@@ -321,19 +321,3 @@ def _iterate_frames(
         for frame in frames:
             yield (number if table.counted else frame.pts), frame
             number += 1
-
-
-def _to_upright_rgb(frame: VideoFrame) -> np.ndarray:
-    """[H, W, 3] RGB, turned and mirrored by the container's display matrix, as players do."""
-    pixels = frame.to_ndarray(format="rgb24")
-    stored: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
-    if stored is None:
-        return np.ascontiguousarray(pixels)
-    matrix = np.frombuffer(bytes(stored), np.int32)
-    # shown x = a x + c y, shown y = b x + d y, with x to the right and y down
-    a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
-    if abs(b) > abs(a):
-        pixels, right, down = pixels.transpose(1, 0, 2), c, b
-    else:
-        right, down = a, d
-    return np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1])
