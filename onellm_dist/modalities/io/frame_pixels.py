@@ -21,8 +21,8 @@ _own = threading.local()
 def _get_reformatter() -> VideoReformatter:
     """This thread's converter of colours.
 
-    PyAV's own (17.0 to 19.0) has threads, which a forked worker waits for although it has none of
-    them. This one has none, and is not a parent's.
+    PyAV's default converter (17.0 to 19.0) has a thread pool, which a forked worker does not
+    inherit and would wait for. This one runs in the calling thread, and belongs to this process.
     """
     if getattr(_own, "pid", None) != os.getpid():
         _own.pid, _own.reformatter = os.getpid(), VideoReformatter()
