@@ -25,7 +25,8 @@ def _get_reformatter() -> VideoReformatter:
     inherit and would wait for. This one runs in the calling thread, and belongs to this process.
     """
     if getattr(_own, "pid", None) != os.getpid():
-        _own.pid, _own.reformatter = os.getpid(), VideoReformatter()
+        _own.pid = os.getpid()
+        _own.reformatter = VideoReformatter()
     reformatter: VideoReformatter = _own.reformatter
     return reformatter
 
