@@ -289,8 +289,7 @@ def test_what_an_edit_list_leaves_out_is_not_missing(tmp_path: Path, start: int)
 def test_a_forked_process_decodes_after_its_parent_converted_frames() -> None:
     """PyAV's own converter of colours has threads, and a fork has none of them."""
     data = video()
-    with av.open(io.BytesIO(data)) as container:  # a program that uses PyAV beside us
-        next(container.decode(video=0)).to_ndarray(format="rgb24")
+    every_frame(data)  # as a program that uses PyAV beside us
     here = brightness(decode(data))
     process = multiprocessing.get_context("fork").Process(
         target=lambda: os._exit(0 if brightness(decode(data)) == here else 1)
