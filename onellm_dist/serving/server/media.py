@@ -24,6 +24,7 @@ from onellm_dist.common.errors import MachineError, OneLLMError
 from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.modalities import all_modalities
 from onellm_dist.serving.media import GivenFiles, read_given_files
+from onellm_dist.serving.server.decoded import DecodedMedia
 
 
 class MediaReader:
@@ -38,6 +39,9 @@ class MediaReader:
         self._workers = workers
         self._limits = limits
         self._pool = self._open()
+        self._kept = DecodedMedia()
+        self.decoded = 0
+        """Media that were decoded; the others were kept from earlier requests."""
 
     def warm_up(self) -> None:
         """Start the processes, and let them import what decodes.
@@ -49,7 +53,7 @@ class MediaReader:
             future.result()
 
     async def read(self, media: Sequence[GivenFiles]) -> list[torch.Tensor]:
-        """Decode the media of a request.
+        """Decode the media of a request; those of the last requests are kept.
 
         Args:
             media: their files.
@@ -61,18 +65,28 @@ class MediaReader:
             SampleError: one of them cannot be decoded within its limits.
             MachineError: the processes end without a word.
         """
+        keys = await asyncio.to_thread(_make_keys, media)
+        values = {key: value for key in keys if (value := self._kept.get(key)) is not None}
+        missing = {key: one for key, one in zip(keys, media, strict=True) if key not in values}
+        for key, value in zip(missing, await self._decode(list(missing.values())), strict=True):
+            values[key] = value
+            self._kept.put(key, value)
+        return [values[key] for key in keys]
+
+    async def _decode(self, media: list[GivenFiles]) -> list[torch.Tensor]:
         if not media:
             return []
         for _ in range(2):
             pool = self._pool
             try:
-                found = await asyncio.wrap_future(pool.submit(_read, list(media), self._limits))
+                found = await asyncio.wrap_future(pool.submit(_read, media, self._limits))
             except BrokenProcessPool:
                 if self._pool is pool:  # another request may have replaced it already
                     self._pool = self._open()
                 continue
             if isinstance(found, OneLLMError):
                 raise found
+            self.decoded += len(media)
             return [torch.from_numpy(array) for array in found]
         raise MachineError(
             "the processes that decode media were ended",
@@ -135,6 +149,10 @@ def to_files(modality: str, item: Any) -> GivenFiles:
     if isinstance(item, Mapping) and all(isinstance(data, bytes) for data in item.values()):
         return GivenFiles(modality, dict(item))
     raise TypeError(f"a medium of {modality} is a {type(item).__name__}")
+
+
+def _make_keys(media: Sequence[GivenFiles]) -> list[str]:
+    return [f"{given.modality} {given.most} {hash_files(given)}" for given in media]
 
 
 def hash_files(given: GivenFiles) -> str:
