@@ -339,10 +339,11 @@ def _keep_example(folder: Path, medium: str, picture: bytes) -> None:
 def identify_model(folder: Path) -> str:
     """What distinguishes a saved model from another one, without reading all of it.
 
-    It covers the config and, of each file of weights, size, first and last MiB.
+    It covers the config, the tokenizer's files, its chat template and, of each file of weights,
+    size, first and last MiB.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]):
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

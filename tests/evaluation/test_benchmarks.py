@@ -24,6 +24,7 @@ from onellm_dist.model.batched_generation import generate_batch
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.registry import get_source
 from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards.sources.base import RawSample
 
 pytest_plugins = ("benchmark_fixtures",)
 DataOf = Callable[[str], Path]
@@ -50,7 +51,12 @@ def plain_tokens(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
         return {key: [t.lower().strip(".") for t in some] for key, some in texts.items()}
 
     monkeypatch.setattr(coco_captions, "tokenize", tokenize)
-    monkeypatch.setattr(coco_captions, "_score_meteor", coco_captions._score_rouge)
+
+    def run_meteor(*tokens: Any) -> tuple[float, Sequence[float]]:
+        scores = coco_captions._score_rouge(*tokens)
+        return sum(scores) / len(scores), scores
+
+    monkeypatch.setattr(coco_captions, "_run_meteor", run_meteor)
     coco_captions._tokenize_all.cache_clear()
 
 
@@ -173,6 +179,43 @@ def test_a_depth_map_is_turned_back(benchmark_data: DataOf) -> None:
     depth = np.asarray(Image.open(io.BytesIO(parts["depth.png"].data)))
     assert depth[0, 0] == 1000 and depth[-1, 0] == 1000 + 47 * 40
     assert b'"depth_is_distance": true' in parts["json"].data
+
+
+def list_samples(name: str, inputs: Path, split: str) -> list[RawSample]:
+    """What the builder would store, without a build."""
+    source = get_source(f"{name}-eval")
+    assert source.plan is not None and source.raw_samples is not None
+    options: dict[str, Any] = {"media": None, "splits": split, "any_count": True}
+    (part,) = source.plan(inputs, seed=0, **options).input_splits
+    return list(source.raw_samples(inputs, part.description, **options))
+
+
+@pytest.mark.parametrize("inputs", ["in", "../in"])
+def test_rooms_are_found_below_a_relative_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: str
+) -> None:
+    place = (tmp_path / "work" / inputs).resolve()
+    write_benchmark(place, "nyuv2-depth")
+    (tmp_path / "work").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "work")
+    samples = list_samples("nyuv2-depth", Path(inputs), "test")
+    assert [sample.problem for sample in samples] == [None] * 3
+    for sample in samples:
+        assert list(sample.parts) == ["jpg", "depth.png"]
+        assert sample.parts["jpg"].read_bytes()
+
+
+def test_a_whole_video_does_not_stand_for_two_of_its_clips(tmp_path: Path) -> None:
+    rows = [
+        {"videoID": f"{video}_00000{i}_000009", "enCap": ["a dog"]}
+        for video, i in (("abcdefghijk", 1), ("abcdefghijk", 2), ("lmnopqrstuv", 3))
+    ]
+    (tmp_path / "vatex_public_test_english_v1.1.json").write_text(json.dumps(rows))
+    for video in ("abcdefghijk", "lmnopqrstuv"):
+        (tmp_path / f"{video}.mp4").write_bytes(b"film")
+    problems = [sample.problem for sample in list_samples("vatex", tmp_path, "test")]
+    assert problems[2] is None
+    assert ["missing file" in str(problem) for problem in problems[:2]] == [True, True]
 
 
 def test_another_number_of_questions_is_refused(tmp_path: Path) -> None:

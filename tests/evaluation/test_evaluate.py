@@ -230,4 +230,6 @@ def test_a_models_identity_changes_with_its_weights(tmp_path: Path) -> None:
     before = evaluate.identify_model(tmp_path)
     assert evaluate.identify_model(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
-    assert evaluate.identify_model(tmp_path) != before
+    changed = evaluate.identify_model(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert len({before, changed, evaluate.identify_model(tmp_path)}) == 3

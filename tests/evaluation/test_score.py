@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from onellm_dist.evaluation.answer_folder import (
     write_task,
 )
 from onellm_dist.evaluation.compare import compare_scores
-from onellm_dist.evaluation.questions import BenchmarkQuestion
+from onellm_dist.evaluation.questions import BenchmarkQuestion, GivenAnswer
 from onellm_dist.evaluation.score import (
     build_results,
     read_ids,
@@ -30,7 +31,7 @@ from onellm_dist.evaluation.score import (
 from onellm_dist.evaluation.score_page import format_differences, format_scores, write_score_page
 from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.evaluation.tasks.answer_files import make_list_check
-from onellm_dist.evaluation.tasks.mmbench_table import check_table
+from onellm_dist.evaluation.tasks.mmbench_table import check_table, write_table
 from onellm_dist.evaluation.tasks.mme_files import check_lists
 
 COUNT = 60
@@ -177,6 +178,24 @@ def test_rules_of_servers_find_what_breaks_them() -> None:
     assert "are about" in check_lists("a.txt", b"1.jpg\tq\tYes\tyes\n2.jpg\tr\tNo\tno\n")[0]
     assert "3 fields" in check_lists("a.txt", b"1.jpg\tq\tYes\n")[0]
     assert "columns" in check_table("a.csv", b"index,prediction\n1,A\n")[0]
+
+
+def test_texts_of_mmbenchs_table_are_no_formulas() -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    texts = ["=1+1", "#N/A", "A", "7", ""]
+    answers = [
+        GivenAnswer(BenchmarkQuestion(str(i), "=?", ("=a", "b"), extra={"index": i}), text)
+        for i, text in enumerate(texts)
+    ]
+    ((name, content),) = write_table(answers).items()
+    assert name == "mmbench.xlsx" and check_table(name, content) == []
+    sheet = openpyxl.load_workbook(io.BytesIO(content), data_only=True).active
+    rows = [[value or "" for value in row[1:]] for row in sheet.iter_rows(2, values_only=True)]
+    assert rows == [["=?", "=a", "b", "", "", text] for text in texts]
+    sheet["G2"] = "=1+1"
+    changed = io.BytesIO()
+    sheet.parent.save(changed)
+    assert check_table(name, changed.getvalue()) == ["G2 is a formula: =1+1"]
 
 
 def test_a_file_that_breaks_the_rules_is_not_written(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,11 @@ def test_scienceqa_is_read_as_llavas_program_does() -> None:
         ("B. two dogs", "B", "letter and text"),
         ("The answer is C", "C", "the answer is"),
         ("Two dogs.", "B", "text of an option"),
+        ("(b) two dogs", "B", "letter and text"),
+        ("the ANSWER is (C).", "C", "the answer is"),
+        ("The answer is a dog.", "", "not read"),
+        ("a, dog", "", "not read"),
+        ("a . dog", "", "not read"),
         ("D", "", "not read"),
         ("A or B", "", "not read"),
         ("The answer is A, no, the answer is B", "", "not read"),
@@ -153,6 +160,24 @@ def captions() -> list[Measure]:
 def test_captions_are_scored_as_by_pycocoevalcap(captions: list[Measure]) -> None:
     for name, expected in load("captions")["scores"].items():
         assert value(captions, name) == pytest.approx(expected, rel=1e-6), name
+
+
+def test_meteor_is_that_of_the_whole_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program's first number, from summed counts; the mean of the captions is another one."""
+
+    class Meteor:
+        def compute_score(self, *tokens: Any) -> tuple[float, list[float]]:
+            return 0.25, [0.1, 0.2, 0.6]
+
+    module = SimpleNamespace(Meteor=Meteor)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor.meteor", module)
+    monkeypatch.setattr(coco_captions, "tokenize", dict)
+    coco_captions._tokenize_all.cache_clear()
+    rows = [give(f"dog {i}", "a dog", key=str(i)) for i in range(3)]
+    (found,) = coco_captions.make_caption_measure(["METEOR"])(rows)
+    interval = found.compute_interval()
+    assert found.value == pytest.approx(25) and interval.low < 25 < interval.high
+    assert found.rows[:, 0].tolist() == [0.1, 0.2, 0.6]
 
 
 def test_intervals_of_captions_are_those_of_draws(captions: list[Measure]) -> None:

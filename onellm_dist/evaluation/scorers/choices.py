@@ -19,8 +19,9 @@ from onellm_dist.evaluation.scorers.measure import Measure
 LETTERS = "ABCDEFGHIJ"
 HowRead = Literal["letter", "letter and text", "the answer is", "text of an option", "not read"]
 """How the option was read from an answer."""
-_SENTENCE = re.compile(r"\b(?:answer|option|choice) is:? *\(?([A-J])\b", re.IGNORECASE)
-_LEADING = re.compile(r"\(?([A-Ja-j])\s*[.):,]")
+# A small letter may be the article: "The answer is a dog.", "a, dog".
+_SENTENCE = re.compile(r"\b(?i:answer|option|choice) (?i:is):? *\(?([A-J])\b")
+_LEADING = re.compile(r"\(?([A-J])\s*[.):,]|\(?([a-j])\s*\)")
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ def read_choice(answer: str, options: Sequence[str]) -> ReadChoice:
     if len(bare) == 1 and bare in known:
         return ReadChoice(bare, "letter")
     leading = _LEADING.match(text)
-    if leading and leading[1].upper() in known:
-        return ReadChoice(leading[1].upper(), "letter and text")
-    named = {letter.upper() for letter in _SENTENCE.findall(text)}
+    if leading and (letter := (leading[1] or leading[2]).upper()) in known:
+        return ReadChoice(letter, "letter and text")
+    named = set(_SENTENCE.findall(text))
     if len(named) == 1 and (letter := named.pop()) in known:
         return ReadChoice(letter, "the answer is")
     said = normalize_text(text)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from onellm_dist.evaluation.questions import GivenAnswer
 from onellm_dist.evaluation.scorers.labels import collect_labels
-from onellm_dist.evaluation.scorers.measure import Measure
+from onellm_dist.evaluation.scorers.measure import Measure, compute_mean
 
 ORDERS = 4
 """Longest n-grams of BLEU."""
@@ -128,10 +129,11 @@ def _find(name: str) -> Callable[..., Measure] | None:
         return lambda *given: _measure_bleu(name, int(name[-1]), *given)
     if name in ("SPICE", "SPIDEr") and not _has_spice():
         return None
+    if name == "METEOR":
+        return lambda *given: _measure_meteor(name, *given)
     scorer = {
         "ROUGE-L": _score_rouge,
         "CIDEr": _score_cider,
-        "METEOR": _score_meteor,
         "SPICE": _score_spice,
         "SPIDEr": _score_spider,
     }[name]
@@ -164,11 +166,26 @@ def _score_cider(references: Tokens, predictions: Tokens) -> Sequence[float]:
     return list(scores)
 
 
-def _score_meteor(references: Tokens, predictions: Tokens) -> Sequence[float]:
+def _measure_meteor(
+    name: str, answers: Sequence[GivenAnswer], references: Tokens, predictions: Tokens
+) -> Measure:
+    """METEOR of the whole set, which its program computes from counts that it sums over captions.
+
+    The counts stay in that program, so draws and parts are means of the captions' own scores, in
+    the ratio of the set's score to their mean.
+    """
+    whole, scores = _run_meteor(references, predictions)
+    mean = _measure_mean(name, lambda *_: scores, answers, references, predictions)
+    ratio = 100 * whole / mean.value if mean.value else 1.0
+    return replace(mean, combine=lambda sums: ratio * compute_mean(sums))
+
+
+def _run_meteor(references: Tokens, predictions: Tokens) -> tuple[float, Sequence[float]]:
+    """METEOR of the whole set, and of each caption."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    scores: Any = Meteor().compute_score(references, predictions)[1]
-    return list(scores)
+    found: Any = Meteor().compute_score(references, predictions)
+    return float(found[0]), list(found[1])
 
 
 def _score_spice(references: Tokens, predictions: Tokens) -> Sequence[float]:

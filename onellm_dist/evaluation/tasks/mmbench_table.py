@@ -25,28 +25,34 @@ def write_table(answers: Sequence[GivenAnswer]) -> Mapping[str, bytes]:
         csv.writer(out).writerows([_HEAD, *rows])
         return {"mmbench.csv": out.getvalue().encode("utf-8", "replace")}
     from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     book = Workbook(write_only=True)
     sheet = book.create_sheet()
     sheet.append(_HEAD)
     for row in rows:
-        sheet.append([ILLEGAL_CHARACTERS_RE.sub("", c) if isinstance(c, str) else c for c in row])
+        cells = [WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("", str(c))) for c in row[1:]]
+        for cell in cells:
+            cell.data_type = "s"  # "=1+1" is an answer, not a formula
+        sheet.append([row[0], *cells])
     content = io.BytesIO()
     book.save(content)
     return {"mmbench.xlsx": content.getvalue()}
 
 
 def check_table(name: str, content: bytes) -> Sequence[str]:
-    """Check the columns, and that no index is repeated."""
+    """Check the columns, that texts are texts, and that no index is repeated."""
     if name.endswith(".csv"):
         rows: list[Sequence[object]] = list(csv.reader(io.StringIO(content.decode("utf-8"))))
     else:
         from openpyxl import load_workbook
 
         sheet: Any = load_workbook(io.BytesIO(content), read_only=True).worksheets[0]
-        cells = sheet.iter_rows(values_only=True)
-        rows = [tuple(row) for row in cells]
+        cells = [tuple(row) for row in sheet.iter_rows()]
+        rows = [tuple(cell.value for cell in row) for row in cells]
+        if odd := [c for row in cells for c in row if c.data_type in ("f", "e")]:
+            return [f"{cell.coordinate} is a formula: {cell.value}" for cell in odd]
     if not rows or tuple(rows[0]) != _HEAD:
         return [f"the columns are {tuple(rows[0]) if rows else ()}, not {_HEAD}"]
     indices = [str(row[0]) for row in rows[1:]]

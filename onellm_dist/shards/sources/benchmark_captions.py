@@ -17,6 +17,7 @@ All reference captions are kept.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -87,11 +88,15 @@ def _read_flickr30k(files: BenchmarkFiles) -> Iterator[BenchmarkRow]:
 
 
 def _read_vatex(files: BenchmarkFiles) -> Iterator[BenchmarkRow]:
-    for row in files.load_json("vatex_public_test_english_v1.1.json"):
+    """A file under YouTube's id of 11 characters is taken only if it has a single clip here."""
+    rows = files.load_json("vatex_public_test_english_v1.1.json")
+    clips = Counter(str(row["videoID"])[:11] for row in rows)
+    for row in rows:
         video = str(row["videoID"])
-        yield make_caption_row(
-            video, row["enCap"], {"video": [f"{video}.mp4", f"{video[:11]}.mp4"]}
-        )
+        names = [f"{video}.mp4"]
+        if clips[video[:11]] == 1:
+            names.append(f"{video[:11]}.mp4")
+        yield make_caption_row(video, row["enCap"], {"video": names})
 
 
 def _read_clotho(files: BenchmarkFiles) -> Iterator[BenchmarkRow]:

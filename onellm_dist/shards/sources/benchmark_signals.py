@@ -24,6 +24,7 @@ from onellm_dist.shards.sources.readers.benchmarks import (
     MediaNames,
 )
 from onellm_dist.shards.sources.readers.imu_windows import CutImuWindow, find_recording
+from onellm_dist.shards.sources.readers.media_files import get_extension
 from onellm_dist.shards.sources.readers.scene_rooms import (
     SunDepth,
     find_only_file,
@@ -66,10 +67,10 @@ def _read_rooms(files: BenchmarkFiles, name: str, kind: str) -> Iterator[Benchma
                 "labels": {"class": found},
                 "medium": key,
             }
-            yield BenchmarkRow(record, key, _find_maps(top / key, kind))
+            yield BenchmarkRow(record, key, _find_maps(files.inputs, top / key, kind))
 
 
-def _find_maps(room: Path, kind: str) -> MediaNames:
+def _find_maps(inputs: Path, room: Path, kind: str) -> MediaNames:
     picture, depth = find_only_file(room, "image"), find_only_file(room, "depth_bfx", "depth")
     normal = find_only_file(room, "normal")
     missing = [f"{room.name}/{kind}"]
@@ -79,7 +80,12 @@ def _find_maps(room: Path, kind: str) -> MediaNames:
     else:
         suffix = "png" if normal is None else normal.suffix.lower().lstrip(".")
         second = {f"normal.{suffix}": missing if normal is None else normal}
-    return {"image": [f"{room.name}/image"] if picture is None else [str(picture)], **second}
+    if picture is None:
+        return {"image": [f"{room.name}/image"], **second}
+    extension = get_extension("image", picture.name)
+    if extension is None:  # its name is refused where it is looked for
+        return {"image": [picture.relative_to(inputs).as_posix()], **second}
+    return {extension: picture, **second}
 
 
 def _read_imu(files: BenchmarkFiles) -> Iterator[BenchmarkRow]:

@@ -106,8 +106,6 @@ def find_overlap(datasets: Sequence[Path | str]) -> OverlapReport:
 def write_overlap(out: Path, report: OverlapReport) -> None:
     """Write the lists and the pairs."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = [f"{name}\t{how} in {sample}\n" for name, (sample, how) in sorted(report.media.items())]
-    write_atomic(out / "media.txt", "".join(lines))
     media = sorted(report.media.items())
     lines = [f"{name}\t{how} in {sample}\n" for name, (sample, how) in media]
     write_atomic(out / "media.txt", "".join(lines))
