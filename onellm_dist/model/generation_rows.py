@@ -17,6 +17,8 @@ from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.model.token_ids import check_tokens, count_embeddings
 
 Ending = Literal["eos", "stop string", "length"]
+_LEAST_TEMPERATURE = 1e-30
+"""Below it logits would become infinite in fp32, and their softmax NaN; it is greedy already."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class AnswerRow:
         """The next token: [V] logits on the CPU -> id."""
         if self.prompt.temperature <= 0:
             return int(logits.argmax())
-        shares = torch.softmax(logits.float() / self.prompt.temperature, -1)
+        heat = max(self.prompt.temperature, _LEAST_TEMPERATURE)
+        shares = torch.softmax(logits.float() / heat, -1)
         shares, ids = shares.sort(descending=True, stable=True)
         before = shares.cumsum(0) - shares
         kept = torch.where(before <= self.prompt.top_p, shares, 0.0)

@@ -21,7 +21,7 @@ import pytest
 import requests
 import served_model as served
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from media_samples import picture
 from PIL import Image
@@ -184,7 +184,7 @@ def test_only_trusted_hosts_are_fetched_from() -> None:
         fetch(f"http://{host}/x.png", [host], 1000)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_urls_where_allowed_and_readers_that_were_killed() -> None:
     import psutil
 
@@ -250,6 +250,7 @@ OPTIONS = (
     *("max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options"),
     *("logprobs", "top_logprobs", "n", "tools", "unknown"),
 )
+PLAIN = {"model": "toy", "messages": [{"role": "user", "content": "x"}]}
 REQUEST = st.fixed_dictionaries(
     {"model": st.just("toy"), "messages": st.lists(MESSAGE, max_size=3) | JSON},
     optional=dict.fromkeys(OPTIONS, JSON),
@@ -265,6 +266,9 @@ def check_fuzzed(address: str, content: bytes) -> None:
 
 
 @given(content=REQUEST)
+@example(content={**PLAIN, "temperature": 1e-40})
+@example(content={**PLAIN, "temperature": 5e-324})
+@example(content={**PLAIN, "temperature": 10, "top_p": 5e-324})
 def test_fuzzed_requests_are_answered_or_refused(address: str, content: Any) -> None:
     check_fuzzed(address, json.dumps(content).encode())
 
