@@ -7,9 +7,10 @@ import io
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ class Mock:
         self.status = 200
         self.pause = 0.0
         self.written = 0
+        self.change: Callable[[Iterator[Any]], Iterator[Any]] = iter
         self._lock = threading.Lock()
 
     def complete(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -89,7 +91,7 @@ def run_mock(mock: Mock) -> Iterator[str]:
             self.end_headers()
             if mock.status != 200:
                 return
-            for event in mock.complete(asked):
+            for event in mock.change(mock.complete(asked)):
                 self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
                 mock.written += 1
             self.wfile.write(b"data: [DONE]\n\n")
@@ -183,6 +185,30 @@ def test_failures_of_the_other_server_are_said(
         RemoteAddress("http://127.0.0.1:1/v1").find_model()
     with pytest.raises(UsageError, match="--llm-url ftp"):
         ServerSettings(llm_url="ftp://x")
+
+
+def fail(events: Iterator[Any]) -> Iterator[Any]:
+    """As vLLM does when its engine dies: an error among the events, after some text."""
+    yield from islice(events, 3)
+    yield {"error": {"message": "EngineCore encountered an issue", "code": 500}}
+
+
+def abort(events: Iterator[Any]) -> Iterator[Any]:
+    yield from islice(events, 3)
+    yield {"choices": [{"text": "", "finish_reason": "abort"}]}
+
+
+@pytest.mark.parametrize(
+    "change", [fail, abort, lambda events: islice(events, 3), lambda _: iter(["odd"])]
+)
+def test_a_part_of_an_answer_is_not_passed_on_as_whole(
+    mock: Mock, address: str, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    monkeypatch.setattr(mock, "change", change)
+    refused = ask(address, {})
+    assert refused.status_code == 502 and "no whole answer" in refused.json()["error"]["message"]
+    streamed = ask(address, {}, stream=True).text
+    assert "no whole answer" in streamed and '"finish_reason": "' not in streamed
 
 
 def test_a_client_that_leaves_ends_its_request_there(

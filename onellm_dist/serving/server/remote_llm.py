@@ -34,6 +34,8 @@ from onellm_dist.serving.server.metrics import ServerMetrics
 _log = get_logger(__name__)
 _MOST_LINE = 1 << 20
 """Bytes of the longest event that is read."""
+_REASONS = ("stop", "length")
+"""How a whole answer ends; anything else (vLLM's `abort`) is a part of one."""
 
 
 @dataclass(frozen=True)
@@ -195,15 +197,19 @@ class RemoteEngine:
         if job.is_late:
             raise make_late_error()
         body = json.dumps(self._build_request(job)).encode()
-        tokens, reason, text = 0, "stop", StrippedText()
+        tokens, reason, text = 0, "", StrippedText()
         try:
             for event in self._ask(job, body):
+                if not isinstance(event, dict) or event.get("error"):
+                    raise ValueError(f"an event that is no answer: {str(event)[:2000]}")
                 usage = event.get("usage") or {}
                 tokens = usage.get("completion_tokens") or tokens
                 for choice in event.get("choices") or ():
                     reason = choice.get("finish_reason") or reason
                     if shown := text.add(choice.get("text") or ""):
                         job.send(Piece(shown))
+            if reason not in _REASONS:
+                raise ValueError(f"the answer is cut off (finish_reason {reason!r})")
         except (OSError, ValueError, http.client.HTTPException) as error:
             if job.is_cancelled:
                 return
@@ -211,9 +217,9 @@ class RemoteEngine:
                 raise make_late_error() from None
             _log.error("%s: %s: %s", self._address.url, type(error).__name__, error)
             raise RequestError(
-                "the server of the LLM does not answer", status=502, kind="server_error"
+                "the server of the LLM gave no whole answer", status=502, kind="server_error"
             ) from None
-        job.send(Ending("length" if reason == "length" else "stop", tokens))
+        job.send(Ending(reason, tokens))
         self._metrics.count_tokens(job.prompt.positions, tokens)
 
     def _build_request(self, job: Job) -> dict[str, Any]:
@@ -235,7 +241,7 @@ class RemoteEngine:
             "stream_options": {"include_usage": True},
         }
 
-    def _ask(self, job: Job, body: bytes) -> Iterator[dict[str, Any]]:
+    def _ask(self, job: Job, body: bytes) -> Iterator[Any]:
         """Send a request, and yield the events of its answer.
 
         Raises:
