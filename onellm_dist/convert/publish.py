@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -20,12 +21,13 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.model.card import CARD, needs_llama_licence
 from onellm_dist.model.configuration import OneLLMConfig
-from onellm_dist.model.folder_code.files import build_files
+from onellm_dist.model.folder_code.files import CONFIG_MAP, build_files
 from onellm_dist.model.presets import check_directory
 
 Level = Literal["ok", "missing", "wrong"]
 _LOADERS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack", ".npz", ".joblib")
 """Suffixes of files that can run code when they are loaded, or that hold weights another way."""
+_CODE = (".py", ".pyc", ".pyd", ".pyw", ".so")
 _TEXTS = (".json", ".md", ".txt", ".yaml", ".yml", ".jinja")
 _RESULTS = re.compile(r"^#+\s.*\b(results|evaluation|benchmarks)\b", re.IGNORECASE | re.MULTILINE)
 _MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|scratch|mnt|gpfs|lustre|work)/[\w.-]+/")
@@ -205,7 +207,7 @@ def _check_text(folder: Path) -> Iterator[PublicationFinding]:
 
 
 def _check_code(folder: Path) -> Iterator[PublicationFinding]:
-    """The folder's code is there, and is this package's."""
+    """The folder's code is there, is this package's, and nothing names or adds other code."""
     wanted = build_files()
     lacking = [name for name in wanted if not (folder / name).is_file()]
     if lacking:
@@ -213,12 +215,44 @@ def _check_code(folder: Path) -> Iterator[PublicationFinding]:
             "wrong",
             f"there is no {lacking[0]}: without onellm_dist the model does not load; save it again",
         )
-        return
-    changed = [n for n, text in wanted.items() if (folder / n).read_text("utf-8") != text]
+    changed = [
+        name
+        for name, text in wanted.items()
+        if name not in lacking and (folder / name).read_bytes() != text.encode()
+    ]
     if changed:
         yield PublicationFinding(
-            "missing", f"{', '.join(changed)}: not the code of this onellm_dist"
+            "wrong",
+            f"{', '.join(changed)}: not the code of this onellm_dist, so it is not run here; save "
+            "the model again",
         )
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix.lower() in _CODE and name not in wanted:
+            yield PublicationFinding("wrong", f"{name}: code that onellm_dist did not write")
+        elif path.suffix == ".json" and path.name != "tokenizer.json" and _names_other_code(path):
+            yield PublicationFinding("wrong", f"{name} names code of others (auto_map)")
+
+
+def _names_other_code(path: Path) -> bool:
+    """Whether a file has an `auto_map` with anything but this package's classes, at any depth."""
+    try:
+        waiting = [json.loads(path.read_bytes())]
+    except (OSError, ValueError, RecursionError):  # transformers cannot read it either
+        return False
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            found = value.get("auto_map") or {}
+            own = isinstance(found, dict) and all(
+                CONFIG_MAP.get(name) == target for name, target in found.items()
+            )
+            if not own:
+                return True
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return False
 
 
 def _check_load(folder: Path) -> PublicationFinding:
