@@ -21,6 +21,8 @@ from onellm_dist.config.values import resolve
 from onellm_dist.config.yaml_text import Plain, find_key_line, parse_yaml
 
 BASE = "base"
+OPTIONAL_PARTS = (("train", "lora"), ("train", "early_stopping"), ("data", "validation"))
+"""Parts of a recipe that are off unless they are given."""
 """The key that names the recipe on which another is built. It stands in files alone."""
 
 
@@ -97,6 +99,19 @@ def read_recipe_files(path: Path) -> Iterator[RecipeFile]:
             )
 
 
+def _check_empty(path: Path, parsed: dict[str, Any]) -> None:
+    """Refuse a part with nothing in it: it reads as if the part were wanted, and would be none."""
+    for section, key in OPTIONAL_PARTS:
+        values = parsed.get(section)
+        if isinstance(values, dict) and getattr(values.get(key), "text", None) == "":
+            raise UsageError(
+                f"{path}: {section}.{key} is empty",
+                "nothing would be as if the key were not there.",
+                f"write its keys below it, `{key}: {{}}` for the defaults, or `{key}: null` for "
+                "none.",
+            )
+
+
 def read_recipe_file(path: Path) -> RecipeFile:
     """Read one file of a recipe.
 
@@ -119,6 +134,7 @@ def read_recipe_file(path: Path) -> RecipeFile:
             "a recipe consists of sections such as data and train.",
             "start from a recipe in launch/recipes/.",
         )
+    _check_empty(path, parsed)
     base = parsed.pop(BASE, None)
     file = RecipeFile(path, text, resolve(parsed), _read_base(base))
     if file.base is None and not _is_null(base):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, PrivateAttr, model_validator
 
 from onellm_dist.config.section import Section
 
@@ -39,8 +39,9 @@ class ParameterRule(Section):
     match: str = Field(min_length=1)
     """Glob pattern of parameter names (`llm.model.layers.*.mlp.*`); `*` also stands for dots. A
     pattern that matches no parameter is refused."""
-    freeze: bool = False
-    """Whether the parameters are frozen. Default: they train."""
+    freeze: bool | None = None
+    """Whether the parameters are frozen. Default: they train; only a rule that sets something else
+    leaves weights frozen that have adapters in their place (`train.lora`)."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate; warm-up and schedule are scaled with it. Default: that of an earlier
     rule, or `optim.lr`."""
@@ -56,13 +57,17 @@ class ParameterRule(Section):
 
     @model_validator(mode="after")
     def _check_freeze(self) -> ParameterRule:
-        given = sorted(self.model_fields_set - {"match", "freeze"})
-        if self.freeze and any(getattr(self, name) is not None for name in given):
+        if self.freeze and (given := self.list_settings()):
             raise ValueError(
                 f"train.parameters: the rule {self.match} freezes, and sets {', '.join(given)}, "
                 "which frozen parameters do not have"
             )
         return self
+
+    def list_settings(self) -> list[str]:
+        """The keys beside `match` and `freeze` that the rule sets."""
+        keys = self.model_dump(exclude={"match", "freeze"}, exclude_none=True)
+        return sorted(keys)
 
 
 class LoraSection(Section):
@@ -105,7 +110,8 @@ class TrainSection(Section):
     Default: none."""
     lora: LoraSection | None = None
     """Low-rank adapters. Parts with adapters (LLM, UPM, encoder) train through them alone, whatever
-    the stage; `train.parameters` may add to that. Checkpoints then hold adapters in place of whole
+    the stage; a rule of `train.parameters` may add to that (`{match: llm.model.norm.*}`, or with
+    `freeze: false` if it sets something else). Checkpoints then hold adapters in place of whole
     weights. Default: none."""
     encoder: Literal["frozen", "trainable"] = "frozen"
     """Whether the encoder trains too; `trainable` is for `align` only (paper, table 8: needs more
@@ -133,6 +139,18 @@ class TrainSection(Section):
     callbacks: tuple[str, ...] = ()
     """Callbacks that look at the run: `module:Class` each, or the name under which an installed
     package registers one."""
+    _counted_from: float | None = PrivateAttr(None)
+
+    @property
+    def counted_from(self) -> float | None:
+        """The epochs from which `steps` was counted; None where the recipe says steps."""
+        return self._counted_from
+
+    def resolve_length(self, steps: int) -> TrainSection:
+        """A copy that says `steps` in place of `epochs`."""
+        found = self.model_copy(update={"steps": steps, "epochs": None})
+        found._counted_from = self.epochs
+        return found
 
     @model_validator(mode="after")
     def _check_length(self) -> TrainSection:
@@ -176,7 +194,8 @@ class OptimSection(Section):
     """Step at which the schedule ends. Default: `train.steps`."""
     decay_from: int | None = Field(None, ge=0)
     """`wsd` only: step from which the learning rate falls. A run that is still in its stable part
-    may be resumed with another one. Default: the last tenth of the schedule decays."""
+    may be resumed with another one. It lies behind the warm-up and before the end of the
+    schedule. Default: the last tenth of the steps after the warm-up decays (at least one step)."""
     betas: DecayRates = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)

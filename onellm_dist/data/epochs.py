@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from onellm_dist.config.schema import DataSection, RunConfig
 from onellm_dist.data.mixture import quantize_weights
@@ -30,8 +31,9 @@ def resolve_epochs(config: RunConfig) -> RunConfig:
         open_dataset(data.locate(entry), follow_links=data.follow_links) for entry in data.mixture
     ]
     samples = sum(dataset.samples(SPLIT) for dataset in datasets)
-    steps = max(1, math.ceil(epochs * samples / data.global_batch))
-    train = config.train.model_copy(update={"steps": steps, "epochs": None})
+    # As written: as a float, 1.1 x 100 / 10 lies above 11.
+    steps = max(1, math.ceil(Fraction(str(epochs)) * samples / data.global_batch))
+    train = config.train.resolve_length(steps)
     return config.model_copy(update={"train": train})
 
 

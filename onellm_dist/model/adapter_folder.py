@@ -6,8 +6,8 @@
                                  or `{"preset": ..., "seed": ...}`
     config.json, processor       as in the folder of a whole model
 
-Such a folder may be given wherever a model's folder is read: the base is loaded, and the adapter is
-merged into it.
+Such a folder may be given wherever a model is read to be used: the base is loaded, and the adapter
+is merged into it. Only a run's `model.path` takes whole models alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from onellm_dist.common.checksums import hash_once, list_recorded_files
+from onellm_dist.common.checksums import check_folder, hash_once, list_recorded_files
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.model.lora import ADAPTER, MAGNITUDE, build_peft_config, import_peft
@@ -88,8 +88,12 @@ def get_peft_name(name: str) -> str:
     return PREFIX + name.replace(f".{ADAPTER}.", ".")
 
 
-def read_base(folder: Path) -> AdapterBase:
+def read_base(folder: Path, moved: Path | None = None) -> AdapterBase:
     """Read what an adapter was trained over.
+
+    Args:
+        folder: the adapter's folder.
+        moved: where the base is now, if not where the folder says.
 
     Raises:
         UsageError: the folder does not say, or the base is not there.
@@ -105,6 +109,8 @@ def read_base(folder: Path) -> AdapterBase:
             "it says which model the adapter belongs to.",
             "copy the folder of the adapter again.",
         ) from None
+    if moved is not None:
+        return AdapterBase(moved, files=files)
     if preset is not None:
         return AdapterBase(None, str(preset), seed)
     candidates = [] if path is None else [Path(path), folder / path]
@@ -114,7 +120,8 @@ def read_base(folder: Path) -> AdapterBase:
             f"{folder}: the adapter was trained over {path or 'a model that it does not name'}, "
             "which is not here",
             "an adapter holds changes of a model, not the model.",
-            f"copy that model to this place, or set its folder in {source}.",
+            f"copy that model to this place, or set its folder in {source}; "
+            "`onellm convert adapter` also takes it as --base.",
         )
     return AdapterBase(existing, files=files)
 
@@ -128,7 +135,7 @@ def check_base(folder: Path, base: AdapterBase) -> None:
     if base.path is None or not base.files:
         return
     recorded = list_recorded_files(base.path)
-    for name, (*_, digest) in base.files.items():
+    for name, digest in _list_digests(folder, base.files):
         path = base.path / name
         try:
             found = recorded.get(path) or hash_once(path)
@@ -140,6 +147,34 @@ def check_base(folder: Path, base: AdapterBase) -> None:
                 "an adapter means nothing over other weights.",
                 "restore the model that the run started from.",
             )
+
+
+def _list_digests(folder: Path, files: Any) -> list[tuple[str, str]]:
+    try:
+        return [(name, digest) for name, (*_, digest) in files.items()]
+    except (AttributeError, TypeError, ValueError):
+        raise UsageError(
+            f"{folder / BASE}: files does not give the SHA-256 of each file of the base",
+            "they tell whether the base is the one that the adapter was trained over.",
+            "copy the folder of the adapter again.",
+        ) from None
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder whose weights are missing, or not those that it records.
+
+    Raises:
+        UsageError: they are missing, cannot be read, or were changed or damaged.
+    """
+    try:
+        with (folder / WEIGHTS).open("rb"):
+            check_folder(folder)
+    except OSError as error:
+        raise UsageError(
+            f"{folder / WEIGHTS} cannot be read: {error.strerror or error}",
+            "it holds the adapter.",
+            "copy the folder of the adapter again.",
+        ) from None
 
 
 def load_adapted(
@@ -155,15 +190,23 @@ def load_adapted(
         (model, processor).
 
     Raises:
-        UsageError: the base is not there or another one, or PEFT is not installed.
+        UsageError: the adapter's weights are missing or damaged, the base is not there or another
+            one, or PEFT is not installed.
         OneLLMError: the adapter does not fit the base.
     """
     peft = import_peft()
+    check_weights(folder)
     base = read_base(folder)
     check_base(folder, base)
     model, processor = load_base(base)
     try:
         wrapped = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"{folder / WEIGHTS} cannot be read: {error}",
+            "it holds the adapter.",
+            "copy the folder of the adapter again.",
+        ) from None
     except (RuntimeError, ValueError, KeyError) as error:
         raise OneLLMError(
             f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}",

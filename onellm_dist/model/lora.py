@@ -227,8 +227,9 @@ def merge_weight(
     """
     merged = base.float() + scaling * (b.float() @ a.float())
     if magnitude is not None:
-        norm = torch.linalg.norm(merged, dim=1, keepdim=True)
-        merged = merged * (magnitude.float()[:, None] / norm)
+        # Both in the precision in which a forward has them: B = 0 then changes nothing.
+        norm = torch.linalg.norm(merged, dim=1).to(base.dtype).float()
+        merged = merged * (magnitude.to(base.dtype).float() / norm)[:, None]
     return merged.to(base.dtype)
 
 

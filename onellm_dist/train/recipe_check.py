@@ -128,7 +128,8 @@ def _check_parts(sections: Sections) -> Iterator[UsageError]:
         yield from _collect(get_engine(engine.name).check, engine, bf16=bf16)
     optim = cast("OptimSection | None", sections.get("optim"))
     if optim is not None:
-        yield from _collect(check_optim, optim, train.parameters if train is not None else ())
+        known = () if train is None else (train.parameters, train.steps)
+        yield from _collect(check_optim, optim, *known)
     track = cast("TrackSection | None", sections.get("track"))
     if track is not None and track.trackers:
         from onellm_dist.train.callbacks.trackers import tracker_class

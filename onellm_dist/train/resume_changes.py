@@ -21,6 +21,8 @@ from onellm_dist.train.records.config_changes import (
 )
 from onellm_dist.train.records.events import Events
 
+EPOCH_KEYS = ("data.global_batch", "data.mixture")
+"""What decides how many steps an epoch has."""
 JUMP = 1.1
 """A learning rate that changes by more than this factor at a resume jumps."""
 
@@ -43,6 +45,28 @@ def check_steps_left(config: RunConfig, target: ResumeTarget, manifest: Mapping[
             f"raise train.steps above {done}; or resume an earlier checkpoint "
             "(checkpoint.resume=.../step-...) in another run.dir; `onellm convert run` writes the "
             "model of a checkpoint.",
+        )
+
+
+def check_epochs_stay(config: RunConfig, target: ResumeTarget) -> None:
+    """Refuse to count the epochs of a run anew: steps that are done had other samples.
+
+    Raises:
+        UsageError: the recipe says `train.epochs`, and the resume changes batch or mixture.
+    """
+    if target.folder is None or config.train.counted_from is None:
+        return
+    earlier = read_earlier_recipe(config.run.dir, target.folder)
+    changes = [] if earlier is None else find_changes(earlier, config)
+    changed = [change.key for change in changes if change.key in EPOCH_KEYS]
+    if changed:
+        raise UsageError(
+            f"train.epochs={config.train.counted_from:g}, and this resume changes "
+            f"{' and '.join(changed)}",
+            "epochs are counted as if all steps had the new values, and those that are done had "
+            "not.",
+            f"set train.steps in place of train.epochs (by the new values alone it would be "
+            f"{config.train.steps}).",
         )
 
 

@@ -9,6 +9,7 @@ from onellm_dist.common.run_files import ADAPTER, MODEL
 from onellm_dist.train.adapter_export import plan_adapter
 from onellm_dist.train.checkpoint.source import describe_source
 from onellm_dist.train.export import export_model
+from onellm_dist.train.records.run_directory import move_aside
 
 if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer
@@ -35,6 +36,9 @@ def export_run(trainer: Trainer) -> None:
         notes={"stage": config.train.stage, "steps done": trainer.state.steps_done},
         adapter=adapter,
     )
+    if adapter is None and beside.exists() and trainer.dist.is_rank_zero:
+        # Of an earlier end of the run, before other parameters trained too.
+        move_aside(config.run.dir, [beside])
     lines = [f"the trained model is in {folder}"]
     fields: dict[str, Any] = {}
     if adapter is not None:

@@ -37,7 +37,7 @@ from onellm_dist.train.engine.settings import EngineSettings, make_settings
 from onellm_dist.train.optim.optimizers import check_optim
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.sample_log import SampleLog
-from onellm_dist.train.resume_changes import check_steps_left
+from onellm_dist.train.resume_changes import check_epochs_stay, check_steps_left
 from onellm_dist.train.run_exclusions import read_run_exclusions
 from onellm_dist.train.session import Session
 from onellm_dist.train.stability.monitor import StabilityMonitor
@@ -87,7 +87,7 @@ def check_recipe(config: RunConfig, dist: Distributed) -> EngineSettings:
     Raises:
         UsageError: the recipe names an engine, optimizer or tracker that does not exist or fit.
     """
-    check_optim(config.optim, config.train.parameters)
+    check_optim(config.optim, config.train.parameters, config.train.steps)
     check_trackers(config.track)
     return make_settings(config, world_size=dist.world_size, device=dist.device)
 
@@ -111,6 +111,7 @@ def open_inputs(
     """
     manifest = {} if target.folder is None else read_manifest(target.folder) or {}
     check_steps_left(config, target, manifest)
+    check_epochs_stay(config, target)
     with session.timing.measure("model"):
         if config.model.path is not None:
             check_weights(config.model.path, session.dist)

@@ -17,8 +17,8 @@ from onellm_dist.model.adapter_folder import (
     CONFIG,
     PREFIX,
     WEIGHTS,
-    AdapterBase,
     check_base,
+    check_weights,
     is_adapter,
     read_base,
 )
@@ -52,7 +52,8 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
             here.
     """
     config = _read_config(path)
-    base = read_base(path) if options.base is None else AdapterBase(options.base)
+    check_weights(path)
+    base = read_base(path, options.base)
     check_base(path, base)
     if base.path is None:
         opened = open_preset(str(base.preset), base.seed)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from onellm_dist.config.train_sections import OptimSection
+from onellm_dist.model.lora import MAGNITUDE
 from onellm_dist.train.optim.rules import ParameterRate
 from onellm_dist.train.optim.schedules import compute_learning_rate
 
@@ -31,8 +32,8 @@ def build_parameter_groups(
 ) -> list[ParameterGroup]:
     """Group the trainable parameters, those that decay first.
 
-    Biases and RMSNorm weights do not decay. LayerNorm weights, tags, queries and learned positions
-    do, as in the reference implementation.
+    Biases, RMSNorm weights and the magnitudes of DoRA do not decay. LayerNorm weights, tags,
+    queries and learned positions do, as in the reference implementation.
 
     Args:
         model: the model.
@@ -84,3 +85,6 @@ def _list_exempt(model: nn.Module) -> Iterable[nn.Parameter]:
         for name, parameter in own.items():
             if name == "bias" or name.endswith("_bias") or is_rms_norm:
                 yield parameter
+    for name, parameter in model.named_parameters():
+        if name.endswith(MAGNITUDE):  # norms of rows
+            yield parameter

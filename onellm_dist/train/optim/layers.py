@@ -9,6 +9,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 PARTS = ("encoder", "upm", "llm")
 """The parts of a model that have transformer blocks."""
+LLM_INPUTS = ("wte", "wpe", "project_in")
+"""Modules of an LLM's input whose names do not say `embed`."""
 
 
 class LayerPosition(NamedTuple):
@@ -38,8 +40,17 @@ def map_layers(model: nn.Module) -> dict[str, LayerPosition]:
         for name, _ in model.get_submodule(part).named_parameters(prefix=part):
             block = next((x for prefix, x in blocks.items() if name.startswith(f"{prefix}.")), None)
             before = before and block is None
-            found[name] = block or LayerPosition(0 if before else depth + 1, depth)
+            is_input = before and (part != "llm" or _is_llm_input(name))
+            found[name] = block or LayerPosition(0 if is_input else depth + 1, depth)
     return found
+
+
+def _is_llm_input(name: str) -> bool:
+    """Whether a parameter ahead of the blocks embeds the input.
+
+    Some families register what stands behind the blocks first, as OPT does its last norm.
+    """
+    return any("embed" in step or step in LLM_INPUTS for step in name.split("."))
 
 
 def _find_blocks(model: nn.Module, part: str) -> dict[str, LayerPosition]:

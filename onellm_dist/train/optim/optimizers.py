@@ -65,15 +65,19 @@ def make_optimizer(optim: OptimSection) -> OptimizerComponent:
     return known[optim.name](optim)
 
 
-def check_optim(optim: OptimSection, rules: Sequence[ParameterRule] = ()) -> None:
+def check_optim(
+    optim: OptimSection, rules: Sequence[ParameterRule] = (), steps: int | None = None
+) -> None:
     """Refuse a wrong `optim` section; called before any rank starts.
 
     Args:
         optim: the recipe's `optim` section.
         rules: `train.parameters`, which may name schedules of their own.
+        steps: `train.steps`; default: not known yet.
 
     Raises:
-        UsageError: an unknown optimizer or schedule, or options that the optimizer does not have.
+        UsageError: an unknown optimizer or schedule, options that the optimizer does not have, or
+            a decay that begins in the warm-up or never.
     """
     make_optimizer(optim)
     schedules = {optim.schedule, *(rule.schedule for rule in rules if rule.schedule is not None)}
@@ -84,6 +88,27 @@ def check_optim(optim: OptimSection, rules: Sequence[ParameterRule] = ()) -> Non
             f"optim.decay_from={optim.decay_from} is read by optim.schedule={WSD} alone",
             "the recipe would say something that does not hold.",
             f"set optim.schedule={WSD}, or remove optim.decay_from.",
+        )
+    _check_decay_start(optim, steps)
+
+
+def _check_decay_start(optim: OptimSection, steps: int | None) -> None:
+    first, end = optim.decay_from, optim.decay_steps or steps
+    if first is None:
+        return
+    if first < optim.warmup_steps:
+        raise UsageError(
+            f"optim.decay_from={first} lies before the end of the warm-up "
+            f"(optim.warmup_steps={optim.warmup_steps})",
+            "the learning rate would jump there.",
+            f"set optim.decay_from to {optim.warmup_steps} or more.",
+        )
+    if end is not None and first >= end:
+        name = "train.steps" if optim.decay_steps is None else "optim.decay_steps"
+        raise UsageError(
+            f"optim.decay_from={first} is not below {name}={end}, where the schedule ends",
+            "the learning rate would never fall.",
+            f"set optim.decay_from below {end}, or optim.schedule=constant.",
         )
 
 

@@ -31,6 +31,8 @@ class PartSummary(NamedTuple):
     """Their schedules."""
     decays: tuple[tuple[float, int], ...]
     """Weight decay to how many of them have it, the largest first."""
+    exempt: int = 0
+    """Those without decay that are biases or norms, and would have it otherwise."""
 
 
 def summarize_parts(
@@ -48,6 +50,7 @@ def summarize_parts(
         for group in build_parameter_groups(model, plan.rates)
         for parameter in group.parameters
     }
+    planned = {id(p): plan.rates[n] for n, p in model.named_parameters() if n in plan.rates}
     parts = map_parts(model)
     owned: dict[str, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -66,6 +69,11 @@ def summarize_parts(
                 tuple(sorted({optim.lr * rate.scale for rate, _ in trained})),
                 tuple(sorted({rate.schedule for rate, _ in trained})),
                 tuple(sorted(decays.items(), reverse=True)),
+                sum(
+                    p.numel()
+                    for p in parameters
+                    if id(p) in groups and planned[id(p)].weight_decay > groups[id(p)].weight_decay
+                ),
             )
         )
     return found
@@ -104,7 +112,8 @@ def _format_part(part: PartSummary, names_schedules: bool) -> tuple[str, ...]:
         rate += f", {' and '.join(part.schedules)}"
     decayed = [decay for decay, _ in part.decays if decay]
     decay = ", ".join(f"{value:g}" for value in decayed) or "0"
-    exempt = dict(part.decays).get(0.0, 0)
-    if decayed and exempt:
-        decay += f", none for {exempt:,} (biases, norms)"
+    without = dict(part.decays).get(0.0, 0)
+    if decayed and without:
+        reasons = ["biases, norms"] * bool(part.exempt) + ["by rule"] * (without > part.exempt)
+        decay += f", none for {without:,} ({', '.join(reasons)})"
     return part.part, f"{part.parameters:,}", f"{part.trained:,}", rate, decay

@@ -106,11 +106,18 @@ def plan_parameters(
     layers = map_layers(model)
     unused = find_unused(model, modalities)
     merged: dict[str, dict[str, Any]] = {}
-    for rule in (*list_stage_rules(train, names), *train.parameters):
+    stage_rules = list_stage_rules(train, names)
+    replaced: set[str] = set()
+    for number, rule in enumerate((*stage_rules, *train.parameters)):
+        if number == len(stage_rules):
+            replaced = {name for name, found in merged.items() if found["freeze"]}
         matched = [name for name in names if fnmatchcase(name, rule.match)]
-        check_rule(rule, matched, names, layers)
+        frozen = {name for name in replaced if merged[name]["freeze"]}
+        check_rule(rule, matched, names, layers, frozen)
         for name in matched:
             given = rule.model_dump(exclude={"match"}, exclude_none=True)
+            if not _keeps_frozen(rule, name, frozen):
+                given.setdefault("freeze", False)
             merged[name] = {**merged.get(name, {}), **given}
     rates = {
         name: _make_rate(found, optim, layers.get(name))
@@ -120,6 +127,11 @@ def plan_parameters(
     if not rates:
         raise _explain_nothing(train, modalities)
     return ParameterPlan(rates)
+
+
+def _keeps_frozen(rule: ParameterRule, name: str, frozen: Collection[str]) -> bool:
+    """Whether a rule leaves a weight frozen that adapters train in place of."""
+    return rule.freeze is None and name in frozen and bool(rule.list_settings())
 
 
 def _make_rate(
@@ -153,6 +165,7 @@ def check_rule(
     matched: Sequence[str],
     names: Sequence[str],
     layers: Mapping[str, LayerPosition],
+    frozen: Collection[str],
 ) -> None:
     """Refuse a rule that does nothing.
 
@@ -161,9 +174,11 @@ def check_rule(
         matched: names of the parameters that it matches.
         names: names of all parameters.
         layers: where parameters of parts with transformer blocks stand.
+        frozen: names of those that adapters train in place of.
 
     Raises:
-        UsageError: it matches nothing, or asks for layer-wise rates where there are no layers.
+        UsageError: it matches nothing, asks for layer-wise rates where there are no layers, or
+            says how parameters train that stay frozen.
     """
     if not matched:
         near = find_near_names(rule.match, names)
@@ -180,6 +195,14 @@ def check_rule(
             "or LLM",
             "other parts have no transformer blocks whose rates could differ.",
             "remove layer_decay from the rule, or match one of these parts.",
+        )
+    if all(_keeps_frozen(rule, name, frozen) for name in matched):
+        raise UsageError(
+            f"train.parameters: {rule.match} sets {', '.join(rule.list_settings())} of weights "
+            "that train.lora keeps frozen",
+            "the rule would do nothing.",
+            "add `freeze: false` to the rule if they are to train beside the adapters; the "
+            "adapters themselves are *.lora_*.",
         )
 
 

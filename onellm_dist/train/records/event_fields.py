@@ -57,7 +57,7 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
     ),
     "straggler": EventDescription(
         "Ranks keep the others waiting: `seconds` of a step beyond the median of the other ranks, "
-        "over the last 32 steps. `kind` says with what: `data` (their loader), `compute` (their "
+        "over up to 32 steps. `kind` says with what: `data` (their loader), `compute` (their "
         "forward) or `host` (Python between the passes). `node` is where they run.",
         ("step", "kind", "ranks", "node", "seconds", "share"),
     ),

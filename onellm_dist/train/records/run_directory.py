@@ -15,6 +15,7 @@ from onellm_dist.common.errors import RunInUseError, UsageError
 from onellm_dist.common.files import restore_folder, write_atomic
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.run_files import (
+    ADAPTER,
     BEST,
     CHECKPOINT_PREFIX,
     CHECKPOINTS,
@@ -49,6 +50,7 @@ KEPT_TOGETHER = (
     PROFILES,
     TRACKERS,
     MODEL,
+    ADAPTER,
     BEST,
     CONFIG_HISTORY,
 )
@@ -118,7 +120,7 @@ def prepare_directory(
         steps_done: steps that it contains; needed where its name does not say it.
     """
     run_dir = config.run.dir
-    for name in (MODEL, BEST):
+    for name in (MODEL, ADAPTER, BEST):
         restore_folder(run_dir / name)
     everything = [path for name in KEPT_TOGETHER if _holds_something(path := run_dir / name)]
     stale = (

@@ -87,6 +87,9 @@ def test_the_package_has_adamw_lion_and_sgd() -> None:
         ({"name": "adam"}, "unknown optimizer(.|\n)*adamw, lion, sgd"),
         ({"schedule": "step"}, "unknown schedule(.|\n)*constant, cosine, linear, wsd"),
         ({"decay_from": 5}, "optim.decay_from=5 is read by optim.schedule=wsd alone"),
+        ({"schedule": "wsd", "warmup_steps": 9, "decay_from": 8}, "before the end of the warm-up"),
+        ({"schedule": "wsd", "decay_from": 20}, "not below train.steps=20"),
+        ({"schedule": "wsd", "decay_from": 9, "decay_steps": 9}, "not below optim.decay_steps=9"),
         ({"name": "lion", "betas": (0.8, 0.9)}, "optim.betas is not read by optim.name=lion"),
         ({"name": "sgd", "betas": (0.8, 0.9)}, "optim.betas is not read by optim.name=sgd"),
         ({"name": "sgd", "options": {"momentum": 2}}, "momentum: .*less than 1"),
@@ -96,7 +99,7 @@ def test_the_package_has_adamw_lion_and_sgd() -> None:
 )
 def test_a_wrong_section_is_refused_before_ranks_start(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_optim(OptimSection(lr=1.0, **keys))
+        check_optim(OptimSection(lr=1.0, **keys), steps=20)
 
 
 def test_checking_a_recipe_needs_no_torch() -> None:

@@ -125,7 +125,11 @@ def test_one_start_of_a_run_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_start_from_nothing_moves_an_earlier_run_aside(tmp_path: Path) -> None:
     complete_checkpoint(tmp_path / "checkpoints" / make_checkpoint_name(4))
     (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / ".adapter.before").mkdir()  # an export was killed in its last rename
+    (tmp_path / ".adapter.before" / "adapter_config.json").write_text("{}")
     prepare_directory(run_config(tmp_path), None)
+    assert not (tmp_path / "adapter").exists(), "it would lie beside the model of the new run"
+    assert len(list(tmp_path.glob("before-*/adapter/adapter_config.json"))) == 1
     assert not list((tmp_path / "checkpoints").iterdir())
     assert [p.name for p in tmp_path.glob("before-*/checkpoints/*")] == [make_checkpoint_name(4)]
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -1,0 +1,210 @@
+"""What tuning checks without a run: folders of adapters, rules beside adapters, epochs, merging."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from onellm_dist.common.checksums import write_sums
+from onellm_dist.common.errors import UsageError
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.config.train_sections import (
+    LoraSection,
+    OptimSection,
+    ParameterRule,
+    TrainSection,
+)
+from onellm_dist.data import epochs
+from onellm_dist.model.adapter_folder import (
+    BASE,
+    WEIGHTS,
+    check_base,
+    check_weights,
+    load_adapted,
+    read_base,
+    write_adapter,
+)
+from onellm_dist.model.lora import MAGNITUDE, add_adapters, merge_weight
+from onellm_dist.model.presets import build_meta_model
+from onellm_dist.train import run_export
+from onellm_dist.train.checkpoint.resume import ResumeTarget
+from onellm_dist.train.optim.groups import build_parameter_groups
+from onellm_dist.train.optim.layers import map_layers
+from onellm_dist.train.optim.part_summary import format_parts, summarize_parts
+from onellm_dist.train.optim.rules import ParameterPlan, prepare_parameters
+from onellm_dist.train.resume_changes import check_epochs_stay
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of an adapter of one layer, whose base has moved from `old` to `base`."""
+    found, base = tmp_path / "adapter", tmp_path / "base"
+    for path in (found, base):
+        path.mkdir()
+    (base / "config.json").write_text("{}")
+    name = "0.lora_{}.default.weight"
+    tensors = {name.format("A"): torch.ones(2, 4), name.format("B"): torch.ones(3, 2)}
+    described = {"path": str(tmp_path / "old"), "files": {"config.json": [2, 0, "0" * 64]}}
+    write_adapter(found, tensors, LoraSection(rank=2), described)
+    write_sums(found)
+    return found
+
+
+def test_a_base_that_has_moved_is_compared_all_the_same(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"which is not here(.|\n)*--base"):
+        read_base(folder)
+    base = read_base(folder, folder.parent / "base")
+    with pytest.raises(UsageError, match="is not the file that the adapter was trained over"):
+        check_base(folder, base)
+    (folder / BASE).write_text(json.dumps({"path": "old", "files": [1]}))
+    with pytest.raises(UsageError, match="files does not give the SHA-256"):
+        check_base(folder, read_base(folder, folder.parent / "base"))
+
+
+def test_damaged_weights_of_an_adapter_are_refused_in_words(folder: Path) -> None:
+    check_weights(folder)
+    (folder / BASE).write_text(json.dumps({"preset": "toy"}))
+    load = partial(load_adapted, folder, lambda _: (nn.Sequential(nn.Linear(4, 3)), None))
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:-1] + b"\0")
+    with pytest.raises(UsageError, match=rf"{WEIGHTS} is damaged or was changed"):
+        load()
+    (folder / "SHA256SUMS").unlink()
+    (folder / WEIGHTS).write_bytes(whole[:-8])
+    with pytest.raises(UsageError, match=rf"{WEIGHTS} cannot be read"):
+        load()
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(UsageError, match=rf"{WEIGHTS} cannot be read: No such file"):
+        load()
+
+
+def test_an_adapter_of_an_earlier_end_does_not_stay_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was continued with a rule by which more than adapters trained."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / WEIGHTS).write_bytes(b"old")
+    monkeypatch.setattr(run_export, "export_model", lambda *_, **__: None)
+    trainer: Any = SimpleNamespace(
+        config=make_config(tmp_path),
+        model=None,
+        engine=None,
+        processor=None,
+        dist=SimpleNamespace(is_rank_zero=True),
+        state=SimpleNamespace(steps_done=1),
+        events=SimpleNamespace(write=lambda *_, **__: None),
+    )
+    run_export.export_run(trainer)
+    assert not (tmp_path / "adapter").exists()
+    assert len(list(tmp_path.glob(f"before-*/adapter/{WEIGHTS}"))) == 1
+
+
+def make_config(run_dir: Path, batch: int = 10, **train: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": str(run_dir)},
+            "model": {"preset": "toy"},
+            "data": {"mixture": [{"path": "image"}], "global_batch": batch},
+            "train": {"stage": "tune", **(train or {"steps": 1})},
+            "optim": {"lr": 1.0},
+        }
+    )
+
+
+def test_epochs_are_counted_as_written_and_not_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = SimpleNamespace(samples=lambda _: 100)
+    monkeypatch.setattr(epochs, "open_dataset", lambda *_, **__: dataset)
+    first = epochs.resolve_epochs(make_config(tmp_path, epochs=1.1))
+    assert first.train.steps == 11 and first.train.epochs is None
+    (tmp_path / "config.yaml").write_text(first.to_yaml())
+    target = ResumeTarget(tmp_path / "checkpoints" / "step-00000001")
+    check_epochs_stay(epochs.resolve_epochs(first), target)
+    changed = epochs.resolve_epochs(make_config(tmp_path, batch=20, epochs=1.1))
+    with pytest.raises(UsageError, match=r"changes data.global_batch(.|\n)*set train.steps"):
+        check_epochs_stay(changed, target)
+    check_epochs_stay(make_config(tmp_path, batch=20, steps=8), target)
+
+
+@pytest.fixture(scope="module")
+def adapted() -> nn.Module:
+    model: nn.Module = build_meta_model("toy")
+    add_adapters(model, LoraSection(rank=2, dora=True))
+    return model
+
+
+def plan_rules(model: nn.Module, *rules: ParameterRule, stage: Any = "tune") -> ParameterPlan:
+    train = TrainSection(stage=stage, steps=1, parameters=rules)
+    return prepare_parameters(model, train, OptimSection(lr=1.0), {"image"})
+
+
+def test_a_rate_does_not_thaw_what_adapters_replace(adapted: nn.Module) -> None:
+    rates = plan_rules(adapted, ParameterRule(match="llm.*", lr=0.5, layer_decay=0.9)).rates
+    assert rates and all(".lora_" in name for name in rates)
+    assert max(rate.scale for rate in rates.values()) < 0.5
+    norm = "llm.model.norm.weight"
+    thawed = ParameterRule(match=norm)
+    assert norm in plan_rules(adapted, thawed).rates
+    both = plan_rules(adapted, thawed, ParameterRule(match="llm.*", lr=0.5)).rates
+    assert both[norm].scale == 0.5
+    assert norm in plan_rules(adapted, ParameterRule(match=norm, lr=0.5, freeze=False)).rates
+    with pytest.raises(UsageError, match=r"sets lr of weights that train.lora keeps frozen"):
+        plan_rules(adapted, ParameterRule(match=norm, lr=0.5))
+
+
+def test_magnitudes_do_not_decay_and_the_table_says_why(adapted: nn.Module) -> None:
+    plan = plan_rules(adapted)
+    decays = {
+        id(p): group.rate.weight_decay
+        for group in build_parameter_groups(adapted, plan.rates)
+        for p in group.parameters
+    }
+    found = {n: decays[id(p)] for n, p in adapted.named_parameters() if id(p) in decays}
+    assert {decay for name, decay in found.items() if name.endswith(MAGNITUDE)} == {0.0}
+    assert {decay for name, decay in found.items() if not name.endswith(MAGNITUDE)} == {0.1}
+
+    def tell(plan: ParameterPlan) -> str:
+        lines = format_parts(summarize_parts(adapted, OptimSection(lr=1.0), plan))
+        return next(line for line in lines if line.startswith("llm"))
+
+    assert "(biases, norms)" in tell(plan)
+    without = ParameterRule(match="*.lora_B.*", weight_decay=0.0)
+    assert "(biases, norms, by rule)" in tell(plan_rules(adapted, without))
+
+
+def test_the_last_norm_of_opt_stands_behind_the_blocks() -> None:
+    """It is registered ahead of them."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "ffn_dim": 8,
+        "word_embed_proj_dim": 4,
+        "vocab_size": 8,
+    }
+    config = OPTConfig(num_hidden_layers=2, num_attention_heads=1, **sizes)
+    with torch.device("meta"):
+        model = nn.ModuleDict({"llm": OPTForCausalLM(config)})
+        model.update({part: nn.Identity() for part in ("encoder", "upm")})
+    below = {name: place.below_top for name, place in map_layers(model).items()}
+    decoder = "llm.model.decoder"
+    assert below[f"{decoder}.final_layer_norm.weight"] == 0
+    assert below[f"{decoder}.project_out.weight"] == 0
+    for name in ("embed_tokens", "embed_positions", "project_in"):
+        assert below[f"{decoder}.{name}.weight"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_merging_an_untrained_magnitude_gives_the_base(dtype: torch.dtype) -> None:
+    base = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    magnitude = torch.linalg.norm(base.float(), dim=1).to(dtype)
+    a, b = torch.ones(2, 48, dtype=dtype), torch.zeros(64, 2, dtype=dtype)
+    assert torch.equal(merge_weight(base, a, b, magnitude, 2.0), base)
