@@ -259,6 +259,10 @@ def test_keys_sizes_pace_and_content_types() -> None:
         assert answer.status_code == 429 and answer.headers["Retry-After"]
         kind["Authorization"] = "Bearer other"  # has a pace of its own
         assert requests.post(url, data=body, headers=kind).status_code == 200
+        metrics = requests.get(f"{address}/metrics", headers=kind).text
+        wanted = {200: 2, 401: 5, 408: 1, 413: 2, 415: 1, 429: 1}
+        for status, count in wanted.items():
+            assert f'onellm_requests_total{{status="{status}"}} {count}.0' in metrics
 
 
 def connect(address: str) -> socket.socket:

@@ -19,7 +19,7 @@ from onellm_dist.serving.server.completions import CompletionWriter
 from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError, make_internal_error, make_json
 from onellm_dist.serving.server.jobs import Ending, Piece
-from onellm_dist.serving.server.limits import RequestLimits
+from onellm_dist.serving.server.limits import COMPLETIONS, RequestLimits
 from onellm_dist.serving.server.metrics import ServerMetrics
 from onellm_dist.serving.server.remote_llm import RemoteEngine
 
@@ -51,10 +51,10 @@ def build_app(
     app.add_api_route("/metrics", routes.measure, methods=["GET"])
     app.add_api_route("/v1/models", routes.list_models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", routes.get_model, methods=["GET"])
-    app.add_api_route("/v1/chat/completions", routes.complete, methods=["POST"])
+    app.add_api_route(COMPLETIONS, routes.complete, methods=["POST"])
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
-    app.add_middleware(RequestLimits, settings=service.settings)
+    app.add_middleware(RequestLimits, settings=service.settings, metrics=metrics)
     if service.settings.is_loopback:
         # Else a web page could reach this machine by a name that it lets point here.
         hosts = ["127.0.0.1", "localhost", "[::1]", "::1"]

@@ -10,8 +10,11 @@ from collections import OrderedDict
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onellm_dist.serving.server.errors import RequestError, make_busy_error
+from onellm_dist.serving.server.metrics import ServerMetrics
 from onellm_dist.serving.server.settings import ServerSettings
 
+COMPLETIONS = "/v1/chat/completions"
+"""Path of the requests that metrics count."""
 OPEN_PATHS = ("/health",)
 """Paths that need no key."""
 _MOST_CLIENTS = 10_000
@@ -24,10 +27,12 @@ class RequestLimits:
     Args:
         app: what handles the other requests.
         settings: the limits.
+        metrics: what is refused is counted in them.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._settings = settings
         self._pace = Pace(settings.requests_per_minute)
 
@@ -39,6 +44,8 @@ class RequestLimits:
         try:
             body = await self._check(scope, receive)
         except RequestError as error:
+            if scope["path"] == COMPLETIONS:  # what passes is counted where it is answered
+                self._metrics.requests.labels(status=error.status).inc()
             await error.to_response()(scope, receive, send)
             return
         await self._app(scope, _Replay(body, receive), send)

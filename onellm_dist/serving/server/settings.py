@@ -80,7 +80,8 @@ class ServerSettings:
             raise UsageError(
                 f"--host {self.host} without a key",
                 "anyone who reaches this machine could use the model.",
-                "set ONELLM_API_KEY, or listen on 127.0.0.1 behind a proxy that asks for one.",
+                "set ONELLM_API_KEY, or listen on 127.0.0.1 behind a proxy that asks for one and "
+                "sends `Host: 127.0.0.1`.",
             )
         if any(not key.isascii() or not key.strip() for key in self.api_keys):
             raise UsageError(
