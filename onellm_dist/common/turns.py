@@ -45,6 +45,8 @@ class ConversationTurn(NamedTuple):
     """0 for an answer that is not trained on."""
 
 
+MEDIA_TYPES = ("image", "video", "audio", "point", "depth", "normal", "imu", "fmri")
+"""Types of content parts whose medium may stand under `url` or `path`."""
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call")
 _WORDS_OF_OTHER_KINDS = ("thinking", "reasoning", "refusal")
 
@@ -122,14 +124,20 @@ def _join_parts(number: int, content: Any, placeholders: bool) -> Any:
         kind, text = part.get("type"), part.get("text")
         if kind == "text" and isinstance(text, str):
             texts.append(text)
-        elif kind in _WORDS_OF_OTHER_KINDS or not (kind in part or set(part) == {"type"}):
-            # A medium stands under the name of its type, or its place alone is given.
+        elif kind in _WORDS_OF_OTHER_KINDS or not _is_medium(kind, part):
             raise TurnsError(
                 f"turn {number} has a content part of type {kind!r}; text and media can be read"
             )
         elif placeholders:
             texts.append(f"<{get_part_modality(kind)}>")
     return "".join(texts)
+
+
+def _is_medium(kind: object, part: Mapping[str, Any]) -> bool:
+    """A medium stands under the name of its type or its place; or the place alone is given."""
+    if kind in part or set(part) == {"type"}:
+        return True
+    return get_part_modality(kind) in MEDIA_TYPES and bool({"url", "path"} & part.keys())
 
 
 def get_part_modality(kind: object) -> str:

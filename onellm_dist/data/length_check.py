@@ -118,14 +118,17 @@ def _find_too_large_varied(
     most = fixed = 0
     for shard in range(min(len(corpus.shards[number]), CENSUS_SHARDS)):
         rows, counts = corpus.token_counts.get_texts(number, shard)
+        if not len(rows):
+            continue
         zeros = np.zeros_like(rows)
         text, supervised = counts.astype(np.int64).T
         table = SampleTable(zeros + number, zeros + shard, rows, zeros, text, supervised)
         spans = corpus.media.count(table, np.arange(len(rows)))
         lengths, encoder = text + SPAN_TOKENS * spans.sum(1), spans @ per_span
         refs = table.refs(np.array([lengths.argmax(), encoder.argmax()]))
-        count = longest.count + int((lengths > limit.positions).sum())
-        longest = TooLong(longest.longest, count, longest.total + len(rows))
+        # a sample of several captions has several rows
+        count = longest.count + len(np.unique(rows[lengths > limit.positions]))
+        longest = TooLong(longest.longest, count, longest.total + len(np.unique(rows)))
         if lengths.max() > most:
             most, fixed = int(lengths.max()), SPAN_TOKENS * int(spans[lengths.argmax()].sum())
             longest = TooLong(refs[0], count, longest.total)

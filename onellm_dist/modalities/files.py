@@ -69,11 +69,13 @@ def read_file_spans(modality: Modality, path: Path, most: int) -> tuple[torch.Te
         with collect_damage() as damage, decoding():
             meta = _read_sidecar_json(path, modality.name)
             rng = np.random.default_rng(0)
-            if most > 1 and (spans := modality.count_spans(modality.measure(parts), most)) > 1:
-                with translate_errors(modality.name):
+            with translate_errors(modality.name):
+                size = modality.measure(parts) if most > 1 else None
+                spans = 1 if size is None else modality.count_spans(size, most)
+                if spans > 1:
                     values = modality.read_spans(parts, meta, spans=spans, train=False, rng=rng)
-            else:
-                values = [modality.read_value(parts, meta, train=False, rng=rng)]
+                else:
+                    values = [modality.read_value(parts, meta, train=False, rng=rng)]
     except SampleError as error:
         message = error.what if str(path) in error.what else f"{path}: {error.what}"
         raise SampleError(message, error.why, error.do) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -27,8 +28,10 @@ from onellm_dist.model.processing_chat import encode_conversation, render_conver
 from onellm_dist.model.processing_media import list_media, name_modality, stack_media
 from onellm_dist.model.processing_placed import (
     encode_placed,
+    encode_prompt_media,
     make_placed_features,
     needs_placing,
+    needs_spans,
 )
 from onellm_dist.model.processing_rows import Padding, make_features
 from onellm_dist.model.saving import KeepsSums
@@ -116,8 +119,28 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
                 "give conversations to apply_chat_template(tokenize=True), or leave it out.",
             )
         rows = [self._encode_prompt(prompt) for prompt in prompts]
-        values = _stack_media(media, len(prompts), sampling_rate)
+        held = _list_media(media, len(prompts))
+        if self.spans.keys() & held.keys():
+            return self._encode_spans(rows, held, shape, sampling_rate)
+        values = {f"{n}_values": stack_media(n, i, sampling_rate) for n, i in held.items()}
         return make_features(self.tokenizer, rows, values, shape)
+
+    def _encode_spans(
+        self,
+        rows: Sequence[list[int]],
+        held: Mapping[str, Sequence[Any]],
+        shape: Padding,
+        rate: float | None,
+    ) -> BatchFeature:
+        """Prompts whose media behind BOS take as many spans as in training."""
+        if shape.truncation:
+            rows = [row[: shape.max_length] for row in rows]
+            shape = replace(shape, truncation=None)
+        placed = [
+            encode_prompt_media(row, [(n, held[n][i]) for n in held], self.spans, rate)
+            for i, row in enumerate(rows)
+        ]
+        return make_placed_features(self.tokenizer, placed, shape, with_masks=False)
 
     def _encode_prompt(self, prompt: str) -> list[int]:
         """Ids of BOS and a prompt; control tokens in it are text, as in training."""
@@ -191,7 +214,8 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
             return_tensors: as of a call of the processor.
             return_assistant_tokens_mask: whether to add `assistant_masks`: 1 where supervised.
             place_media: whether media stand where their parts do in the turns, or behind BOS;
-                default: behind BOS if each conversation has one of each of the same modalities.
+                default: in the turns of a conversation that has several of a modality, and of all
+                if the model was trained with `data.spans`; else behind BOS.
             processor_kwargs: options of a call of the processor (padding and the like).
             kwargs: more; without `tokenize`, variables of the template.
 
@@ -220,9 +244,15 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
         options = {k: v for k, v in kwargs.items() if v not in (None, False)}
         shape = Padding.from_options({**options, **(processor_kwargs or {})}, return_tensors)
         how = shape, add_generation_prompt, return_assistant_tokens_mask
-        places = needs_placing(found) if place_media is None else place_media
-        encode: Any = self._encode_placed if places else self._encode_conversations
-        data = encode(given if places else found, *how)
+        places = [
+            needs_placing(each, self.spans) if place_media is None else place_media
+            for each in found
+        ]
+        if any(places) or needs_spans(found, self.spans):
+            pairs = [(each, place) for each, place in zip(given, places, strict=True)]
+            data = self._encode_placed(pairs, *how)
+        else:
+            data = self._encode_conversations(found, *how)
         return data if return_dict else data["input_ids"]
 
     def _encode_conversations(
@@ -236,11 +266,16 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
         return make_features(self.tokenizer, [ids for ids, _ in encoded], values, shape, masks)
 
     def _encode_placed(
-        self, conversations: Sequence[Any], shape: Padding, prompt: bool, with_masks: bool
+        self,
+        conversations: Sequence[tuple[Any, bool]],
+        shape: Padding,
+        prompt: bool,
+        with_masks: bool,
     ) -> BatchFeature:
+        """Conversations whose media stand in their turns, or (False) behind BOS."""
         rows = []
-        for each in conversations:
-            found = read_conversation(each, marks=True)
+        for each, place in conversations:
+            found = read_conversation(each, marks=place)
             rows.append(encode_placed(self.tokenizer, found, self.spans, prompt=prompt))
             self._check_embeddings(rows[-1].ids)
         return make_placed_features(self.tokenizer, rows, shape, with_masks=with_masks)
@@ -269,10 +304,8 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
         return cast(str, self.tokenizer.decode(*args, **kwargs))
 
 
-def _stack_media(
-    media: Mapping[str, Any], prompts: int, rate: float | None
-) -> dict[str, torch.Tensor]:
-    """Values of the media that a call names."""
+def _list_media(media: Mapping[str, Any], prompts: int) -> dict[str, list[Any]]:
+    """The media that a call names, one of each modality for each prompt."""
     held: dict[str, list[Any]] = {}
     for key, given in media.items():
         if given is None:
@@ -285,4 +318,4 @@ def _stack_media(
                 "give one of them.",
             )
         held[name] = list_media(name, given, prompts)
-    return {f"{name}_values": stack_media(name, items, rate) for name, items in held.items()}
+    return held

@@ -111,13 +111,14 @@ def read_medium(name: str, item: Any, rate: float | None = None) -> torch.Tensor
         raise _make_item_error(name, item, str(error)) from error
 
 
-def read_medium_spans(name: str, item: Any, most: int) -> torch.Tensor:
+def read_medium_spans(name: str, item: Any, most: int, rate: float | None = None) -> torch.Tensor:
     """One medium as one or several spans: [spans, *value_shape].
 
     Args:
         name: the modality.
         item: as of `read_medium`; files and their bytes may take several spans.
         most: the most spans that it may take.
+        rate: as of `read_medium`.
 
     Raises:
         UsageError: as of `read_medium`.
@@ -129,9 +130,10 @@ def read_medium_spans(name: str, item: Any, most: int) -> torch.Tensor:
         return read_file_spans(modality, _find_file(name, held), most)[0]
     parts = None if held is None or isinstance(held, torch.Tensor) else _read_parts(modality, held)
     if parts is None:
-        return read_medium(name, item)[None]
-    spans, rng = modality.count_spans(modality.measure(parts), most), np.random.default_rng(0)
+        return read_medium(name, item, rate)[None]
+    rng = np.random.default_rng(0)
     with translate_errors(name):
+        spans = modality.count_spans(modality.measure(parts), most)
         return torch.stack(modality.read_spans(parts, {}, spans=spans, train=False, rng=rng))
 
 

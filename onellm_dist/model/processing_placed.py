@@ -29,10 +29,51 @@ class PlacedConversation(NamedTuple):
     """Modality and [spans, *value_shape] of each medium, in the order of the sequence."""
 
 
-def needs_placing(conversations: Sequence[Conversation]) -> bool:
-    """Whether conversations are more than one medium of each modality behind BOS."""
-    names = [[medium.modality for medium in each.media] for each in conversations]
-    return any(len(set(n)) < len(n) or set(n) != set(names[0]) for n in names)
+def needs_placing(conversation: Conversation, most: Mapping[str, int]) -> bool:
+    """Whether a conversation's media stand in its turns; else they stand behind BOS.
+
+    That follows from the conversation and the model alone, never from the rest of a batch.
+
+    Args:
+        conversation: the conversation.
+        most: `data.spans` of the model's training.
+    """
+    names = [medium.modality for medium in conversation.media]
+    return len(set(names)) < len(names) or (bool(most) and bool(names))
+
+
+def needs_spans(found: Sequence[Conversation], most: Mapping[str, int]) -> bool:
+    """Whether media behind BOS differ from row to row, or may take several spans."""
+    names = [{medium.modality for medium in each.media} for each in found]
+    return any(n != names[0] for n in names) or any(n & most.keys() for n in names)
+
+
+def encode_prompt_media(
+    ids: list[int],
+    media: Sequence[tuple[str, Any]],
+    most: Mapping[str, int],
+    rate: float | None,
+) -> PlacedConversation:
+    """Put the media of a prompt behind its BOS.
+
+    Args:
+        ids: BOS and the prompt.
+        media: modality and medium, one of each modality.
+        most: `data.spans` of the model's training.
+        rate: samples per second of sounds that are given as arrays.
+
+    Raises:
+        SampleError: a medium cannot be read.
+    """
+    names = [name for name, _ in media]
+    spans: list[tuple[str, int]] = []
+    values = []
+    for number, place in place_media([], names, list(all_modalities())):
+        name, item = media[number]
+        own = read_medium_spans(name, item, most.get(name, 1), rate)
+        spans += [(name, place)] * len(own)
+        values.append((name, own))
+    return PlacedConversation(ids, [0] * len(ids), spans, values)
 
 
 def encode_placed(

@@ -49,6 +49,8 @@ PARTS: dict[str, tuple[Any, str]] = {
         [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "q"}],
         "q",
     ),
+    "url": ([{"type": "image", "url": "x.jpg"}, {"type": "text", "text": "q"}], "q"),
+    "path": ([{"type": "video", "path": "x.mp4"}, {"type": "text", "text": "q"}], "q"),
     "place of a medium": ([{"type": "image"}, {"type": "text", "text": "q"}], "q"),
 }
 
@@ -67,6 +69,7 @@ def test_content_parts_are_read(content: Any, text: str) -> None:
         ({"role": "assistant", "content": "", "tool_calls": [{}]}, "turn 1 calls a tool"),
         ({"role": "user", "content": [{"type": "thinking", "thinking": "hm"}]}, "type 'thinking'"),
         ({"role": "user", "content": [{"type": "tool_use", "input": 1}]}, "type 'tool_use'"),
+        ({"role": "user", "content": [{"type": "tool_use", "path": "x"}]}, "type 'tool_use'"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "turn 1 has weight 0.5"),
     ],
 )

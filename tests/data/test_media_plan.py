@@ -191,6 +191,18 @@ def test_too_large_a_sample_is_named_before_step_0(root: Path) -> None:
         [plan.step(step, 1) for step in range(20)]
 
 
+def test_too_long_samples_of_several_captions_are_counted_once(tmp_path: Path) -> None:
+    with DatasetWriter(
+        tmp_path / "caps", name="caps", modalities=("image",), attributes=LISTED
+    ) as writer:
+        for number in range(3):
+            meta = {"caption": ["a red cube", "a blue one", "green"], "media": []}
+            writer.add("train", str(number), {"json": json.dumps(meta).encode()})
+    plan = open_plan(tmp_path, {"caps": 1.0}, text_format="caption")
+    with pytest.raises(UsageError, match=r"\(3 of 3 samples of the dataset are too long\)"):
+        check_corpus(plan.corpus, positions=1)
+
+
 def test_old_shards_have_the_same_bytes(tmp_path: Path) -> None:
     """A dataset that lists no media has no new column, and its index says nothing of media."""
     dataset = write(tmp_path, "pic", ["image"], 3)

@@ -25,7 +25,7 @@ from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.audio import Sound
 from onellm_dist.modalities.io.damage import collect_damage
 from onellm_dist.modalities.io.sound_headers import measure_mp3
-from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS
+from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS, measure_sound
 from onellm_dist.shards.format.names import find_readable_modalities, split_file_name
 
 AUDIO = get_modality("audio")
@@ -334,3 +334,11 @@ def test_the_padding_of_an_encoder_is_no_lost_sound(rate: int, seconds: float) -
     soundfile.write(buffer, wave, rate, format="MP3", subtype="MPEG_LAYER_III")
     for data in (buffer.getvalue(), sound_by_ffmpeg(wave, rate, "mp3", "libmp3lame")):
         assert read(data, "mp3")[1] == []
+
+
+def test_the_length_of_a_quiet_sound_is_counted() -> None:
+    """FFmpeg guesses it from the bit rate of the beginning, and says 55 s here."""
+    wave = tone(RATE, 20.0)
+    wave[: RATE * 19] = 0
+    data = sound_by_ffmpeg(wave, RATE, "adts", "aac")
+    assert measure_sound(Part("aac", data)) == pytest.approx(20, abs=0.3)

@@ -164,6 +164,40 @@ def test_spans_of_training_are_kept_by_the_processor(
     assert "spans" not in (tmp_path / "plain" / "processor_config.json").read_text()
 
 
+def test_the_rest_of_a_batch_moves_no_picture(
+    loaded: tuple[Any, Any], files: dict[str, Path]
+) -> None:
+    _, processor = loaded
+    picture = {"type": "image", "path": str(files["a"])}
+    one = [{"role": "user", "content": [{"type": "text", "text": "see "}, picture]}]
+    data = processor.apply_chat_template(
+        [one, ask(files), [{"role": "user", "content": "no"}]], tokenize=True, return_dict=True
+    )
+    assert data["media_spans"][0] == [("image", 1)]
+    assert [len(spans) for spans in data["media_spans"]] == [1, 4, 0]
+    alone = processor.apply_chat_template(one, tokenize=True, return_dict=True)
+    assert torch.equal(alone["image_values"][0], data["image_values"][0])
+
+
+def test_every_way_to_ask_takes_the_spans_of_training(
+    loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    _, processor = loaded
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (900, 300)).save(wide)
+    own = OneLLMProcessor(pickle.loads(pickle.dumps(processor.tokenizer)), spans={"image": 5})
+    asked = own(text=["what", "and"], images=[str(wide)] * 2, truncation=True, max_length=2)
+    assert asked["media_spans"] == [[("image", 1)] * 4] * 2
+    assert len(asked["image_values"]) == 8 and asked["input_ids"].shape == (2, 2)
+    part = {"type": "image", "path": str(wide)}
+    talk = [{"role": "user", "content": [{"type": "text", "text": "see "}, part]}]
+    for place in (None, False):
+        data = own.apply_chat_template(talk, tokenize=True, return_dict=True, place_media=place)
+        ((name, at), *_) = data["media_spans"][0]
+        assert name == "image" and len(data["media_spans"][0]) == 4 and (at > 1) == (place is None)
+    assert "media_spans" not in own("no media")
+
+
 def test_what_cannot_be_placed_is_refused(loaded: tuple[Any, Any], files: dict[str, Path]) -> None:
     _, processor = loaded
     with pytest.raises(UsageError, match="media inside the text"):

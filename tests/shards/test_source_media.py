@@ -18,9 +18,11 @@ from PIL import Image
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.build.build_dataset import build_dataset
+from onellm_dist.shards.build.prepare import prepare_sample
+from onellm_dist.shards.build.registry import complete_options, get_source
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.parts import read_parts
-from onellm_dist.shards.sources.base import BuildReport
+from onellm_dist.shards.sources.base import BuildReport, RawSample
 
 
 def picture(seed: int = 0, kind: str = "JPEG") -> bytes:
@@ -361,3 +363,19 @@ def test_options_that_cannot_be_used(folder: Path) -> None:
         build("mmc4", folder, missing="maybe")
     with pytest.raises(UsageError, match="rows=some is none of image, text, all"):
         build("llava665k", folder, rows="some")
+
+
+def test_near_copies_are_not_looked_for_among_listed_media(folder: Path) -> None:
+    """Samples without a picture would all look alike, and be left out."""
+    write_rows(folder, [{"conversations": talk("hello")}, {"conversations": talk("bye")}])
+    with pytest.raises(UsageError, match="dedup=perceptual, and samples of this dataset have any"):
+        build("interleaved", folder, dedup="perceptual")
+
+
+def test_a_caption_that_is_no_text_is_no_caption() -> None:
+    meta = {"conversations": talk("hello"), "caption": 5, "media": []}
+    settings = complete_options(get_source("obelics"), {}, name="d")[1]
+    assert settings is not None
+    raw = RawSample("k", "here", {}, meta=meta)
+    made = prepare_sample(raw, ("image",), settings, lists_media=True)
+    assert made.parts is not None and not made.reason

@@ -89,7 +89,10 @@ def read_sound(part: Part, seconds: float) -> tuple[np.ndarray, int]:
 
 
 def measure_sound(part: Part) -> float:
-    """Read the length of a sound in seconds, as far as its header states it; else 0.
+    """Read the length of a sound in seconds: what its header states, else that of its packets.
+
+    (FFmpeg guesses the length of raw AAC and of MP3 without a Xing header from the bit rate of the
+    beginning, which is many times too long where that is quiet.)
 
     Raises:
         SampleError: neither library can open it.
@@ -106,9 +109,23 @@ def measure_sound(part: Part) -> float:
         return stated
     with open_media(part, "audio") as container:
         stream = choose_audio_stream(container)
-        if stream.duration and stream.time_base:
-            return float(stream.duration * stream.time_base)
-        return container.duration / av.time_base if container.duration else 0.0
+        if _TIMED & set(container.format.name.split(",")):
+            if stream.duration and stream.time_base:
+                return float(stream.duration * stream.time_base)
+            if container.duration:
+                return container.duration / av.time_base
+        return _sum_packets(container, stream)
+
+
+def _sum_packets(container: InputContainer, stream: AudioStream) -> float:
+    """Seconds of a stream's packets, up to the first that cannot be read."""
+    seconds = 0.0
+    try:
+        for packet in container.demux(stream):
+            seconds += _get_seconds(packet)
+    except av.FFmpegError:
+        pass  # the rest is cut off or damaged, and is not heard either
+    return seconds
 
 
 class _QuietBytes(io.BytesIO):

@@ -18,6 +18,7 @@ from onellm_dist.shards.build.plan import BuildPlan, PlannedSplit, to_json_optio
 from onellm_dist.shards.build.questions import list_questions
 from onellm_dist.shards.build.registry import get_source
 from onellm_dist.shards.build.settings import BuildSettings
+from onellm_dist.shards.format.media import LISTED
 from onellm_dist.shards.sources.base import (
     DatasetDescription,
     InputSplit,
@@ -90,6 +91,13 @@ def make_plan(
 
 
 def _check_dedup(settings: BuildSettings, found: DatasetDescription) -> None:
+    if settings.dedup == "perceptual" and LISTED.items() <= dict(found.attributes).items():
+        raise UsageError(
+            "dedup=perceptual, and samples of this dataset have any number of media.",
+            "near copies are found by the one picture that a sample is; those without a picture "
+            "would all look alike, and of several pictures one would decide.",
+            "use dedup=exact.",
+        )
     if settings.dedup == "perceptual" and not get_picture_extensions(found.modalities):
         raise UsageError(
             f"dedup=perceptual, and samples of {', '.join(found.modalities) or 'text'} have no "

@@ -174,7 +174,8 @@ def _finish_sample(
 def _list_texts(parts: Mapping[str, bytes], meta: Mapping[str, Any]) -> list[str]:
     """The texts that a sample may be read with: each caption, and its conversation."""
     caption = meta.get("caption", meta.get("captions"))
-    texts = [c for c in (caption if isinstance(caption, list) else [caption]) if c is not None]
+    captions = caption if isinstance(caption, list) else [caption]
+    texts = [text for text in captions if isinstance(text, str)]  # others are no caption anywhere
     if "txt" in parts:
         texts = [parts["txt"].decode()]
     conversation = find_conversation(meta)

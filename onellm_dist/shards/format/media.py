@@ -19,6 +19,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.common.media_size import MediaSize, SampleMedium
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities.base import translate_errors
 from onellm_dist.shards.format.names import find_readable_modalities, get_known_extensions
 
 LISTED = {"media": "listed"}
@@ -149,7 +150,8 @@ def measure_media(
 def measure_medium(medium: SampleMedium, parts: Mapping[str, bytes]) -> MediaSize:
     """Read the size of one medium from its header; zeros where the header cannot be read."""
     try:
-        return get_modality(medium.modality).measure(get_medium_parts(medium, parts))
+        with translate_errors(medium.modality):
+            return get_modality(medium.modality).measure(get_medium_parts(medium, parts))
     except SampleError:
         return MediaSize()
 
