@@ -45,8 +45,6 @@ class ConversationTurn(NamedTuple):
     """0 for an answer that is not trained on."""
 
 
-MEDIA_TYPES = ("image", "video", "audio", "point", "depth", "normal", "imu", "fmri")
-"""Types of content parts whose medium may stand under `url` or `path`."""
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call")
 _WORDS_OF_OTHER_KINDS = ("thinking", "reasoning", "refusal")
 
@@ -134,10 +132,8 @@ def _join_parts(number: int, content: Any, placeholders: bool) -> Any:
 
 
 def _is_medium(kind: object, part: Mapping[str, Any]) -> bool:
-    """A medium stands under the name of its type or its place; or the place alone is given."""
-    if kind in part or set(part) == {"type"}:
-        return True
-    return get_part_modality(kind) in MEDIA_TYPES and bool({"url", "path"} & part.keys())
+    """A medium stands under the name of its type, `url` or `path`; or its place alone is given."""
+    return kind in part or set(part) == {"type"} or bool(kind and {"url", "path"} & part.keys())
 
 
 def get_part_modality(kind: object) -> str:

@@ -244,16 +244,24 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
         options = {k: v for k, v in kwargs.items() if v not in (None, False)}
         shape = Padding.from_options({**options, **(processor_kwargs or {})}, return_tensors)
         how = shape, add_generation_prompt, return_assistant_tokens_mask
+        data = self._encode_all(given, found, place_media, how)
+        return data if return_dict else data["input_ids"]
+
+    def _encode_all(
+        self,
+        given: Sequence[Any],
+        found: Sequence[Conversation],
+        place_media: bool | None,
+        how: tuple[Padding, bool, bool],
+    ) -> BatchFeature:
+        """Conversations, each with its media in its turns or behind BOS."""
         places = [
             needs_placing(each, self.spans) if place_media is None else place_media
             for each in found
         ]
         if any(places) or needs_spans(found, self.spans):
-            pairs = [(each, place) for each, place in zip(given, places, strict=True)]
-            data = self._encode_placed(pairs, *how)
-        else:
-            data = self._encode_conversations(found, *how)
-        return data if return_dict else data["input_ids"]
+            return self._encode_placed(list(zip(given, places, strict=True)), *how)
+        return self._encode_conversations(found, *how)
 
     def _encode_conversations(
         self, found: Sequence[Conversation], shape: Padding, prompt: bool, with_masks: bool

@@ -69,7 +69,7 @@ def test_content_parts_are_read(content: Any, text: str) -> None:
         ({"role": "assistant", "content": "", "tool_calls": [{}]}, "turn 1 calls a tool"),
         ({"role": "user", "content": [{"type": "thinking", "thinking": "hm"}]}, "type 'thinking'"),
         ({"role": "user", "content": [{"type": "tool_use", "input": 1}]}, "type 'tool_use'"),
-        ({"role": "user", "content": [{"type": "tool_use", "path": "x"}]}, "type 'tool_use'"),
+        ({"role": "user", "content": [{"path": "x"}]}, "type None"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "turn 1 has weight 0.5"),
     ],
 )
