@@ -109,6 +109,19 @@ def test_all_columns_survive_a_second_indexing_and_a_repair(many: Dataset) -> No
     assert path.read_bytes() == before
 
 
+def test_a_repair_renews_media_that_the_index_lists_wrongly(many: Dataset) -> None:
+    (shard,) = many.shards()
+    index, path = many.index(shard), get_index_path(many.tar_path(shard))
+    before, rows, end = path.read_bytes(), index.rows(), int(index.sample_starts()[-1])
+    assert rows.media is not None
+    rows.media[3] = (SampleMedium("image", "", MediaSize(6, 6)),)
+    names = {"tar_name": index.tar_name, "tar_sha256": index.tar_sha256}
+    path.write_bytes(pack_index(rows, tar_bytes=index.tar_bytes, end=end, **names))
+    assert len(verify_dataset(many.root)) == 1
+    repair_dataset(many.root)
+    assert path.read_bytes() == before and repair_dataset(many.root) == []
+
+
 def test_a_repaired_shard_keeps_the_media_of_its_good_samples(many: Dataset) -> None:
     (shard,) = many.shards()
     tar = many.tar_path(shard)

@@ -45,6 +45,7 @@ from onellm_dist.shards.format.dataset import (
 )
 from onellm_dist.shards.format.energon import META, write_energon
 from onellm_dist.shards.format.index import PartLocation, ShardIndex, get_index_path
+from onellm_dist.shards.format.index_media import read_media
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.tars import salvage_tar
 from onellm_dist.shards.sources.base import QuarantinedSample
@@ -203,9 +204,9 @@ def _repair_shard(
     if not faults and intact:
         if (
             index is None
-            or (manifest.lists_media and index.media is None)
             or (index.tar_sha256, index.samples) != (shard.sha256, len(samples))
             or index.tar_name != tar.name
+            or (manifest.lists_media and _has_stale_media(tar, index, manifest))
         ):
             change.renew_index(tar)
             change.done.append(f"{shard.path}: index made again")
@@ -215,6 +216,17 @@ def _repair_shard(
     change.lost += faults
     change.done += [f"{shard.path}, key {q.key}: {q.reason}; left out" for q in faults]
     return _rewrite_shard(root, shard, samples, change)
+
+
+def _has_stale_media(tar: Path, index: ShardIndex, manifest: Manifest) -> bool:
+    """Whether an index does not list the media that the samples of its tar can be read to have."""
+    listed = index.media
+    if listed is None:
+        return True
+    found = list(read_media(tar, index, manifest.modalities, listed=True))
+    if any(isinstance(media, SampleError) for media in found):
+        return False  # these could not be written either
+    return any(media != listed.get(row) for row, media in enumerate(found))
 
 
 def _accept_tar(tar: Path, shard: ShardInfo, samples: int, change: RepairTransaction) -> ShardInfo:
