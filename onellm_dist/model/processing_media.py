@@ -192,7 +192,7 @@ def read_bytes(name: str, content: Any) -> bytes | None:
         if not comma:
             raise ValueError("it has no comma")
         if head.endswith(";base64"):
-            return base64.b64decode(unquote_to_bytes(data), validate=True)
+            return base64.b64decode(data, validate=True)
         return unquote_to_bytes(data)
     except (ValueError, binascii.Error) as error:
         raise UsageError(

@@ -214,6 +214,7 @@ def test_bad_requests_are_refused_in_words(
         ({"type": "image", "data": served.encode(b"no picture")}, "medium 1 (image)"),
         ({"type": "audio", "data": served.encode(b"no sound")}, "medium 1 (audio)"),
         ({"type": "image", "data": ""}, "medium 1 (image)"),
+        ({"type": "image", "url": "data:image/png;base64,eA%3D%3D"}, "cannot be decoded"),
         ({"type": "smell", "data": "x"}, "of type 'smell'"),
         ({**served.make_part("imu", FILES["imu"]), "text": "What <imu>?"}, "says <imu>"),
     ],

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def test_settings_that_would_be_open_to_all_are_refused() -> None:
 
 
 @contextmanager
-def run_file_server(data: bytes) -> Iterator[str]:
+def run_file_server(data: bytes, pause: float = 0.0) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             moved = self.path == "/moved"
@@ -151,8 +151,12 @@ def run_file_server(data: bytes) -> Iterator[str]:
             if moved:
                 self.send_header("Location", "/x.png")
             self.end_headers()
-            if not moved:
-                self.wfile.write(data)
+            if moved:
+                return
+            for byte in [data] if not pause else [data[i : i + 1] for i in range(len(data))]:
+                time.sleep(pause)
+                with suppress(OSError):  # the client has left
+                    self.wfile.write(byte)
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -182,6 +186,15 @@ def test_only_trusted_hosts_are_fetched_from() -> None:
                 fetch(*arguments)
     with pytest.raises(RequestError, match="cannot be fetched"):
         fetch(f"http://{host}/x.png", [host], 1000)
+
+
+def test_a_host_that_sends_drop_by_drop_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onellm_dist.serving.server.fetch.SECONDS", 0.3)
+    with run_file_server(b"x" * 100, pause=0.02) as host:
+        began = time.monotonic()
+        with pytest.raises(RequestError, match="cannot be fetched"):
+            fetch(f"http://{host}/x.png", [host], 1000)
+        assert time.monotonic() - began < 1.9  # all of it takes 2 s
 
 
 @pytest.mark.soak

@@ -71,9 +71,12 @@ class ChatService:
             # As in training: spans in the order of the modalities.
             given.sort(key=lambda files: get_modality(files.modality).order)
             given = self._share_spans(given)
+            hashes = await asyncio.to_thread(lambda: [hash_files(files) for files in given])
             spans = [
-                Medium(files.modality, value, f"{hash_files(files)} {number}")
-                for files, values in zip(given, await self.media.read(given), strict=True)
+                Medium(files.modality, value, f"{digest} {number}")
+                for files, digest, values in zip(
+                    given, hashes, await self.media.read(given), strict=True
+                )
                 for number, value in enumerate(values)
             ]
             most = self._choose_length(request, len(ids) + SPAN_TOKENS * len(spans))
@@ -104,13 +107,13 @@ class ChatService:
                 "logprobs is not supported where another server runs the LLM", param="logprobs"
             )
         conversation = read_conversation(request.messages)
-        self._check_media(conversation)
+        media = self._check_media(conversation)
         context = get_context(self.model.config.text_config, self.model.llm_support)
         most = _MOST_CHARACTERS if context is None else context * _CHARACTERS_OF_TOKEN
         if sum(len(turn.text) for turn in conversation.turns) > most:
             raise RequestError(f"the messages have more than {most} characters")
         self._refuse_placeholders(conversation)
-        return request, self.text.encode(conversation.turns), conversation.media
+        return request, self.text.encode(conversation.turns), media
 
     def _refuse_placeholders(self, conversation: Conversation) -> None:
         """Refuse texts that say where a medium stands, which would be read as words."""
@@ -122,30 +125,36 @@ class ChatService:
                     "before the text here; leave it out"
                 )
 
-    def _check_media(self, conversation: Conversation) -> None:
-        """Refuse media that the model does not read, or whose files would not be the client's."""
+    def _check_media(self, conversation: Conversation) -> list[HeldMedium]:
+        """The media, `data:` URLs decoded.
+
+        Raises:
+            RequestError: the model does not read them, or their files would not be the client's.
+            UsageError: a `data:` URL cannot be decoded.
+        """
         if len(conversation.media) > self.settings.media:
             raise RequestError(
                 f"{len(conversation.media)} media; this server takes {self.settings.media} in a "
                 "request"
             )
         known = self.model.config.modalities
+        media: list[HeldMedium] = []
         for modality, item in conversation.media:
             if modality not in known:
                 raise RequestError(
                     f"the model does not read {modality}; it reads {', '.join(known)}"
                 )
-            if isinstance(item, str) and read_bytes(modality, item) is None:
+            data = read_bytes(modality, item) if isinstance(item, str) else item
+            if data is None:
                 check_url(item, self.settings.url_hosts)
+            media.append(HeldMedium(modality, item if data is None else data))
+        return media
 
     async def _read_item(self, medium: HeldMedium) -> GivenFiles:
         modality, item = medium
         if isinstance(item, str):
-            data = read_bytes(modality, item)
-            if data is None:
-                most = self.settings.request_mb << 20
-                data = await asyncio.to_thread(fetch, item, self.settings.url_hosts, most)
-            item = data
+            most = self.settings.request_mb << 20
+            item = await asyncio.to_thread(fetch, item, self.settings.url_hosts, most)
         try:
             return to_files(modality, item)
         except TypeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 from onellm_dist.serving.server.errors import RequestError
 
 SECONDS = 20.0
-"""Longest wait for a host."""
+"""Longest wait for a host, and for the whole of a file."""
 _CHUNK = 1 << 16
 
 
@@ -71,11 +72,13 @@ def fetch(url: str, hosts: Sequence[str], most: int) -> bytes:
         _NoRedirects(),
     ):
         opener.add_handler(handler)
-    data = bytearray()
+    data, end = bytearray(), time.monotonic() + SECONDS
     try:
         with opener.open(url, timeout=SECONDS) as response:
-            while chunk := response.read(_CHUNK):
+            while chunk := response.read1(_CHUNK):
                 data += chunk
+                if time.monotonic() > end:
+                    raise TimeoutError
                 if len(data) > most:
                     raise RequestError(f"a file of the request is larger than {most >> 20} MiB")
     except urllib.error.HTTPError as error:
