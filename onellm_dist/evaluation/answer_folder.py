@@ -158,7 +158,7 @@ def write_task(
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / TASK_FILE).exists():
         before = read_settings(folder)
-        known = [k for k in settings if k not in ("limit", "questions")]
+        known = [k for k in settings if k not in ("limit", "questions", "split_questions")]
         changed = [k for k in known if before.get(k) != settings[k]]
         if changed:
             listed = "; ".join(

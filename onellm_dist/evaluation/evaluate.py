@@ -202,7 +202,9 @@ def _evaluate_task(
     folder = out / task.name
     depends = {"split": split, "prompt": prompt_name, "model": identity}
     depends["dataset"] = dataset.fingerprint()
-    write_task(folder, _describe(task, options, questions, depends), questions)
+    counts = dataset.manifest.attributes.get("questions", {})
+    whole = int(counts.get(split, len(questions)))
+    write_task(folder, _describe(task, options, len(questions), whole, depends), questions)
     answered = read_answers(folder).keys()
     mine = _choose_media(task, dataset, media, options, answered)
     drawn = frozenset(medium.key for medium in media[:EXAMPLE_COUNT])
@@ -245,7 +247,8 @@ def _evaluate_task(
 def _describe(
     task: Task,
     options: EvaluationOptions,
-    questions: Sequence[BenchmarkQuestion],
+    asked: int,
+    whole: int,
     depends: dict[str, Any],
 ) -> dict[str, Any]:
     """What is asked, for `task.json`."""
@@ -255,7 +258,8 @@ def _describe(
         "format": options.format,
         "as_reference": options.as_reference,
         "limit": options.limit,
-        "questions": len(questions),
+        "questions": asked,
+        "split_questions": whole,
     }
 
 

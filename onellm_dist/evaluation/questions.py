@@ -43,3 +43,5 @@ class GivenAnswer:
     question: BenchmarkQuestion
     text: str
     """The answer, without special tokens."""
+    asked: str = ""
+    """The words it was asked with, for answer files."""

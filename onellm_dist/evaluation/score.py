@@ -50,8 +50,13 @@ class TaskScore:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every question of the set was answered and scored."""
-        return len(self.answers) == self.settings["questions"] and not self.left_out
+        """Whether every question of the split was answered and scored."""
+        return len(self.answers) == self.whole and not self.left_out
+
+    @property
+    def whole(self) -> int:
+        """Questions of the split, also of one that --limit cut."""
+        return int(self.settings.get("split_questions", self.settings["questions"]))
 
 
 def score_folder(
@@ -170,8 +175,7 @@ def build_results(scores: Sequence[TaskScore]) -> dict[str, Any]:
             s.task.name: {measure.name: True for measure in s.measures} for s in scores
         },
         "n-samples": {
-            s.task.name: {"original": s.settings["questions"], "effective": len(s.answers)}
-            for s in scores
+            s.task.name: {"original": s.whole, "effective": len(s.answers)} for s in scores
         },
         "not-computed": {s.task.name: dict(s.missing) for s in scores if s.missing},
         "model_name": scores[0].settings["model"] if scores else "",
@@ -208,7 +212,8 @@ def _write_answer_files(score: TaskScore) -> list[Path]:
     task = score.task
     if task.answer_files is None or not score.is_complete:
         return []
-    given = [GivenAnswer(q, score.answers[q.id].answer) for q in score.questions]
+    build = task.get_prompt(score.settings["prompt"])[1]
+    given = [GivenAnswer(q, score.answers[q.id].answer, build(q)) for q in score.questions]
     written = []
     for name, content in task.answer_files(given).items():
         problems = task.check_file(name, content) if task.check_file else ()
@@ -227,13 +232,14 @@ def read_ids(path: Path) -> frozenset[str]:
     """Read a list of ids of questions, one a line; what follows a tab is a remark.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file, or it is not UTF-8.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        what = "it is not UTF-8" if isinstance(error, ValueError) else error.strerror
         raise UsageError(
-            f"{path}: {error.strerror}",
+            f"{path}: {what}",
             "which questions are left out stands in it.",
             "`onellm shards overlap` writes such a list.",
         ) from None

@@ -24,9 +24,7 @@ def list_rows(scores: Sequence[TaskScore]) -> Iterator[tuple[str, str, str, str,
     """The rows of the main table, as text."""
     for score in scores:
         notes = (
-            []
-            if score.is_complete
-            else [f"{len(score.answers):,} of {score.settings['questions']:,} questions"]
+            [] if score.is_complete else [f"{len(score.answers):,} of {score.whole:,} questions"]
         )
         name = score.task.name + (f" ({', '.join(notes)})" if notes else "")
         for measure in score.measures:
@@ -96,7 +94,8 @@ def _describe_model(scores: Sequence[TaskScore]) -> str:
 
 def _build_task(score: TaskScore) -> Iterator[str]:
     task, settings = score.task, score.settings
-    yield f"<h2>{escape(task.title)}</h2><p>{escape(task.summary)}</p>"
+    said = f"{task.summary} {task.note}".strip()
+    yield f"<h2>{escape(task.title)}</h2><p>{escape(said)}</p>"
     yield (
         f'<p class="dim">Split {escape(settings["split"])}, prompt {escape(settings["prompt"])}, '
         f"format {escape(settings['format'])}"

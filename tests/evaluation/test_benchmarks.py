@@ -205,6 +205,32 @@ def test_rooms_are_found_below_a_relative_folder(
         assert sample.parts["jpg"].read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"templ_values": "['x']"}, "2 blanks and 1 values"),
+        ({"type": "['Audio', "}, "cannot be read"),
+    ],
+)
+def test_odd_rows_of_music_avqa_are_refused_in_words(
+    tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    row = {
+        "type": '["Audio", "Counting"]', "question_content": "Is <A> left of <B>?",
+        "templ_values": "['x', 'y']", "video_id": 1, "question_id": 1, "anser": "yes",
+    }  # fmt: skip
+    (tmp_path / "avqa-test.json").write_text(json.dumps([row | change]))
+    with pytest.raises(OneLLMError, match=message):
+        list_samples("music-avqa", tmp_path, "test")
+
+
+def test_a_room_without_its_class_is_refused_in_words(tmp_path: Path) -> None:
+    inputs = write_benchmark(tmp_path, "nyuv2-depth")
+    (inputs / "SUNRGBD/kv1/NYUdata/NYU0002/scene.txt").unlink()
+    with pytest.raises(OneLLMError, match=r"cannot be read: .*NYU0002/scene\.txt"):
+        list_samples("nyuv2-depth", inputs, "test")
+
+
 def test_a_whole_video_does_not_stand_for_two_of_its_clips(tmp_path: Path) -> None:
     rows = [
         {"videoID": f"{video}_00000{i}_000009", "enCap": ["a dog"]}

@@ -186,6 +186,8 @@ def test_answers_of_another_evaluation_are_not_mixed(ask: Ask, tmp_path: Path) -
     with pytest.raises(UsageError, match="model: 'toy' there, 'other' now"):
         ask(tmp_path, identity="other")
     assert ask(tmp_path, limit=5).prompts == 2  # a limit may grow
+    (settings,) = (json.loads(path.read_text()) for path in tmp_path.glob("**/task.json"))
+    assert (settings["questions"], settings["split_questions"]) == (5, COUNT)
     with pytest.raises(UsageError, match="which is not asked"):
         ask(tmp_path, limit=4)
     assert ask(tmp_path).prompts == COUNT - 5

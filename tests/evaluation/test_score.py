@@ -22,6 +22,7 @@ from onellm_dist.evaluation.answer_folder import (
 from onellm_dist.evaluation.compare import compare_scores
 from onellm_dist.evaluation.questions import BenchmarkQuestion, GivenAnswer
 from onellm_dist.evaluation.score import (
+    TaskScore,
     build_results,
     read_ids,
     score_folder,
@@ -35,6 +36,10 @@ from onellm_dist.evaluation.tasks.mmbench_table import check_table, write_table
 from onellm_dist.evaluation.tasks.mme_files import check_lists
 
 COUNT = 60
+SETTINGS = {
+    "split": "val", "prompt": "paper", "format": "raw", "as_reference": False, "model": "m",
+    "questions": 1,
+}  # fmt: skip
 
 
 def write_evaluation(
@@ -113,6 +118,39 @@ def test_missing_answers_are_refused_unless_a_part_is_wanted(tmp_path: Path) -> 
     assert not (out / "vqav2" / "vqav2.json").exists()  # a server wants all of them
 
 
+def test_a_limit_makes_no_complete_score(tmp_path: Path) -> None:
+    out = write_evaluation(tmp_path, 1.0)
+    settings = json.loads((out / "vqav2" / "task.json").read_text())
+    settings |= {"limit": COUNT, "split_questions": 1000}
+    (out / "vqav2" / "task.json").write_text(json.dumps(settings))
+    (score,) = scores = score_folder(out)
+    assert "60 of 1,000 questions" in format_scores(scores) and not score.is_complete
+    assert "60 of 1,000 questions" in write_score_page(out, scores).read_text()
+    assert build_results(scores)["n-samples"]["vqav2"] == {"original": 1000, "effective": COUNT}
+    write_scores(out, scores)
+    assert not (out / "vqav2" / "vqav2.json").exists()
+
+
+def test_objaverses_file_has_the_prompt_that_was_asked(tmp_path: Path) -> None:
+    settings = {
+        "task": "objaverse-class", "split": "val200", "prompt": "completion", "format": "raw",
+        "as_reference": False, "model": "m", "dataset": "d", "limit": None, "questions": 1,
+    }  # fmt: skip
+    folder = tmp_path / "objaverse-class"
+    write_task(folder, settings, [BenchmarkQuestion("7", extra={"object_id": "7"})])
+    with AnswerWriter(folder) as writer:
+        writer.write([WrittenAnswer("7", "", "a chair", 1, "eos")])
+    write_scores(tmp_path, [score_task(folder)])
+    written = json.loads((folder / "objaverse.json").read_text())
+    assert written["prompt"] == "This is an object of "
+
+
+def test_the_page_says_how_a_score_differs_from_the_official_one(tmp_path: Path) -> None:
+    for task, said in (("avsd", "stop words"), ("nocaps", "document frequencies")):
+        score = TaskScore(get_task(task), tmp_path, SETTINGS, [], {}, [])
+        assert said in write_score_page(tmp_path, [score]).read_text()
+
+
 def test_questions_can_be_left_out(tmp_path: Path) -> None:
     out = write_evaluation(tmp_path, 0.5)
     (score,) = score_folder(out)
@@ -126,6 +164,9 @@ def test_questions_can_be_left_out(tmp_path: Path) -> None:
     assert clean.measures[0].value == pytest.approx(100 * score.measures[0].rows[:, 0].max())
     with pytest.raises(UsageError, match="No such file"):
         read_ids(tmp_path / "nothing")
+    listed.write_bytes("vqav2/\xe9\n".encode("latin-1"))
+    with pytest.raises(UsageError, match="not UTF-8"):
+        read_ids(listed)
 
 
 def test_two_evaluations_are_compared_question_by_question(tmp_path: Path) -> None:

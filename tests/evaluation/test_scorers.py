@@ -92,6 +92,9 @@ def test_circular_counts_a_question_if_all_its_orders_are_right() -> None:
     found = choices.measure_circular(rows)
     assert value(found, "CircularEval accuracy") == 50
     assert value(found, "accuracy of the first order") == 100
+    cut = choices.measure_circular(rows[:3])  # a limit leaves the second one's first row
+    assert cut[0].n == 1 and cut[0].value == 100 and cut[1].n == 2
+    assert [m.name for m in choices.measure_circular(rows[:1])] == ["accuracy of the first order"]
 
 
 def test_mme_adds_accuracy_and_accuracy_plus() -> None:
@@ -113,6 +116,8 @@ def test_mme_adds_accuracy_and_accuracy_plus() -> None:
     assert found[0].n == 4 and found[0].split("task")["existence"].value == pytest.approx(125)
     low, high = found[0].compute_interval().low, found[0].compute_interval().high
     assert low < 125 < high <= 200
+    (cut,) = mme.measure_mme(rows[1:3])  # half of two pictures: right, but none is right as a whole
+    assert cut.value == 100
 
 
 def test_exact_match_and_the_rule_of_the_references_script() -> None:

@@ -98,7 +98,9 @@ def measure_scienceqa(answers: Sequence[GivenAnswer]) -> list[Measure]:
 def measure_circular(answers: Sequence[GivenAnswer]) -> list[Measure]:
     """MMBench's CircularEval: a question counts if it is right in every order of its options.
 
-    The rows of a question have the same `extra["group"]`. Beside it, the share of right first rows.
+    The rows of a question, as many as it has options, have the same `extra["group"]`; one of which
+    rows are missing (--limit, --partial, --without) does not count. Beside it, the share of right
+    first rows.
     """
     single = measure_choices(answers)[0]
     right = dict(zip(single.units, single.rows[:, 0].tolist(), strict=True))
@@ -106,13 +108,15 @@ def measure_circular(answers: Sequence[GivenAnswer]) -> list[Measure]:
     for answer in answers:
         groups.setdefault(str(answer.question.extra["group"]), []).append(answer)
     firsts = [members[0] for members in groups.values()]
+    whole = {n: rows for n, rows in groups.items() if len(rows) >= len(rows[0].question.options)}
     values: Mapping[str, float] = {
-        name: float(all(right[a.question.id] for a in members)) for name, members in groups.items()
+        name: float(all(right[a.question.id] for a in members)) for name, members in whole.items()
     }
-    circular = Measure.from_values("CircularEval accuracy", values, collect_labels(firsts))
+    labels = collect_labels([members[0] for members in whole.values()])
+    circular = Measure.from_values("CircularEval accuracy", values, labels)
     vanilla = measure_choices(firsts)[0]
     return [
-        circular,
+        *([circular] if whole else ()),
         Measure.from_values(
             "accuracy of the first order",
             dict(zip(vanilla.units, vanilla.rows[:, 0].tolist(), strict=True)),

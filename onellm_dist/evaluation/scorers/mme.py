@@ -24,6 +24,9 @@ PERCEPTION = (
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
+_A_PICTURE = 2
+"""Questions of a picture."""
+
 
 def read_yes_no(answer: str) -> Literal["yes", "no", "other"]:
     """Read an answer as calculation.py does: `yes` or `no` within the first four letters."""
@@ -39,7 +42,8 @@ def read_yes_no(answer: str) -> Literal["yes", "no", "other"]:
 def measure_mme(answers: Sequence[GivenAnswer]) -> list[Measure]:
     """Perception, cognition, and each task: 100 * (accuracy + accuracy+), at most 200 a task.
 
-    A picture has two questions; accuracy+ is the share of pictures with both right.
+    A picture has two questions; accuracy+ is the share of pictures with both right. One of which a
+    question is missing (--limit, --partial, --without) does not count for it.
     """
     pictures: dict[tuple[str, str], list[bool]] = {}
     for answer in answers:
@@ -67,7 +71,10 @@ def _measure_sum(
     rows = np.zeros((len(units), len(tasks), 4))
     for i, key in enumerate(units):
         rights = pictures[key]
-        rows[i, tasks.index(key[0])] = (sum(rights), len(rights), all(rights), 1)
+        rows[i, tasks.index(key[0])] = (
+            *(sum(rights), len(rights)),
+            *((all(rights), 1) if len(rights) == _A_PICTURE else (0, 0)),
+        )
     return Measure(
         name,
         [f"{task}/{medium}" for task, medium in units],

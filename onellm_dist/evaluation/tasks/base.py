@@ -57,6 +57,8 @@ class Task:
     """Makes the files that a server takes."""
     check_file: FormatCheck | None = None
     """Checks such a file against the server's rules."""
+    note: str = ""
+    """How a score differs from the official program's; the page shows it."""
     missing: Callable[[], Mapping[str, str]] = dict
     """Measure that cannot be computed on this machine -> why."""
 

@@ -1,4 +1,4 @@
-"""NoCaps: CIDEr over the whole split, and by domain with its own document frequencies."""
+"""NoCaps: CIDEr over the whole split; by domain with the whole split's document frequencies."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ TASK = Task(
     measure=make_caption_measure(MEASURES),
     max_new_tokens=64,
     paper={"CIDEr": 115.9},
+    note="By domain, CIDEr has the document frequencies of the whole split; the official program "
+    "scores each domain by itself.",
     missing=lambda: list_missing(MEASURES),
     answer_files=make_list_file("nocaps.json", image_id="image_id", caption="answer"),
     check_file=make_list_check(image_id=int, caption=str),

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from onellm_dist.evaluation.questions import GivenAnswer
 from onellm_dist.evaluation.tasks.answer_files import encode_json
 
-PROMPT = "What is this?"
-
 
 def write_results(answers: Sequence[GivenAnswer]) -> Mapping[str, bytes]:
     """`{"prompt", "results": [{"object_id", "ground_truth", "model_output"}]}`."""
@@ -21,7 +19,8 @@ def write_results(answers: Sequence[GivenAnswer]) -> Mapping[str, bytes]:
         }
         for a in answers
     ]
-    return {"objaverse.json": encode_json({"prompt": PROMPT, "results": results})}
+    prompt = answers[0].asked if answers else ""  # the same for all
+    return {"objaverse.json": encode_json({"prompt": prompt, "results": results})}
 
 
 def check_results(name: str, content: bytes) -> Sequence[str]:

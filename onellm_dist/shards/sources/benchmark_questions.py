@@ -135,6 +135,8 @@ def _read_music_avqa(files: BenchmarkFiles) -> Iterator[BenchmarkRow]:
 
 
 def _fill_blanks(text: str, values: Sequence[str]) -> str:
+    if (blanks := len(_BLANK.findall(text))) > len(values):
+        raise ValueError(f"{text!r} has {blanks} blanks and {len(values)} values")
     left = iter(values)
     return _BLANK.sub(lambda _: str(next(left)), text)
 

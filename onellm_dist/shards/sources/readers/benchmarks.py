@@ -305,13 +305,19 @@ class _Reader:
         return 0
 
 
+_OTHER_FILES = (
+    *(KeyError, IndexError, TypeError, ValueError, AttributeError),
+    *(OSError, SyntaxError),  # a file beside the list is missing; ast.literal_eval
+)
+
+
 @lru_cache(maxsize=2)
 def _load_groups(
     name: str, inputs: Path, split: str, stamp: int, reader: _Reader
 ) -> list[tuple[str, list[BenchmarkRow]]]:
     try:
         rows = list(reader.benchmark.read(BenchmarkFiles(inputs, split)))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except _OTHER_FILES as error:
         raise OneLLMError(
             f"{inputs}: {name} {split} cannot be read: "
             f"{f'no {error}' if isinstance(error, KeyError) else error}",
