@@ -113,7 +113,8 @@ def plan_parameters(
             replaced = {name for name, found in merged.items() if found["freeze"]}
         matched = [name for name in names if fnmatchcase(name, rule.match)]
         frozen = {name for name in replaced if merged[name]["freeze"]}
-        check_rule(rule, matched, names, layers, frozen)
+        if number >= len(stage_rules):  # a model of pictures alone has no tokenizers to align
+            check_rule(rule, matched, names, layers, frozen)
         for name in matched:
             given = rule.model_dump(exclude={"match"}, exclude_none=True)
             if not _keeps_frozen(rule, name, frozen):
