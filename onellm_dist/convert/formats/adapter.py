@@ -26,7 +26,7 @@ from onellm_dist.model.lora import ADAPTER
 
 NAME = "adapter"
 KIND = "onellm"
-ORDER = 8
+ORDER = 10
 ABOUT = "The folder of an adapter (LoRA), merged into the model that it was trained over."
 EXAMPLE = "runs/tune_lora/adapter"
 DEFAULT_TARGET = "onellm"
