@@ -29,6 +29,8 @@ Path({marker!r}).write_text("it ran")
 class Strange(PretrainedConfig, PreTrainedTokenizerFast):
     model_type = "strange"
 """
+RUNS_OUR_CODE = "load_alone.py"
+"""`convert publish` loads a folder as its users will, after it has held the code against ours."""
 NAMES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForDepthEstimation")
 
 
