@@ -28,6 +28,7 @@ from onellm_dist.train.callbacks.watchdog import (
     is_in_collective,
 )
 from onellm_dist.train.heartbeat import Heartbeat
+from onellm_dist.train.rank_time import RankTime
 from onellm_dist.train.records.exit_file import ExitFile
 from onellm_dist.train.records.metrics import MetricSet
 from onellm_dist.train.records.run_directory import move_hangs_aside
@@ -117,6 +118,7 @@ def test_a_rank_that_reached_the_reduction_is_ahead_of_one_in_its_backward() -> 
         meter=SimpleNamespace(metrics=MetricSet()),
         sample_log=SimpleNamespace(record_step=stop),
         _combinations=[("a",)],
+        _time=RankTime(torch.nn.Module(), torch.device("cpu")),
         _micro_batches=SimpleNamespace(next=lambda _: pack([sample(1, ("a",))])),
     )
     heartbeat.enter("plan", step=4)

@@ -357,7 +357,12 @@ def test_the_best_weights_are_never_without_their_record(
 
     def best() -> BestModel:
         return BestModel(
-            tmp_path, engine=engine, model=None, processor=None, dist=ONE_RANK, sample_digest="set"
+            tmp_path,
+            engine=engine,
+            model=torch.nn.Module(),
+            processor=None,
+            dist=ONE_RANK,
+            sample_digest="set",
         )
 
     assert best().update(4, 3.0)
