@@ -156,9 +156,13 @@ def test_groups_have_their_own_rates_in_each_step(toy: nn.Module) -> None:
 
 
 def test_biases_and_rms_norms_do_not_decay(toy: nn.Module) -> None:
-    freeze_for_stage(toy, "align", set(all_modalities()))
+    plan = freeze_for_stage(toy, "align", set(all_modalities()))
     groups = make_groups(toy, 0.1)
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    parts = summarize_parts(toy, OptimSection(lr=0.1), plan)
+    exempt = sum(p.numel() for p in groups[1]["params"])
+    assert sum(dict(part.decays).get(0.0, 0) for part in parts) == exempt > 0
+    assert sum(part.exempt for part in parts) == exempt
     names = {id(p): n for n, p in toy.named_parameters()}
     spared = {names[id(p)] for p in groups[1]["params"]}
     assert {n for n in trained(toy) if n.endswith("bias")} <= spared
