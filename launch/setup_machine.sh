@@ -41,7 +41,11 @@ if [ -n "${ONELLM_TORCH:-}" ]; then
     grep -vE '^(torch|torchvision|triton|nvidia-|cuda-)' constraints.txt >"$constraints"
 fi
 rm -rf onellm_dist.egg-info # an earlier version's metadata would be found first
-say "installing packages (about 6 GB with torch for CUDA; a minute or two)"
+free_gb=$(df -Pk "$venv" | awk 'NR == 2 { print int($4 / 1048576) }')
+if [ "$free_gb" -lt 10 ] && [ ! -e "$venv/.installed" ]; then
+    say "only $free_gb GB are free where $venv lies: the packages take 7, and the tests some 9 in ${TMPDIR:-/tmp}."
+fi
+say "installing packages (about 7 GB with torch for CUDA; a minute or two)"
 pip_install --constraint "$constraints" --editable ".[$extras]"
 "$venv/bin/python" -m pip check
 say "done: source $venv/bin/activate"
