@@ -78,7 +78,11 @@ def _nan(sample_id: str, rank: int) -> None:
     _change_sample(
         sample_id,
         lambda sample: replace(
-            sample, values={k: torch.full_like(v, torch.nan) for k, v in sample.values.items()}
+            sample,
+            values={
+                name: [torch.full_like(span, torch.nan) for span in spans]
+                for name, spans in sample.values.items()
+            },
         ),
     )
 
