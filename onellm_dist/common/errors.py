@@ -51,6 +51,10 @@ class MachineError(OneLLMError):
     """The machine failed (memory, a disk, a process): no sample and no key of the recipe did."""
 
 
+class BudgetLoweredError(MachineError):
+    """A rank ran out of memory, and the run's token budgets are lower now: it must start again."""
+
+
 class RunInUseError(OneLLMError):
     """Another start of the run is still running: this one is refused, and has changed nothing."""
 

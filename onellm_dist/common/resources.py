@@ -6,6 +6,7 @@ The folders are those at the top of the checkout, or their copies in the wheel.
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -36,6 +37,21 @@ def count_cpus() -> int:
     allowed = len(os.sched_getaffinity(0))
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return min(allowed, int(given)) if given.isdecimal() and int(given) else allowed
+
+
+def name_processors() -> str:
+    """Return the model of this machine's processors and how many this process may use."""
+    model = platform.machine() or "processors"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            model = " ".join(value.split())
+            break
+    return f"{model} x {len(os.sched_getaffinity(0))}"
 
 
 def user_cache() -> Path:

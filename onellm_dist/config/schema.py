@@ -15,6 +15,7 @@ from onellm_dist.common.secrets import mask_value
 from onellm_dist.common.workers.sandbox import SAMPLE_MB, SAMPLE_SECONDS
 from onellm_dist.config.paths import LocalPath, Location
 from onellm_dist.config.section import Section
+from onellm_dist.config.token_budget import AUTO, PackTokens
 from onellm_dist.config.train_sections import OptimSection, TrainSection
 from onellm_dist.config.yaml_text import dump_yaml
 
@@ -108,10 +109,13 @@ class DataSection(Section):
     cache_gb: float = Field(100.0, gt=0)
     """Maximum size of `data.cache_dir` in gigabytes (10^9 bytes). The least recently used data is
     removed first."""
-    pack_llm_tokens: PositiveInt = 4096
-    """Maximum number of LLM positions in a micro-batch: text tokens and media spans."""
-    pack_encoder_tokens: PositiveInt = 16384
-    """Maximum number of encoder tokens in a micro-batch (257 per image with CLIP ViT-L/14)."""
+    pack_llm_tokens: PackTokens = 4096
+    """Maximum number of LLM positions in a micro-batch: text tokens and media spans. `auto`: the
+    planner finds both budgets at the start for the devices at hand, and after an out-of-memory
+    all ranks start again with smaller ones."""
+    pack_encoder_tokens: PackTokens = 16384
+    """Maximum number of encoder tokens in a micro-batch (257 per image with CLIP ViT-L/14); `auto`
+    with `data.pack_llm_tokens`."""
     text_format: Literal["caption", "conversation", "chat"] = "caption"
     """How a sample's text is laid out. `caption`: BOS, caption, EOS, with everything but BOS
     supervised (pretraining). `conversation`: the reference's prompt, with the answers supervised.
@@ -145,6 +149,20 @@ class DataSection(Section):
     new_phase: bool = False
     """Whether a resumed run may continue with another mixture, batch size or text format. If so, a
     new data phase begins at that step; otherwise the change is refused."""
+
+    @property
+    def finds_budgets(self) -> bool:
+        """Whether the token budgets are found at the start."""
+        return AUTO in (self.pack_llm_tokens, self.pack_encoder_tokens)
+
+    @model_validator(mode="after")
+    def _check_budgets(self) -> DataSection:
+        if self.finds_budgets and self.pack_llm_tokens != self.pack_encoder_tokens:
+            raise ValueError(
+                "data.pack_llm_tokens and data.pack_encoder_tokens: both are auto, or both are "
+                "numbers"
+            )
+        return self
 
     def locate(self, entry: MixtureEntry) -> Path | str:
         """Return the path or URL of a dataset of the mixture."""

@@ -17,6 +17,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.micro_batch import SampleRef, SampleTable
+from onellm_dist.data.token_budget import read_budget
 from onellm_dist.data.token_counts import UNREADABLE
 from onellm_dist.modalities.base import SPAN_TOKENS
 
@@ -110,7 +111,7 @@ def _find_too_large_varied(
     The first shards are looked at; the plan refuses a sample of a later one when its step comes.
     """
     config = corpus.config
-    limit = Limit("data.pack_llm_tokens", config.pack_llm_tokens, "raise data.pack_llm_tokens")
+    limit = Limit("data.pack_llm_tokens", read_budget(config).llm, "raise data.pack_llm_tokens")
     if positions is not None and positions < limit.positions:
         limit = _limit_positions(positions)
     per_span = np.array([m.encoder_tokens for m in corpus.modalities.values()], dtype=np.int64)
@@ -135,11 +136,11 @@ def _find_too_large_varied(
         largest = max(largest, (int(encoder.max()), refs[1]))
     if longest.count:
         yield _describe(corpus, longest, limit, fixed)
-    if largest[0] > config.pack_encoder_tokens:
+    if largest[0] > read_budget(config).encoder:
         yield UsageError(
             f"sample {corpus.sample_id(largest[1])} ({corpus.describe_media(largest[1])}) needs "
             f"{largest[0]} encoder tokens; data.pack_encoder_tokens is "
-            f"{config.pack_encoder_tokens}",
+            f"{read_budget(config).encoder}",
             "a micro-batch holds whole samples, so it does not fit in any.",
             f"raise data.pack_encoder_tokens to {largest[0]} or more, or lower data.spans",
         )
@@ -152,14 +153,15 @@ def _find_too_large(corpus: Corpus, number: int, positions: int | None) -> Itera
     config, spans = corpus.config, corpus.spans[number]
     media = ", ".join(spans) or "text"
     encoder = sum(corpus.modalities[name].encoder_tokens for name in spans)
-    if encoder > config.pack_encoder_tokens:
+    if encoder > read_budget(config).encoder:
         yield UsageError(
             f"every sample of dataset {corpus.datasets[number].name} ({media}) needs {encoder} "
-            f"encoder tokens; data.pack_encoder_tokens is {config.pack_encoder_tokens}",
+            f"encoder tokens; data.pack_encoder_tokens is "
+            f"{read_budget(config).encoder}",
             "a micro-batch holds whole samples, so none of them fits in any.",
             f"raise data.pack_encoder_tokens to {encoder} or more",
         )
-    limit = Limit("data.pack_llm_tokens", config.pack_llm_tokens, "raise data.pack_llm_tokens")
+    limit = Limit("data.pack_llm_tokens", read_budget(config).llm, "raise data.pack_llm_tokens")
     if positions is not None and positions < limit.positions:
         limit = _limit_positions(positions)
     fixed = SPAN_TOKENS * len(spans)

@@ -35,6 +35,7 @@ from onellm_dist.data.phases import (
     continue_phases,
     count_consumed,
 )
+from onellm_dist.data.token_budget import read_budget, set_budget
 
 Ints = NDArray[np.int64]
 KEPT_STEPS = 16
@@ -101,6 +102,25 @@ class Plan:
             sizes=sizes,
         )
         return cls(corpus)
+
+    def set_budget(self, budget: TokenBudget) -> None:
+        """Pack micro-batches within other token budgets; the samples of a step stay the same."""
+        self.config = self.corpus.config = set_budget(self.config, budget)
+        self._steps.clear()
+
+    def find_fullest(self, step: int, world_size: int) -> TokenBudget:
+        """Return the most LLM positions and the most encoder tokens of a step's micro-batches."""
+        planned = self.step(step, world_size)
+        sizes, _ = self._measure(planned.samples)
+        packs = [members for rank in planned.assigned for members in rank]
+        return TokenBudget(
+            max(int(sizes.llm[members].sum()) for members in packs),
+            max(int(sizes.encoder[members].sum()) for members in packs),
+        )
+
+    def count_mean_text(self, step: int) -> int:
+        """Return the mean text tokens of the samples of a step."""
+        return round(float(self._table(step).text_tokens.mean()))
 
     def follow(self, history: Sequence[DataPhase], step: int) -> bool:
         """Continue the data phases of a checkpoint that was saved after `step` steps.
@@ -232,7 +252,7 @@ class Plan:
     def _assign(self, step: int, world_size: int) -> StepPlan:
         table = self._table(step)
         sizes, spans = self._measure(table)
-        budget = TokenBudget(self.config.pack_llm_tokens, self.config.pack_encoder_tokens)
+        budget = read_budget(self.config)
         over = find_too_large(sizes, budget)
         if over is not None:
             raise self._too_large(
@@ -291,11 +311,12 @@ class Plan:
         )
 
     def _too_large(self, ref: SampleRef, llm: int, encoder: int) -> UsageError:
-        over_llm = llm > self.config.pack_llm_tokens
+        budget = read_budget(self.config)
+        over_llm = llm > budget.llm
         key, size, limit = (
-            ("data.pack_llm_tokens", llm, self.config.pack_llm_tokens)
+            ("data.pack_llm_tokens", llm, budget.llm)
             if over_llm
-            else ("data.pack_encoder_tokens", encoder, self.config.pack_encoder_tokens)
+            else ("data.pack_encoder_tokens", encoder, budget.encoder)
         )
         media = self.corpus.describe_media(ref)
         return UsageError(

@@ -26,6 +26,7 @@ ROUTINE_EVENTS = (
     "validation",
     "export",
     "data_phase",
+    "pack_budget",
     "best_model",
     "grace_period_short",
 )

@@ -53,7 +53,7 @@ def assemble_trainer(
     settings = setup.check_recipe(config, dist)
     callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
     target, preemption = _find_target(config, session)
-    inputs, weights = setup.open_inputs(config, target=target, session=session)
+    config, inputs, weights = setup.open_inputs(config, target=target, session=session)
     prepared = prepare_model(config, inputs=inputs, weights=weights)
     meter = StepMeter(MetricSet(), FlopCounter(inputs.model, inputs.plan.corpus), dist)  # unsharded
     router = RouterWatch(inputs.model, inputs.modalities)
@@ -90,17 +90,18 @@ def assemble_trainer(
         rates=rates,
         early_stopping=early_stopping,
     )
-    return _begin(trainer, first_step, target, parts)
+    return _begin(trainer, first_step, inputs, parts)
 
 
 def _begin(
-    trainer: Trainer, first_step: int, target: ResumeTarget, parts: Sequence[PartSummary]
+    trainer: Trainer, first_step: int, inputs: setup.Inputs, parts: Sequence[PartSummary]
 ) -> Trainer:
     """Let a trainer begin at its first step, and record that."""
     trainer.session.hold(trainer.callbacks.close)
     trainer.session.hold(trainer.sample_log.close)
+    trainer.budget = inputs.budget
     trainer.begin_at(first_step)
-    write_start(trainer, target, parts)
+    write_start(trainer, inputs.target, parts)
     return trainer
 
 

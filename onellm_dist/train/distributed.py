@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
+from onellm_dist.common.resources import name_processors
 from onellm_dist.config.schema import StabilitySection
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.train.rendezvous import count_ranks_here, meet, restrict_to_loopback
@@ -206,6 +207,13 @@ def select_gpu(local_rank: int, local_world_size: int, visible: int) -> int:
             "own alone (--gpus-per-task=1).",
         )
     return local_rank
+
+
+def name_device(device: torch.device) -> str:
+    """What a device calls itself: a GPU by its product name, processors by model and number."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return name_processors()
 
 
 def threads_per_rank(local_world_size: int) -> int:

@@ -29,6 +29,8 @@ from onellm_dist.launch.local import end_with_parent, find_free_port, launch_loc
 from onellm_dist.launch.rank_logs import LOGS_VARIABLE, keep_logs
 from onellm_dist.launch.ranks import Ranks, check_launch_ranks, discover_ranks
 from onellm_dist.train.recipe_check import load_checked_config
+from onellm_dist.train.records.applied_resumes import LOCAL_RESTARTS_VARIABLE
+from onellm_dist.train.records.budget_file import count_lowerings
 from onellm_dist.train.records.exit_file import ExitFile, is_of_refused_start
 from onellm_dist.train.records.run_directory import is_in_use, lock_directory
 
@@ -46,7 +48,8 @@ DISK_FAULTS = frozenset(
 def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
     """Train a recipe.
 
-    It does not return in a process that a launcher started, nor with one local rank.
+    It does not return in a process that a launcher started, nor with one local rank whose token
+    budgets are numbers.
 
     Args:
         recipe: a file, or the name of a recipe that ships with the package.
@@ -72,18 +75,33 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
         ExitFile(find_run_dir(recipe, overrides), rank=0).write_failure(error)
         raise
     configure_logging()
-    if count == 1:
+    if count == 1 and not config.data.finds_budgets:  # else somebody must start the rank again
         run_rank(recipe, overrides, Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port()))
     return _run_local_ranks(recipe, overrides, config.run.dir, count)
 
 
 def _run_local_ranks(recipe: Path, overrides: Sequence[str], run_dir: Path, count: int) -> int:
-    """Start the ranks on this machine, wait for them, and record what none of them could."""
+    """Start the ranks on this machine, and again whenever they have lowered the token budgets."""
+    restarts = 0
+    while True:
+        lowered = count_lowerings(run_dir)
+        code = _run_local_start(recipe, overrides, run_dir, count, restarts)
+        if not code or count_lowerings(run_dir) <= lowered:
+            return code
+        restarts += 1
+        log.warning("the token budgets are lower now: the run starts again (%d)", restarts)
+
+
+def _run_local_start(
+    recipe: Path, overrides: Sequence[str], run_dir: Path, count: int, restarts: int
+) -> int:
+    """Start the ranks once, wait for them, and record what none of them could."""
     command = make_module_command("onellm_dist.train", str(recipe), *overrides)
     start, earlier = uuid.uuid4().hex, stamp_file(run_dir / EXIT)
     env = make_safe_environment() | {
         START_VARIABLE: start,
         LOGS_VARIABLE: str((run_dir / LOGS).absolute()),
+        LOCAL_RESTARTS_VARIABLE: str(restarts),
     }
     with tempfile.TemporaryDirectory(prefix="onellm-logs-") as folder:
         with patient_output():

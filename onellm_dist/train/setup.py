@@ -19,6 +19,7 @@ from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.data.length_check import check_batch, check_corpus
 from onellm_dist.data.phases import parse_data_phases
 from onellm_dist.data.plan import Plan
+from onellm_dist.data.token_budget import UNLIMITED, set_budget
 from onellm_dist.data.validation import open_validation_plan
 from onellm_dist.model.lazy_weights import InitialWeights, open_model
 from onellm_dist.model.llm_positions import get_context
@@ -35,6 +36,7 @@ from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.settings import EngineSettings, make_settings
 from onellm_dist.train.optim.optimizers import check_optim
+from onellm_dist.train.pack_budget import PackBudget, resolve_budget
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.sample_log import SampleLog
 from onellm_dist.train.resume_changes import check_epochs_stay, check_steps_left
@@ -56,6 +58,7 @@ class Inputs:
         validation_plan: the plan of the validation set; None where there is none.
         new_phase: whether a new data phase begins.
         lora: the `train.lora` section.
+        budget: token budgets that were found for this start; None: the recipe has numbers.
     """
 
     target: ResumeTarget
@@ -66,6 +69,7 @@ class Inputs:
     validation_plan: Plan | None
     new_phase: bool
     lora: LoraSection | None = None
+    budget: PackBudget | None = None
 
     @property
     def modalities(self) -> set[str]:
@@ -94,8 +98,8 @@ def check_recipe(config: RunConfig, dist: Distributed) -> EngineSettings:
 
 def open_inputs(
     config: RunConfig, *, target: ResumeTarget, session: Session
-) -> tuple[Inputs, InitialWeights]:
-    """Open model and data. All ranks call it together.
+) -> tuple[RunConfig, Inputs, InitialWeights]:
+    """Open model and data, and find token budgets that are `auto`. All ranks call it together.
 
     Args:
         config: the recipe.
@@ -103,7 +107,7 @@ def open_inputs(
         session: what this start holds.
 
     Returns:
-        The inputs, and where the weights of the model come from.
+        The recipe with its token budgets, the inputs, and where the weights of the model come from.
 
     Raises:
         UsageError: the model or a dataset does not exist, or the recipe does not fit the
@@ -127,8 +131,10 @@ def open_inputs(
             dist=session.dist,
         )
         exclusions = read_run_exclusions(config, target, session.dist)
-        for opened in filter(None, (plan, validation_plan)):
+        plans = [plan, *filter(None, [validation_plan])]
+        for opened in plans:
             opened.corpus.exclusions = exclusions
+        config, budget = resolve_budget(config, plans, session.dist)
     inputs = Inputs(
         target=target,
         manifest=manifest,
@@ -138,8 +144,9 @@ def open_inputs(
         validation_plan=validation_plan,
         new_phase=follow_checkpoint(plan, target.folder),
         lora=config.train.lora,
+        budget=budget,
     )
-    return inputs, weights
+    return config, inputs, weights
 
 
 def open_plans(
@@ -158,6 +165,8 @@ def open_plans(
         UsageError: something is wrong with the mixture or the validation set, or a sample is longer
             than a micro-batch or the LLM's context.
     """
+    if data.finds_budgets:
+        data = set_budget(data, UNLIMITED)  # until `resolve_budget` knows them
     arguments = (data, tokenizer, seed, list(model.config.modalities))
     if data.spans or getattr(model.config, "spans", None):
         model.config.spans = dict(data.spans)  # the saved model reads media as it was trained

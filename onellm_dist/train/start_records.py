@@ -20,7 +20,9 @@ from onellm_dist.train.callbacks.preemption import grace_period_seconds
 from onellm_dist.train.checkpoint.folder import get_steps_done, recover_checkpoints
 from onellm_dist.train.checkpoint.inherit import apply_resume
 from onellm_dist.train.checkpoint.resume import ResumeTarget
+from onellm_dist.train.distributed import name_device
 from onellm_dist.train.optim.part_summary import PartSummary, format_parts, to_json
+from onellm_dist.train.pack_budget import write_budget
 from onellm_dist.train.records.data_phases import write_data_phases
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.run_directory import prepare_directory
@@ -62,6 +64,13 @@ def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Even
     session.heartbeat.spans = plan.corpus.spans
     session.heartbeat.loader_workers = config.data.workers
     write_damaged_checkpoints(events, inputs.target)
+    write_budget(
+        run_dir,
+        events,
+        inputs.budget,
+        is_rank_zero=dist.is_rank_zero,
+        fresh=inputs.target.folder is None,
+    )
     write_changes(events, config, changes, earlier, get_steps_done(inputs.manifest))
     if dist.is_rank_zero:
         write_exclusions(events, plan, inputs.validation_plan)
@@ -96,6 +105,7 @@ def write_start(trainer: Trainer, target: ResumeTarget, parts: Sequence[PartSumm
         "start",
         world_size=dist.world_size,
         device=str(dist.device),
+        device_name=name_device(dist.device),
         first_step=state.first_step,
         resumed=str(folder) if folder else None,
         lost_steps=state.lost_steps,

@@ -26,6 +26,7 @@ from onellm_dist.train.micro_batches import MicroBatchStream
 from onellm_dist.train.optim.groups import compute_group_rates
 from onellm_dist.train.optim.rules import ParameterRate
 from onellm_dist.train.optim.schedules import compute_learning_rate
+from onellm_dist.train.pack_budget import PackBudget, lower_budgets
 from onellm_dist.train.rank_time import RankTime
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.run_directory import drop_repeated_lines
@@ -66,6 +67,7 @@ class Trainer:
         meter: collects the metrics of each step.
         rates: how each of the engine's parameter groups trains.
         early_stopping: knows whether the validation loss has stopped falling.
+        budget: token budgets that were found at the start; None: the recipe has numbers.
     """
 
     config: RunConfig
@@ -84,13 +86,11 @@ class Trainer:
     meter: StepMeter
     rates: Sequence[ParameterRate]
     early_stopping: EarlyStopping
+    budget: PackBudget | None = None
 
     def __post_init__(self) -> None:
         self._micro_batches = MicroBatchStream(
-            self.plan,
-            self.dist,
-            steps=self.config.train.steps,
-            left_out=self.sample_log.left_out,
+            self.plan, self.dist, steps=self.config.train.steps, left_out=self.sample_log.left_out
         )
         self._time = RankTime(self.model, self.dist.device)
         self._combinations = self.plan.corpus.combinations
@@ -167,7 +167,8 @@ class Trainer:
             OneLLMError: the run failed; `exit.json` says why.
         """
         try:
-            outcome = self._fit()
+            with lower_budgets(self):
+                outcome = self._fit()
         except BaseException as error:
             self.session.exit_file.write_failure(error)
             if self.session.end_process is None:
@@ -382,8 +383,7 @@ class Trainer:
 
     def _find_stop_reason(self) -> str:
         """Who asked the run to stop, as far as any rank knows. All ranks call it together."""
-        reasons = filter(None, self.dist.gather(self.preemption.reason))
-        return next(reasons, "asked to stop")
+        return next(filter(None, self.dist.gather(self.preemption.reason)), "asked to stop")
 
     def _finish(self, outcome: Outcome) -> None:
         """Record the end of a start that did not fail; all ranks leave together."""

@@ -41,6 +41,21 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
     assert config.checkpoint.resume == "auto"
 
 
+def test_token_budgets_are_numbers_or_auto(tmp_path: Path) -> None:
+    recipe = write(tmp_path, GOOD)
+    both = ["data.pack_llm_tokens=auto", "data.pack_encoder_tokens=auto"]
+    assert load_config(recipe, both).data.finds_budgets
+    given = load_config(recipe, ["data.pack_llm_tokens=5000"]).data
+    assert (given.pack_llm_tokens, given.finds_budgets) == (5000, False)
+    with pytest.raises(UsageError, match="both are auto, or both are numbers"):
+        load_config(recipe, both[:1])
+    for wrong in ("0", "-3", "2.5", "many", "true", "null"):
+        with pytest.raises(UsageError, match="1 problem in") as caught:
+            load_config(recipe, [f"data.pack_llm_tokens={wrong}"])
+        words = "data.pack_llm_tokens: give a number of tokens above 0, or auto"
+        assert words in caught.value.what
+
+
 def test_a_masked_value_is_refused_by_its_key(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, GOOD),

@@ -35,6 +35,7 @@ def test_every_section_has_a_description() -> None:
         ("data.global_batch", "integer > 0 and <= 1048576", REQUIRED),
         ("data.cache_dir", "path or null", "null"),
         ("data.root", "path or URL", "."),
+        ("data.pack_llm_tokens", "integer > 0 or auto", "4096"),
         ("data.mixture[].weight", "number > 0", "1.0"),
         ("data.text_format", "caption or conversation or chat", "caption"),
         ("data.augment", "true or false", "true"),

@@ -16,8 +16,10 @@ from media_worlds import MODALITIES, make_sample, wav, write_media, write_wide
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.data.length_check import check_corpus
+from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
+from onellm_dist.data.token_budget import find_smallest_budget
 from onellm_dist.modalities import SPAN_TOKENS, get_modality
 from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.format.media import LISTED
@@ -190,6 +192,28 @@ def test_too_large_a_sample_is_named_before_step_0(root: Path) -> None:
         check_corpus(plan.corpus)
     with pytest.raises(UsageError, match=r"needs \d+ tokens; data.pack"):
         [plan.step(step, 1) for step in range(20)]
+
+
+def test_the_smallest_budget_holds_every_sample_alone(root: Path) -> None:
+    plan = _open(root)
+    smallest = find_smallest_budget(plan.corpus)
+    before = plan.step(0, 1)
+    plan.set_budget(smallest)
+    check_corpus(plan.corpus)
+    after = plan.step(0, 1)
+    fullest = plan.find_fullest(0, 1)
+    assert len(after.assigned[0]) > len(before.assigned[0])
+    assert fullest.llm <= smallest.llm and fullest.encoder <= smallest.encoder
+    assert plan.digest(0) == _open(root).digest(0)
+    plan.set_budget(TokenBudget(smallest.llm, smallest.encoder - 1))
+    with pytest.raises(UsageError, match=f"{smallest.encoder} encoder tokens"):
+        check_corpus(plan.corpus)
+
+
+def test_budgets_that_nobody_has_found_are_refused(root: Path) -> None:
+    plan = _open(root, pack_llm_tokens="auto", pack_encoder_tokens="auto")
+    with pytest.raises(UsageError, match="a start of training finds them"):
+        plan.step(0, 1)
 
 
 def test_too_long_samples_of_several_captions_are_counted_once(tmp_path: Path) -> None:

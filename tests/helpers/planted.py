@@ -20,6 +20,11 @@ def plant(what: dict[str, Any], rank: int) -> None:
         PLANTS[name](value, rank)
 
 
+def _environment(variables: dict[str, str], rank: int) -> None:
+    """Environment variables."""
+    os.environ.update(variables)
+
+
 def _change_sample(sample_id: str, change: Any) -> None:
     from onellm_dist.data.reader import Reader
 
@@ -224,6 +229,7 @@ class BlockedTracker:
 
 
 PLANTS: dict[str, Callable[[Any, int], None]] = {
+    "environment": _environment,
     "poison": _poison,
     "no_handover": _no_handover,
     "nan": _nan,

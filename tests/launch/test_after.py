@@ -127,6 +127,27 @@ def test_the_same_step_twice_halts_and_names_the_offending_samples(history: Hist
     )
 
 
+def test_an_out_of_memory_that_lowered_the_budgets_is_requeued_and_not_counted(
+    history: History,
+) -> None:
+    """It comes at the same step each time, with other budgets: that is no crash loop."""
+    found = {
+        "status": "failed",
+        "steps_done": 10,
+        "failed_step": 10,
+        "reason": "step 10: rank 1 ran out of memory: the token budgets fall",
+        "offending_samples": [],
+        "budget_lowered": True,
+    }
+    for _ in range(6):
+        assert history.start(found, most=1) == ("requeue", 15, 1)
+        assert "the token budgets fall" in history.message
+    assert all(attempt.budget_lowered for attempt in read_attempts(history.run_dir))
+    assert failed(history, 10, most=1) == ("requeue", 60, 1)  # the first failure of its kind
+    assert failed(history, 10, most=3) == ("halt", 0, 1)
+    assert "two starts failed at step 10" in history.message
+
+
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [

@@ -123,6 +123,21 @@ def test_findings_of_a_slow_or_sick_run(fields: dict[str, Any], words: str, tmp_
     assert words in get_text(load_facts(run.directory, now=run.set_file_times()))
 
 
+def test_an_out_of_memory_that_lowered_the_budgets_is_told(tmp_path: Path) -> None:
+    run = RecordedRun(tmp_path / "run")
+    run.allocate()
+    run.start(0)
+    change = {"llm_tokens": 6000, "encoder_tokens": 24000, "rank": 3, "ranks": 16}
+    run.write_event("budget_lowered", step=7, **change)
+    run.write_event("pack_budget", llm_tokens=6000, encoder_tokens=24000, lowered=1)
+    run.train(200)
+    run.end("done", "200 steps")
+    facts = load_facts(run.directory, now=run.set_file_times())
+    text = get_text(facts)
+    assert "lowered the token budgets once, last in step 7 on rank 3: to 6000 (LLM)" in text
+    assert [event["event"] for event in facts.incidents.other_events] == ["budget_lowered"]
+
+
 def test_nothing_stands_out_in_a_healthy_run(tmp_path: Path) -> None:
     run = RecordedRun(tmp_path / "run", steps=2000, every=500)
     run.allocate()

@@ -145,6 +145,7 @@ def describe_end(
             failed_step=found.get("failed_step"),
             reason=str(found.get("reason", "")),
             offending_samples=tuple(str(s) for s in found.get("offending_samples") or ()),
+            budget_lowered=found.get("budget_lowered") is True,
         )
     job = f"{started.job_id}.{started.restart_count}"
     refusal = find_refusal(run_dir, job, start=name_meeting_point(started), since=started.start)

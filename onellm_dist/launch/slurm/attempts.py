@@ -52,6 +52,8 @@ class Attempt:
     """What the job script does after it: done, requeue or halt."""
     delay_s: int = 0
     """Seconds that the requeued job has to wait."""
+    budget_lowered: bool = False
+    """Whether it ran out of memory and lowered the token budgets for the next start."""
     ranks: int | None = None
     """Ranks that the job script starts, on all nodes together."""
 

@@ -48,7 +48,8 @@ def choose_action(
 
     The job halts if the command line is wrong, if the preflight failed without naming a bad node,
     if two starts failed at the same step with no progress beyond it in between (a crash loop), and
-    after `max_requeues` failures in a row without a new checkpoint. Preemptions are never counted.
+    after `max_requeues` failures in a row without a new checkpoint. Preemptions are never counted,
+    nor are starts that lowered the token budgets: the next one differs, and budgets have an end.
     Starts that failed before their first step are only limited by `max_requeues`, because their
     causes may differ.
 
@@ -72,6 +73,9 @@ def choose_action(
             "resumes from the latest checkpoint"
         )
         return NextAction("requeue", PREEMPTED_DELAY_S, EXIT_PREEMPTED, message)
+    if ended.budget_lowered:
+        message = f"out of memory {_format_step(ended.failed_step)}: {ended.reason}\nrequeued"
+        return NextAction("requeue", PREEMPTED_DELAY_S, EXIT_FAILED, message)
     if ended.reason == NO_BAD_NODE:
         remedy = (
             "Another start would be refused too.\n"
@@ -125,7 +129,7 @@ def _find_same_failure(ended: Attempt, earlier: Sequence[Attempt]) -> Attempt | 
     step = _get_failure_step(ended)
     if step is None:
         return None
-    for attempt in reversed(earlier):
+    for attempt in _drop_lowerings(earlier):
         if attempt.status == "failed" and _get_failure_step(attempt) == step:
             return attempt
         if (attempt.steps_done or 0) > step:
@@ -136,11 +140,16 @@ def _find_same_failure(ended: Attempt, earlier: Sequence[Attempt]) -> Attempt | 
 def _count_failures_in_a_row(ended: Attempt, earlier: Sequence[Attempt]) -> int:
     """Failed and lost attempts directly before `ended` that had the same newest checkpoint."""
     count = 0
-    for attempt in reversed(earlier):
+    for attempt in _drop_lowerings(earlier):
         if attempt.status not in ("failed", LOST) or attempt.checkpoint != ended.checkpoint:
             break
         count += 1
     return count
+
+
+def _drop_lowerings(earlier: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts, the newest first, without those that lowered the token budgets."""
+    return [attempt for attempt in reversed(earlier) if not attempt.budget_lowered]
 
 
 def _describe_crash_loop(ended: Attempt, earlier: Attempt, run_dir: Path) -> str:

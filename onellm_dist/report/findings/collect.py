@@ -25,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     learning.check_skipped_steps,
     learning.check_gradients,
     efficiency.check_speed,
+    efficiency.check_budgets,
     efficiency.check_checkpoints,
     efficiency.check_resumes,
     learning.check_broken_lines,

@@ -152,6 +152,22 @@ def check_speed(facts: RunFacts) -> Iterator[Finding]:
         )
 
 
+def check_budgets(facts: RunFacts) -> Iterator[Finding]:
+    """An out-of-memory lowered the token budgets."""
+    lowered = facts.records.select_events("budget_lowered")
+    if not lowered:
+        return
+    last = lowered[-1]
+    times = "once" if len(lowered) == 1 else f"{len(lowered)} times"
+    yield Finding(
+        "warn",
+        f"Out of memory lowered the token budgets {times}, last in step {last.get('step', '?')} on "
+        f"rank {last.get('rank', '?')}: to {last.get('llm_tokens', '?')} (LLM) and "
+        f"{last.get('encoder_tokens', '?')} (encoder). The samples and losses are the same; "
+        "measure the device (onellm plan --calibrate) so that the planner finds budgets that fit.",
+    )
+
+
 def check_checkpoints(facts: RunFacts) -> Iterator[Finding]:
     """Checkpoints that take too long for the grace period, too much time, or a stalled disk."""
     incidents = facts.incidents

@@ -21,6 +21,7 @@ from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.data.text import STOP
+from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities.base import SPAN_TOKENS
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.train.callbacks.base import Callback
@@ -184,15 +185,13 @@ def _pack(
     """
     packs: list[list[int]] = [[]]
     llm = encoder = 0
+    budget = read_budget(plan.config)
     for number in numbers:
         ref = refs[number]
         spans = plan.corpus.list_spans(ref)
         own_llm = ref.text_tokens + new_tokens + SPAN_TOKENS * len(spans)
         own_encoder = sum(plan.corpus.modalities[name].encoder_tokens for name in spans)
-        if packs[-1] and (
-            llm + own_llm > plan.config.pack_llm_tokens
-            or encoder + own_encoder > plan.config.pack_encoder_tokens
-        ):
+        if packs[-1] and (llm + own_llm > budget.llm or encoder + own_encoder > budget.encoder):
             packs.append([])
             llm = encoder = 0
         packs[-1].append(number)

@@ -17,6 +17,7 @@ from onellm_dist.data.corpus import Corpus, open_datasets
 from onellm_dist.data.epochs import describe_length
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.text import TextEncoder
+from onellm_dist.data.token_budget import UNLIMITED, set_budget
 from onellm_dist.data.token_counts import find_missing_token_counts
 from onellm_dist.train.checkpoint.folder import get_steps_done, list_checkpoints, read_manifest
 from onellm_dist.train.records.applied_resumes import was_applied
@@ -50,7 +51,7 @@ def format_first_steps(config: RunConfig, model: Any, tokenizer: Any) -> list[st
     if not steps:
         lines.append(f"none: all {config.train.steps} steps are done")
     else:
-        lines += _format_steps(plan, steps, ranks)
+        lines += _format_steps(plan, steps, ranks, finds_budgets=config.data.finds_budgets)
     return [f"  {line}" for line in lines]
 
 
@@ -82,6 +83,8 @@ def find_resumed(config: RunConfig) -> Path | None:
 
 def _open_plan(config: RunConfig, model: Any, tokenizer: Any) -> Plan:
     data, modalities = config.data, list(model.config.modalities)
+    if data.finds_budgets:
+        data = set_budget(data, UNLIMITED)
     corpus = Corpus(
         open_datasets(data, modalities),
         data,
@@ -93,7 +96,9 @@ def _open_plan(config: RunConfig, model: Any, tokenizer: Any) -> Plan:
     return Plan(corpus)
 
 
-def _format_steps(plan: Plan, steps: Sequence[int], ranks: int) -> list[str]:
+def _format_steps(
+    plan: Plan, steps: Sequence[int], ranks: int, *, finds_budgets: bool
+) -> list[str]:
     corpus = plan.corpus
     missing = find_missing_token_counts(
         corpus.datasets, corpus.text_encoder.fingerprint, corpus.split
@@ -106,10 +111,13 @@ def _format_steps(plan: Plan, steps: Sequence[int], ranks: int) -> list[str]:
         rows.append((str(step), *map(str, counts), str(sum(counts)), *(UNKNOWN, UNKNOWN)))
         if not missing:
             planned = plan.step(step, ranks)
-            sizes = f"{planned.totals.llm_tokens:,}", str(len(planned.assigned[0]))
+            count = UNKNOWN if finds_budgets else str(len(planned.assigned[0]))
+            sizes = f"{planned.totals.llm_tokens:,}", count
             rows[-1] = (*rows[-1][:-2], *sizes)
     note = f"on {ranks} rank{'s' if ranks > 1 else ''}"
     if missing:
         shards = f"{len(missing)} shard{'s' if len(missing) > 1 else ''}"
         note = f"{UNKNOWN}: a start first counts the tokens of {shards}"
+    elif finds_budgets:
+        note += f"; {UNKNOWN}: a start first finds the token budgets"
     return [*format_table(rows, right=range(len(header))), f"({note})"]

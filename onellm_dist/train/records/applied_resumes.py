@@ -18,6 +18,9 @@ from onellm_dist.common.files import write_atomic
 from onellm_dist.common.run_files import APPLIED_RESUMES
 from onellm_dist.launch.slurm.attempts import RUNNING, read_attempts
 
+LOCAL_RESTARTS_VARIABLE = "ONELLM_LOCAL_RESTARTS"
+"""How often `onellm train` has started its local ranks again."""
+
 
 def was_applied(run_dir: Path, wanted: str | Path, env: Mapping[str, str]) -> bool:
     """Whether an earlier start of this very job applied `checkpoint.resume`. Rank 0 asks.
@@ -45,7 +48,7 @@ def record_applied(run_dir: Path, wanted: str | Path, env: Mapping[str, str]) ->
 
 
 def _describe_start(run_dir: Path, wanted: str | Path, env: Mapping[str, str]) -> dict[str, Any]:
-    """`restarts` counts those of the Slurm job, and those of torchrun's agent."""
+    """`restarts` counts those of the Slurm job, and those of torchrun's agent or `onellm train`."""
     job = env.get("SLURM_JOB_ID", "")
     requeues = int(env.get("SLURM_RESTART_COUNT") or 0)
     if not job:
@@ -56,9 +59,10 @@ def _describe_start(run_dir: Path, wanted: str | Path, env: Mapping[str, str]) -
             job = started[0].job_id
             requeues = started[0].restart_count
     # As it was typed: a link such as `latest` may point elsewhere when the job is requeued.
+    agent = env.get("TORCHELASTIC_RESTART_COUNT") or env.get(LOCAL_RESTARTS_VARIABLE)
     resume = os.path.abspath(wanted) if isinstance(wanted, Path) else wanted
     return {
         "resume": resume,
         "job": job,
-        "restarts": [requeues, int(env.get("TORCHELASTIC_RESTART_COUNT") or 0)],
+        "restarts": [requeues, int(agent or 0)],
     }

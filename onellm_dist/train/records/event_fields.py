@@ -24,6 +24,7 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
         (
             "world_size",
             "device",
+            "device_name",
             "first_step",
             "resumed",
             "lost_steps",
@@ -65,6 +66,30 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
         "Lists of excluded samples were read. `other_datasets` counts the entries of datasets that "
         "the run does not read; `unmatched` entries name nothing that it reads.",
         ("entries", "other_datasets", "unmatched"),
+    ),
+    "pack_budget": EventDescription(
+        "The planner found the token budgets (`data.pack_*_tokens: auto`); `lowered` counts the "
+        "times that an out-of-memory has lowered them since.",
+        (
+            "llm_tokens",
+            "encoder_tokens",
+            "planned_llm_tokens",
+            "planned_encoder_tokens",
+            "lowered",
+        ),
+    ),
+    "budget_lowered": EventDescription(
+        "The start before ran out of memory in a step, and this one has smaller token budgets.",
+        (
+            "step",
+            "rank",
+            "ranks",
+            "llm_tokens",
+            "encoder_tokens",
+            "old_llm_tokens",
+            "old_encoder_tokens",
+            "reason",
+        ),
     ),
     "data_phase": EventDescription("A data phase begins.", ("step", "counts", "global_batch")),
     "plan_changed": EventDescription(

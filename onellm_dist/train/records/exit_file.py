@@ -20,6 +20,7 @@ from onellm_dist.common.errors import (
     EXIT_FAILED,
     EXIT_PREEMPTED,
     EXIT_USAGE,
+    BudgetLoweredError,
     MachineError,
     OneLLMError,
     RunInUseError,
@@ -61,7 +62,8 @@ class ExitFile:
 
     Where the status is `failed`, also failed_step (index of the step that was under way, or null)
     and offending_samples (ids of the samples of the micro-batch that this rank was at; none where
-    the machine failed). The rank that writes first is believed: the others fail because it did.
+    the machine failed), and where an out-of-memory lowered the token budgets budget_lowered. The
+    rank that writes first is believed: the others fail because it did.
 
     Args:
         run_dir: the run directory.
@@ -115,6 +117,10 @@ class ExitFile:
 
     def write_failure(self, error: BaseException) -> int:
         """Record that this rank failed with `error`, or was refused; return the exit code."""
+        if isinstance(error, BudgetLoweredError):
+            return self.write(
+                "failed", reason=error.what, offending_samples=[], budget_lowered=True
+            )
         if isinstance(error, MachineError):
             return self.write("failed", reason=error.what, offending_samples=[])
         if isinstance(error, OneLLMError):
