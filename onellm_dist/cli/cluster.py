@@ -108,7 +108,7 @@ def doctor(
 
 @app.command(
     epilog=format_examples(
-        "onellm launch stage1_image --nodes 2 --set run.dir=/scratch/stage1 --submit",
+        "onellm launch stage1_image --nodes 2 --gpu h100 --set run.dir=/scratch/stage1 --submit",
         "onellm launch tune --nodes 1-4 --with torchrun --time 12:00:00 --partition gpu "
         "--out tune.sbatch",
         "onellm launch tune --array optim.lr=1e-5,2e-5 --array run.seed=0,1 --submit",
@@ -118,6 +118,7 @@ def launch(
     recipe: options.Recipe,
     nodes: options.Nodes = "1",
     gpus_per_node: options.GpusPerNode = 8,
+    gpu: options.Gpu = None,
     ranks_per_node: options.RanksPerNode = None,
     starter: options.StarterOption = "srun",
     settings: options.Settings = None,
@@ -171,7 +172,31 @@ def launch(
         preflight=preflight,
         command=shlex.join(["onellm", *sys.argv[1:]]),
     )
+    _warn_by_plan(job, gpu)
     _write_job(job, out, submit=submit)
+
+
+def _warn_by_plan(job: SlurmJob, gpu: str | None) -> None:
+    """Print on stderr what the planner says of a job on GPUs."""
+    from onellm_dist.launch.slurm.job import parse_time_limit
+
+    if gpu is None:
+        if job.gpus_per_node:
+            hint = "not planned: --gpu h100 would say whether the run fits, and ends in time"
+            print(f"onellm launch: {hint}", file=sys.stderr)
+        return
+    from onellm_dist.planner.job_check import check_job_plan
+
+    lines = check_job_plan(
+        job.recipe,
+        job.overrides,
+        gpu=gpu,
+        nodes=job.nodes[0],
+        gpus_per_node=job.ranks_per_node,
+        limit_s=parse_time_limit(job.time),
+    )
+    for line in lines:
+        print(f"onellm launch: {line}", file=sys.stderr)
 
 
 def _write_job(job: SlurmJob, out: Path | None, *, submit: bool) -> None:

@@ -34,6 +34,14 @@ Nodes = Annotated[str, typer.Option(help="Number of nodes: 2, or 1-4 for up to f
 GpusPerNode = Annotated[
     int, typer.Option(min=0, help="GPUs on each node; also the ranks on each node.")
 ]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        help="Kind of the GPUs (h100): plan the run on them, and warn if it does not fit their "
+        "memory or ends after the time limit.",
+        show_default="no plan",
+    ),
+]
 RanksPerNode = Annotated[
     int | None,
     typer.Option(

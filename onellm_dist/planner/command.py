@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,21 @@ from onellm_dist.config.recipe_files import find_recipe
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.config.yaml_text import dump_yaml
 from onellm_dist.data.epochs import resolve_epochs
+from onellm_dist.data.packing import TokenBudget
+from onellm_dist.data.token_budget import UNLIMITED, read_budget, set_budget
 from onellm_dist.modalities import all_modalities
 from onellm_dist.planner.hardware import find_gpus_here, get_gpu_kind
 from onellm_dist.planner.memory import MemoryPlan
 from onellm_dist.planner.run_plan import Planner, get_modalities, load_model_config
-from onellm_dist.planner.search import search
+from onellm_dist.planner.search import search, search_budget
 from onellm_dist.planner.show import format_gb, format_plan, make_json
 from onellm_dist.planner.time import GpuCluster
 from onellm_dist.planner.workload import describe_data
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.recipe_check import find_shape_problems
+
+FOUND_BUDGETS = "token budgets"
+"""First words of the note on budgets that were found."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,40 @@ def make_planner(recipe: Path | str, overrides: Sequence[str], options: PlanOpti
     Raises:
         UsageError: the recipe or an option is wrong, or something that is needed is not known.
     """
+    make_cluster(options)  # what the options lack is said before what the recipe lacks
+    return make_config_planner(load_planned_config(recipe, overrides), options)
+
+
+def make_config_planner(config: RunConfig, options: PlanOptions) -> Planner:
+    """The planner of a recipe that was read already.
+
+    Args:
+        config: the recipe, with its length in steps.
+        options: what else is said.
+
+    Raises:
+        UsageError: an option is wrong, or something that is needed is not known.
+    """
     known = parse_modalities(options.modalities)
     cluster = make_cluster(options)
-    config = load_planned_config(recipe, overrides)
     get_engine(config.engine.name).read_options(config.engine, world_size=cluster.world_size)
     modalities = get_modalities(load_model_config(config))
     data = describe_data(config.data, modalities, text_tokens=options.text_tokens, known=known)
-    return Planner(config, cluster, data)
+    if not config.data.finds_budgets:
+        return Planner(config, cluster, data)
+    planner = Planner(with_budget(config, UNLIMITED), cluster, data)
+    budget = search_budget(planner)
+    planner.config = with_budget(config, budget)
+    note = (
+        f"{FOUND_BUDGETS} of {budget.llm} and {budget.encoder}, as a start would find them (auto)"
+    )
+    planner.data = replace(data, notes=(*data.notes, note))
+    return planner
+
+
+def with_budget(config: RunConfig, budget: TokenBudget) -> RunConfig:
+    """A recipe with these token budgets."""
+    return config.model_copy(update={"data": set_budget(config.data, budget)})
 
 
 def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions) -> int:
@@ -177,6 +209,9 @@ def make_cluster(options: PlanOptions) -> GpuCluster:
             "name one, such as --gpu h100, or use --here on the machine itself.",
         )
     gpu, count = find_gpus_here() if options.here else (get_gpu_kind(str(options.gpu)), 8)
+    if gpu.shared:
+        count = 1
+    gpu = gpu.divide(options.gpus_per_node or count)
     return GpuCluster(
         gpu=gpu,
         nodes=options.nodes,
@@ -221,10 +256,11 @@ def explain_shortage(memory: MemoryPlan, config: RunConfig) -> list[str]:
         return lines
     room = memory.capacity - fixed
     share = room / max(1.0, memory.total - fixed)
+    budget = read_budget(config.data)
     lines.append(
         f"activations may take {format_gb(room)}: budgets of about "
-        f"data.pack_llm_tokens={int(config.data.pack_llm_tokens * share)} "
-        f"data.pack_encoder_tokens={int(config.data.pack_encoder_tokens * share)}, "
+        f"data.pack_llm_tokens={int(budget.llm * share)} "
+        f"data.pack_encoder_tokens={int(budget.encoder * share)}, "
         "and no less than the longest sample has"
     )
     if config.train.activation_checkpointing != "full":

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.resources import user_cache
 
 CALIBRATION = Path(__file__).parent / "calibration"
 """One file per kind of GPU."""
@@ -21,6 +22,17 @@ class Constants(BaseModel):
     """Numbers of a YAML file; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class HostAssumption(Constants):
+    """Host time of the paper's model without an engine."""
+
+    call_us: PositiveFloat
+    """Microseconds of an ATen call in forward."""
+    module_us: PositiveFloat
+    """Microseconds of the Python of a module."""
+    backward_call_us: PositiveFloat
+    step_ms: float = Field(ge=0)
 
 
 class GpuKind(Constants):
@@ -47,11 +59,32 @@ class GpuKind(Constants):
     node_network_gb_s: PositiveFloat
     network_share: float = Field(gt=0, le=1)
     to_host_gb_s: PositiveFloat
+    board_watts: PositiveFloat | None = None
+    """Power that the board may draw; None where it is not known."""
+    power_source: str = ""
+    """Who says so."""
+    host: HostAssumption | None = None
+    """Host time that was measured; None: that of `assumptions.yaml`."""
+    shared: bool = False
+    """Whether the ranks of a node share the device: the processors of a machine."""
+    measured: tuple[str, ...] = ()
+    """The constants that `onellm plan --calibrate` measured; the others come from `sources`."""
 
     @property
     def bandwidth(self) -> float:
         """Bytes per second that memory-bound kernels reach."""
         return GIGA * self.bandwidth_gb_s * self.bandwidth_share
+
+    def divide(self, ranks: int) -> GpuKind:
+        """What each of the ranks of a node has of a device that they share."""
+        if not self.shared or ranks == 1:
+            return self
+        split = ("memory_gb", "bandwidth_gb_s", "to_host_gb_s", "node_bus_gb_s")
+        changes: dict[str, Any] = {name: getattr(self, name) / ranks for name in split}
+        changes["peak_tflops"] = {name: x / ranks for name, x in self.peak_tflops.items()}
+        if self.board_watts is not None:
+            changes["board_watts"] = self.board_watts / ranks
+        return self.model_copy(update=changes)
 
 
 class TextAssumption(Constants):
@@ -66,17 +99,6 @@ class MediaAssumption(Constants):
 
     decode_ms: float = Field(ge=0)
     kilobytes: float = Field(ge=0)
-
-
-class HostAssumption(Constants):
-    """Host time of the paper's model without an engine."""
-
-    call_us: PositiveFloat
-    """Microseconds of an ATen call in forward."""
-    module_us: PositiveFloat
-    """Microseconds of the Python of a module."""
-    backward_call_us: PositiveFloat
-    step_ms: float = Field(ge=0)
 
 
 class Assumptions(Constants):
@@ -108,15 +130,45 @@ def load_assumptions() -> Assumptions:
     return _read(ASSUMPTIONS, Assumptions)
 
 
+def get_user_folder() -> Path | None:
+    """Where `onellm plan --calibrate` writes; None for a user without a home directory."""
+    try:
+        return user_cache() / "calibration"
+    except RuntimeError:
+        return None
+
+
 @cache
+def _read_kind(path: Path, _: int) -> GpuKind:
+    """Read a calibration file; the second argument is when it was written.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    try:
+        return _read(path, GpuKind)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path}: not a calibration file: {str(error).splitlines()[0]}",
+            "its constants decide what a plan says.",
+            "remove it, and measure again: onellm plan --calibrate.",
+        ) from None
+
+
 def all_gpu_kinds() -> dict[str, GpuKind]:
-    """Name to every kind of GPU that has a calibration file."""
-    kinds = (_read(path, GpuKind) for path in sorted(CALIBRATION.glob("*.yaml")))
+    """Name to every kind of device with a calibration file; the user's own come before ours.
+
+    Raises:
+        UsageError: a file of the user is damaged.
+    """
+    folders = [CALIBRATION, *filter(None, [get_user_folder()])]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.yaml"))]
+    kinds = (_read_kind(path, path.stat().st_mtime_ns) for path in paths)
     return {kind.kind: kind for kind in kinds}
 
 
 def get_gpu_kind(name: str) -> GpuKind:
-    """The kind of GPU of this name or alias.
+    """The kind of device of this name or alias.
 
     Raises:
         UsageError: there is none.
@@ -128,36 +180,47 @@ def get_gpu_kind(name: str) -> GpuKind:
     raise UsageError(
         f"--gpu {name}: no constants for this GPU",
         "speed and memory cannot be predicted without them.",
-        f"use one of: {', '.join(all_gpu_kinds())}.",
+        f"use one of: {', '.join(all_gpu_kinds())}; or measure them on such a machine: "
+        "onellm plan --calibrate.",
     )
 
 
+def find_kind(device_name: str) -> GpuKind | None:
+    """The kind of a device by the name that it gives itself; None: it has no constants.
+
+    Args:
+        device_name: as `name_device` says it.
+    """
+    own = device_name.removeprefix("NVIDIA ")  # not its PCIe, NVL, Grace or MIG kin
+    kinds = all_gpu_kinds().values()
+    return next((kind for kind in kinds if own in kind.device_names), None)
+
+
 def find_gpus_here() -> tuple[GpuKind, int]:
-    """The kind of this machine's GPUs, and how many there are.
+    """The kind of this machine's devices, and how many there are: GPUs, else its processors.
 
     Raises:
-        UsageError: there is no GPU, or one of a kind without constants.
+        UsageError: there are no constants for them.
     """
     import torch
 
+    from onellm_dist.train.distributed import name_device
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = name_device(torch.device("cuda", 0) if count else torch.device("cpu"))
+    kind = find_kind(name)
+    if kind is not None:
+        return kind, count or 1
+    known = " | ".join(all_gpu_kinds())
+    measure = "or measure them in two minutes: onellm plan --calibrate."
     if not count:
         raise UsageError(
-            "--here: this machine has no GPU that torch can use",
-            "there is nothing to plan for.",
-            f"name one instead: --gpu {' | '.join(all_gpu_kinds())}.",
-        )
-    name = torch.cuda.get_device_name(0)
-    found = [
-        kind
-        for kind in all_gpu_kinds().values()
-        for part in kind.device_names
-        if part == name.removeprefix("NVIDIA ")  # not its PCIe, NVL, Grace or MIG kin
-    ]
-    if not found:
-        raise UsageError(
-            f"--here: no constants for {name}",
+            f"--here: this machine has no GPU that torch can use, and no constants for {name}",
             "speed and memory cannot be predicted without them.",
-            f"name a similar GPU: --gpu {' | '.join(all_gpu_kinds())}.",
+            f"name a GPU instead: --gpu {known}; {measure}",
         )
-    return found[0], count
+    raise UsageError(
+        f"--here: no constants for {name}",
+        "speed and memory cannot be predicted without them.",
+        f"name a similar GPU: --gpu {known}; {measure}",
+    )

@@ -12,6 +12,7 @@ import torch
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.packing import TokenBudget
+from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities import Modality, get_modality
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.lora import add_adapters
@@ -99,6 +100,8 @@ class RunPlan:
     checkpoint: CheckpointPlan
     hours: float
     gpu_hours: float
+    energy_kwh: float | None
+    """Of the boards at the power that they may draw; None where it is not known."""
     engine: str
     """What the engine calls itself."""
 
@@ -174,7 +177,7 @@ class Planner:
 
     def get_step(self, config: RunConfig) -> StepShape:
         """The first step under a recipe's token budgets."""
-        budget = TokenBudget(config.data.pack_llm_tokens, config.data.pack_encoder_tokens)
+        budget = read_budget(config.data)
         if budget not in self._steps:
             self._steps[budget] = pack_step(
                 config.data, self.data, self.modalities, world_size=self.cluster.world_size
@@ -267,7 +270,7 @@ class Planner:
         state = self.compute_state(config)
         return compute_step(
             slowest,
-            compute_host(self.get_costs(mode), hooks, assumptions.host),
+            compute_host(self.get_costs(mode), hooks, self.cluster.gpu.host or assumptions.host),
             self.compute_traffic(config),
             self.cluster,
             assumptions,
@@ -292,6 +295,7 @@ class Planner:
         world_size, rate = self.cluster.world_size, config.data.global_batch / time.total
         checkpoint = self._plan_checkpoint(config)
         seconds = config.train.steps * time.total + checkpoint.count * checkpoint.stall
+        gpu_hours, watts = seconds / 3600 * world_size, self.cluster.gpu.board_watts
         return RunPlan(
             parameters=self.parameters,
             memory=self.compute_memory(config),
@@ -305,7 +309,8 @@ class Planner:
             loading=self._plan_loading(rate),
             checkpoint=checkpoint,
             hours=seconds / 3600,
-            gpu_hours=seconds / 3600 * world_size,
+            gpu_hours=gpu_hours,
+            energy_kwh=None if watts is None else gpu_hours * watts / 1000,
             engine=get_engine(config.engine.name).describe(config.engine),
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import EngineSection, RunConfig
 from onellm_dist.data.packing import TokenBudget
+from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.model.recompute import MODES
 from onellm_dist.planner.hardware import GIGA, load_assumptions
@@ -66,23 +67,28 @@ def make_space(planner: Planner) -> SearchSpace:
             section = EngineSection.model_validate(choice)
             engine.check(section, bf16=config.train.precision == "bf16")
             engines += [section] if section not in engines else []
-    given = TokenBudget(config.data.pack_llm_tokens, config.data.pack_encoder_tokens)
-    budgets = dict.fromkeys([given, *_list_budgets(planner)])
+    budgets = dict.fromkeys([read_budget(config.data), *list_budgets(planner)])
     return SearchSpace(tuple(budgets), MODES, tuple(engines))
 
 
-def _list_budgets(planner: Planner) -> Iterator[TokenBudget]:
+def list_budgets(planner: Planner, least: TokenBudget | None = None) -> Iterator[TokenBudget]:
+    """Budgets for different numbers of micro-batches of a step, the largest first.
+
+    Args:
+        planner: plans the recipe.
+        least: no budget is smaller; default: what the longest sample may need of the LLM.
+    """
+    least = least or TokenBudget(count_longest(planner), 1)
     data, samples = planner.data, planner.data.samples
     modalities = planner.modalities
     llm = [float(sample.llm_tokens) for sample in samples]
     encoder = [float(sum(modalities[x].encoder_tokens for x in s.spans)) for s in samples]
     share = planner.config.data.global_batch / planner.cluster.world_size
-    least = count_longest(planner)
     for count in range(1, MOST_MICRO_BATCHES + 1):
         yield TokenBudget(
             *(
                 _round_up(max(share / count * data.average(tokens) * ROOM, *tokens, longest))
-                for tokens, longest in ((llm, least), (encoder, 0))
+                for tokens, longest in ((llm, least.llm), (encoder, least.encoder))
             )
         )
 
@@ -114,6 +120,25 @@ def search(planner: Planner, space: SearchSpace | None = None) -> SearchResult:
         if planner.compute_memory(config).fits:
             return SearchResult(config, list_overrides(planner.config, config), len(configs))
     raise _explain_no_fit(planner, configs)
+
+
+def search_budget(planner: Planner, least: TokenBudget | None = None) -> TokenBudget:
+    """Find the token budgets that fit and go fastest, with the recipe's engine and recomputation.
+
+    Args:
+        planner: plans the recipe.
+        least: no budget is smaller; default: what the longest sample may need of the LLM.
+
+    Raises:
+        UsageError: none fits.
+    """
+    config = planner.config
+    space = SearchSpace(
+        tuple(dict.fromkeys(list_budgets(planner, least))),
+        (config.train.activation_checkpointing,),
+        (config.engine,),
+    )
+    return read_budget(search(planner, space).config.data)
 
 
 def _list_configs(planner: Planner, space: SearchSpace) -> Iterator[RunConfig]:

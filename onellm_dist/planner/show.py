@@ -30,7 +30,11 @@ def make_json(
         "nodes": cluster.nodes,
         "gpus_per_node": cluster.gpus_per_node,
         "network_gb_s": cluster.network_gb_s,
-        "calibration": {"date": str(cluster.gpu.date), "sources": list(cluster.gpu.sources)},
+        "calibration": {
+            "date": str(cluster.gpu.date),
+            "sources": list(cluster.gpu.sources),
+            "measured": list(cluster.gpu.measured),
+        },
         "engine": plan.engine,
         "recompute": config.train.activation_checkpointing,
         "parameters": {**vars(plan.parameters), "total": plan.parameters.total},
@@ -47,6 +51,11 @@ def make_json(
         "checkpoint": vars(plan.checkpoint),
         "hours": plan.hours,
         "gpu_hours": plan.gpu_hours,
+        "energy": {
+            "kwh": plan.energy_kwh,
+            "board_watts": cluster.gpu.board_watts,
+            "source": cluster.gpu.power_source,
+        },
         "assumed": list(notes),
     }
 
@@ -105,7 +114,17 @@ def make_speed_rows(plan: RunPlan, cluster: GpuCluster) -> Rows:
          + (f"{saved.stall:.2f} s for each" if saved.asynchronous
             else f"{saved.stall:.2f} s and its write, which is not in the hours")),
         ("run", f"{plan.hours:.1f} h, {plan.gpu_hours:.0f} GPU hours"),
+        *make_energy_rows(plan, cluster),
     ]  # fmt: skip
+
+
+def make_energy_rows(plan: RunPlan, cluster: GpuCluster) -> Rows:
+    """What the boards draw at most, where their power is known."""
+    gpu = cluster.gpu
+    if plan.energy_kwh is None or gpu.board_watts is None:
+        return []
+    return [("energy", f"{plan.energy_kwh:.3g} kWh at most, at {gpu.board_watts:.0f} W a board "
+             f"({gpu.power_source}); hosts and cooling not counted")]  # fmt: skip
 
 
 def format_rows(title: str, rows: Rows) -> Iterator[str]:
@@ -138,4 +157,7 @@ def format_plan(
     yield from format_rows("Speed", make_speed_rows(plan, cluster))
     yield ""
     yield from (f"assumed: {note}" for note in notes)
-    yield f"constants of {gpu.kind}: {gpu.date}; nothing was measured for this plan"
+    if gpu.measured:
+        yield f"constants of {gpu.kind}: {gpu.date}; measured: {', '.join(gpu.measured)}"
+    else:
+        yield f"constants of {gpu.kind}: {gpu.date}; nothing was measured for this plan"

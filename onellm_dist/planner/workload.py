@@ -20,6 +20,7 @@ from onellm_dist.data.media import CorpusMedia
 from onellm_dist.data.micro_batch import SampleTable
 from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.packing import ItemSizes, TokenBudget, find_too_large, pack
+from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities import Modality, all_modalities
 from onellm_dist.planner.hardware import load_assumptions
 from onellm_dist.planner.pack_shapes import PackShape, SampleShape
@@ -196,7 +197,7 @@ def pack_step(
     Raises:
         UsageError: a sample is larger than a micro-batch.
     """
-    budget = budget or TokenBudget(data.pack_llm_tokens, data.pack_encoder_tokens)
+    budget = budget or read_budget(data)
     dataset, _ = Mixture(list(shape.weights)).locate(np.arange(data.global_batch, dtype=np.int64))
     costs = CostModel()
     spans = [[modalities[name] for name in sample.spans] for sample in shape.samples]

@@ -19,6 +19,7 @@ from onellm_dist.report.comparison import (
 from onellm_dist.report.facts import load_facts
 from onellm_dist.report.findings.collect import collect_findings
 from onellm_dist.report.page import build_page
+from onellm_dist.report.prediction import build_prediction, make_prediction_rows
 from onellm_dist.report.summary import build_summary, summary_to_json, summary_to_text
 
 PAGE = "report.html"
@@ -44,14 +45,21 @@ def run_report(run: Path, out: Path | None, *, as_json: bool) -> int:
     facts = load_facts(run)
     summary = build_summary(facts)
     findings = collect_findings(facts)
+    prediction = build_prediction(facts.records, facts.starts)
     if as_json:
-        print(json.dumps(summary_to_json(facts, summary, findings), indent=1, ensure_ascii=False))
+        content = summary_to_json(facts, summary, findings)
+        content["prediction"] = None if prediction is None else prediction.to_json()
+        print(json.dumps(content, indent=1, ensure_ascii=False))
         if out is None:
             return EXIT_DONE
     path = out or run / PAGE
-    _write(path, build_page(facts, summary, findings))
+    _write(path, build_page(facts, summary, findings, prediction))
     if not as_json:
         print(summary_to_text(facts, summary, findings))
+        if prediction is not None and prediction.figures:
+            print(f"predicted and measured ({prediction.device}):")
+            lines = format_table(make_prediction_rows(prediction), right=(1, 2, 3))
+            print("\n".join(f"  {line}" for line in lines))
         print(f"page: {path}")
     return EXIT_DONE
 

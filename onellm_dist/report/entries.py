@@ -44,6 +44,7 @@ TEXTS = frozenset(
         "reason",
         "time",
         "device",
+        "device_name",
         "slurm_node_list",
         "sample_id",
         "responsible_host",

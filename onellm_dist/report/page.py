@@ -13,6 +13,7 @@ from onellm_dist.report.curves import draw_loss, draw_rates, draw_router_load
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.findings.finding import Finding
 from onellm_dist.report.incident_tables import draw_incidents
+from onellm_dist.report.prediction import Prediction, draw_prediction
 from onellm_dist.report.start_tables import draw_starts, draw_startup, draw_time
 from onellm_dist.report.summary import RunSummary
 from onellm_dist.report.timeline import draw_timeline
@@ -42,7 +43,12 @@ td .badge{font-size:11px;padding:.05rem .4rem}
 """
 
 
-def build_page(facts: RunFacts, summary: RunSummary, findings: Sequence[Finding]) -> str:
+def build_page(
+    facts: RunFacts,
+    summary: RunSummary,
+    findings: Sequence[Finding],
+    prediction: Prediction | None = None,
+) -> str:
     """The whole page as HTML; it contains everything it shows and needs no network."""
     name = str(facts.records.directory)
     status = escape(summary.status)
@@ -53,12 +59,14 @@ def build_page(facts: RunFacts, summary: RunSummary, findings: Sequence[Finding]
         _draw_tiles(summary),
         "<h2>What to look at first</h2>",
         f'<ul class="look">{items}</ul>',
-        *_draw_sections(facts, summary),
+        *_draw_sections(facts, summary, prediction),
     ]
     return build_html_page(f"run {name}", body, style=STYLE)
 
 
-def _draw_sections(facts: RunFacts, summary: RunSummary) -> Iterator[str]:
+def _draw_sections(
+    facts: RunFacts, summary: RunSummary, prediction: Prediction | None
+) -> Iterator[str]:
     if facts.starts:
         yield "<h2>Timeline</h2>"
         yield draw_timeline(facts.starts)
@@ -71,6 +79,8 @@ def _draw_sections(facts: RunFacts, summary: RunSummary) -> Iterator[str]:
     yield "<h2>Optimizer and throughput</h2>"
     yield draw_rates(facts)
     yield from draw_router_load(facts.records.steps)
+    if prediction is not None:
+        yield from draw_prediction(prediction)
     if facts.starts:
         yield "<h2>Where the time went</h2>"
         yield from draw_time(facts, summary)

@@ -140,6 +140,7 @@ def _build_start(records: RunRecords, events: StartEvents, attempt: Entry) -> St
         job=str(attempt.get("job_id") or first.get("slurm_job_id") or ""),
         restart=None if restart is None else int(to_number(restart)),
         device=str(first.get("device") or ""),
+        device_name=str(first.get("device_name") or ""),
         first_step=first.get("first_step"),
         steps_done=last.get("steps_done") if last else attempt.get("steps_done"),
         failed_step=last.get("failed_step"),

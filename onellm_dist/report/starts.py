@@ -52,6 +52,8 @@ class Start:
     restart: int | None = None
     """How often Slurm had requeued the job before this start."""
     device: str = ""
+    device_name: str = ""
+    """What the device calls itself."""
     first_step: int | None = None
     """Index of its first step; None if it never trained."""
     steps_done: int | None = None

@@ -117,7 +117,8 @@ def test_every_gpu_has_constants_with_date_and_source() -> None:
         get_gpu_kind("rtx")
 
 
-def test_one_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_machine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ONELLM_CACHE", str(tmp_path))  # without constants of its processors
     for options in (PlanOptions(), PlanOptions(gpu="h100", here=True)):
         with pytest.raises(UsageError, match="exactly one of --gpu and --here"):
             make_cluster(options)

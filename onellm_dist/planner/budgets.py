@@ -1,0 +1,47 @@
+"""The token budgets of a run on the devices at hand, for `data.pack_*_tokens: auto`."""
+
+from __future__ import annotations
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.data.packing import TokenBudget
+from onellm_dist.data.token_budget import UNLIMITED
+from onellm_dist.planner.command import PlanOptions, make_config_planner, with_budget
+from onellm_dist.planner.hardware import find_kind
+from onellm_dist.planner.search import search_budget
+
+
+def find_budget(
+    config: RunConfig,
+    *,
+    device_name: str,
+    nodes: int,
+    ranks_per_node: int,
+    text_tokens: int,
+    least: TokenBudget,
+) -> TokenBudget:
+    """Find the budgets that fit a device and go fastest; `train/pack_budget.py` asks.
+
+    Args:
+        config: the recipe.
+        device_name: as the device calls itself.
+        nodes: nodes of the run.
+        ranks_per_node: ranks on each.
+        text_tokens: mean text tokens of a sample.
+        least: what the largest sample needs.
+
+    Raises:
+        UsageError: there are no constants for the device, or nothing fits.
+    """
+    kind = find_kind(device_name)
+    if kind is None:
+        raise UsageError(
+            f"data.pack_llm_tokens=auto: the planner has no constants for {device_name}",
+            "it cannot say which budgets fit.",
+            "measure them in two minutes (onellm plan --calibrate), or set both budgets to "
+            "numbers.",
+        )
+    options = PlanOptions(
+        gpu=kind.kind, nodes=nodes, gpus_per_node=ranks_per_node, text_tokens=max(1, text_tokens)
+    )
+    return search_budget(make_config_planner(with_budget(config, UNLIMITED), options), least)
