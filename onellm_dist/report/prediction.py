@@ -84,7 +84,7 @@ def build_prediction(records: RunRecords, starts: Sequence[Start]) -> Prediction
     except OneLLMError as error:
         problem = error.what.splitlines()[0].rstrip(".")
     except ValidationError:
-        problem = "config.yaml is no whole recipe"
+        problem = "config.yaml is not a complete recipe"
     except ImportError as error:  # the rest of the report needs no torch
         problem = str(error)
     return Prediction(device, constants, problem=problem)

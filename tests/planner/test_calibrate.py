@@ -233,7 +233,7 @@ def test_the_report_shows_predicted_beside_measured(
     assert "predicted and measured (2 x " in capsys.readouterr().out
     # A recipe that is not whole, and a device without constants.
     (run.directory / "config.yaml").write_text("run: {seed: 0}")
-    assert predict(run).problem == "config.yaml is no whole recipe"
+    assert predict(run).problem == "config.yaml is not a complete recipe"
     (cache / "calibration" / "cpu.yaml").unlink()
     facts = load_facts(run.directory)
     assert build_prediction(facts.records, facts.starts) is None
@@ -247,7 +247,10 @@ def predict(run: RecordedRun) -> Prediction:
     page = "".join(draw_prediction(found))
     assert "<h2>Predicted and measured</h2>" in page and name_processors() in page
     rows = make_prediction_rows(found)
-    assert all(cell in page for row in rows for cell in row) or found.problem in page
+    if found.problem:
+        assert found.problem in page and not found.figures
+    else:
+        assert all(cell in page for row in rows for cell in row)
     figures = json.loads(json.dumps(found.to_json()))["figures"]
     assert [figure["name"] for figure in figures] == [row[0] for row in rows[1:]]
     return found

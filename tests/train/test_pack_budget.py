@@ -155,7 +155,7 @@ def test_budgets_that_cannot_be_lower_end_the_run(runs: BudgetRuns) -> None:
     assert len(runs.events("hopeless", "budget_lowered")) == lowered  # also those of starts before
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_local_ranks_start_again_by_themselves(runs: BudgetRuns) -> None:
     """The command of a user: an out-of-memory in its first step, and it ends well."""
     keys = [
