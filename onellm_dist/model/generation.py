@@ -25,59 +25,6 @@ REFERENCE_SHORTFALL = 2
 """Positions by which the reference's decoding falls short after a span: it counts 30 of the 32."""
 
 
-_LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
-"""Options that count the prompt too, and those that do not."""
-_REFUSED = {
-    "assistant_model": "a draft would have to read the media too",
-    "assistant_early_exit": "a draft would have to read the media too",
-    "guidance_scale": "a second prompt without the media would be run in the first one's cache",
-    "negative_prompt_ids": "a second prompt would be run without the media",
-    "inputs_embeds": "the prompt's embeddings are those of its text and its media",
-    "position_ids": "positions are counted with the media",
-}
-"""Options of transformers that need more than the LLM's own generation, and why."""
-
-
-def choose_settings(
-    own: GenerationConfig, llms: GenerationConfig, given: dict[str, Any], text: int
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Choose the settings of a call of `generate`: the caller's, the model's, the LLM's.
-
-    Args:
-        own: the model's.
-        llms: the LLM's, which fill what the model's leave open.
-        given: the caller's arguments without media.
-        text: tokens of the prompt's text.
-
-    Returns:
-        The settings, and the arguments that are none.
-
-    Raises:
-        UsageError: an option cannot be used with media, or leaves no room for an answer.
-    """
-    given = dict(given)
-    config = copy.deepcopy(given.pop("generation_config", None) or own)
-    for name, why in _REFUSED.items():
-        value = given.get(name, getattr(config, name, None))
-        if value is not None and not (isinstance(value, int | float) and value == 1):
-            raise UsageError(f"{name} is set", f"{why}.", "leave it out.")
-    for name, value in llms.to_diff_dict().items():
-        if getattr(config, name, None) is None:
-            setattr(config, name, value)
-    for total, new in _LENGTHS.items():
-        length = given.pop(total, None)
-        if length is None or given.get(new) is not None:
-            continue
-        if total == "max_length" and length <= text:
-            raise UsageError(
-                f"max_length={length}, and the prompt has {text} tokens",
-                "there is no room for an answer.",
-                "give max_new_tokens.",
-            )
-        given[new] = max(length - text, 0) or None
-    return config, config.update(**given)  # what is None here stays None
-
-
 def generate_text(
     llm: Any,
     support: LLMSupport,

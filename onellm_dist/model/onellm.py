@@ -14,7 +14,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.encoder import Encoder
-from onellm_dist.model.generation import choose_settings, generate_text
+from onellm_dist.model.generation import generate_text
+from onellm_dist.model.generation_options import choose_settings
 from onellm_dist.model.layout import PackedLayout
 from onellm_dist.model.llm_call import LLMSupport, run_packed, run_padded
 from onellm_dist.model.llm_check import check_llm
@@ -365,9 +366,8 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             UsageError: values that do not fit the texts, an unknown option, or too long a prompt.
         """
         values = {key: kwargs.pop(key) for key in list(kwargs) if key.endswith(VALUES_SUFFIX)}
-        config, options = choose_settings(
-            self.generation_config, self.llm.generation_config, kwargs, input_ids.shape[1]
-        )
+        own, llms, text = self.generation_config, self.llm.generation_config, input_ids.shape[1]
+        config, options = choose_settings(own, llms, kwargs, text, self.llm.device)
         update_dropout(self.llm)
         inputs = self.build_inputs(input_ids, attention_mask, values, modality_order, media_spans)
         return generate_text(

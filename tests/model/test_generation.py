@@ -205,7 +205,15 @@ def test_lengths_count_text_alone(
     [
         ("assistant_model", object()),
         ("assistant_early_exit", 2),
+        ("use_mtp", True),
+        ("prompt_lookup_num_tokens", 3),
         ("guidance_scale", 1.5),
+        ("num_beam_groups", 2),
+        ("diversity_penalty", 0.5),
+        ("penalty_alpha", 0.6),
+        ("dola_layers", "high"),
+        ("constraints", [object()]),
+        ("force_words_ids", [[5]]),
         ("negative_prompt_ids", torch.zeros(1, 2, dtype=torch.int64)),
         ("inputs_embeds", torch.zeros(1, 2, 48)),
         ("position_ids", torch.zeros(1, 2, dtype=torch.int64)),
@@ -217,6 +225,30 @@ def test_what_media_do_not_allow_is_refused_by_name(
     options: dict[str, Any] = {name: value}
     with pytest.raises(UsageError, match=f"{name} is set"):
         model.generate(**batch, **options, **GREEDY)
+
+
+@pytest.mark.parametrize("name", ["quantized", "offloaded", "offloaded_static", "paged"])
+def test_caches_that_cannot_be_used_are_refused_by_name(
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(UsageError, match=f"cache_implementation='{name}'"):
+        model.generate(**batch, cache_implementation=name, **GREEDY)
+
+
+def test_options_that_ask_for_nothing_and_other_caches_change_nothing(
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any]
+) -> None:
+    plain = model.generate(**batch, **GREEDY)
+    neutral: dict[str, Any] = {
+        "guidance_scale": 1,
+        "num_beam_groups": 1,
+        "diversity_penalty": 0.0,
+        "penalty_alpha": 0.0,
+    }
+    assert torch.equal(model.generate(**batch, **neutral, **GREEDY), plain)
+    for options in ({"cache_implementation": "static"}, {"cache_implementation": "dynamic"}):
+        assert torch.equal(model.generate(**batch, **options, **GREEDY), plain)
+    assert torch.equal(model.generate(**batch, use_cache=False, **GREEDY), plain)
 
 
 def test_an_output_with_names_has_prompts_and_answers(
