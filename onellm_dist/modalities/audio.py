@@ -175,6 +175,16 @@ class AudioModality(Modality):
         features = _compute_features(raw).numpy()
         return draw_heatmap(features.T[::-1], (448, 224))
 
+    def draw_value(self, value: torch.Tensor) -> Image.Image:
+        """The filter bank, low notes at the bottom, what is filled up in grey, 448 x 224."""
+        bank = value[0].numpy()[::-1]
+        sounding = int(np.flatnonzero((bank != bank[0, -1]).any(0)).max(initial=-1)) + 1
+        picture = Image.new("RGB", (448, 224), (128, 128, 128))
+        if sounding:
+            width = max(1, 448 * sounding // bank.shape[1])
+            picture.paste(draw_heatmap(bank[:, :sounding], (width, 224)))
+        return picture
+
 
 def _check_peak(wave: np.ndarray, name: str) -> None:
     peak = float(np.abs(wave).max(initial=0.0))

@@ -14,6 +14,7 @@ evaluation then accept it without further changes. The class says:
 | `build_tokenizer` | the trainable module, [n, *value_shape] -> [n, L, width] |
 | `tokens` | L, how many tokens this module makes of one sample |
 | `preview` | raw signal -> an RGB picture of it for people |
+| `draw_value` | the model's input -> an RGB picture of it (optional: by default a heat map) |
 
     class Thermal(Modality):
         name = "thermal"
@@ -54,6 +55,7 @@ from torch import nn
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.common.media_size import MediaSize
+from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.modalities.limits import Limits, check_input
 from onellm_dist.modalities.meta_keys import MetaKey
@@ -174,6 +176,10 @@ class Modality(ABC):
     @abstractmethod
     def preview(self, raw: Any) -> Image.Image:
         """Draw the raw signal as people look at it: frames, a spectrogram, a rendered cloud."""
+
+    def draw_value(self, value: torch.Tensor) -> Image.Image:
+        """Draw a model input (`value_shape`) for people; by default its numbers as colours."""
+        return draw_heatmap(value.reshape(-1, value.shape[-1]).numpy(), (448, 224))
 
     def make_value(self, raw: Any, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """Transform the raw signal and check the result: what every user of a model input calls.

@@ -108,8 +108,17 @@ def make_thumbnail(picture: Image.Image, side: int) -> Image.Image:
     return small
 
 
-def join_pictures(pictures: list[Image.Image], gap: int = 4) -> Image.Image:
-    """Put pictures side by side on white, aligned at the top, `gap` pixels apart."""
+def join_pictures(pictures: list[Image.Image], gap: int = 4, *, down: bool = False) -> Image.Image:
+    """Put pictures side by side on white, aligned at the top, `gap` pixels apart.
+
+    Args:
+        pictures: at least one.
+        gap: pixels between two of them.
+        down: whether they stand one above the other instead, aligned on the left.
+    """
+    if down:
+        turned = [picture.transpose(Image.Transpose.TRANSPOSE) for picture in pictures]
+        return join_pictures(turned, gap).transpose(Image.Transpose.TRANSPOSE)
     width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
     row = Image.new("RGB", (width, max(p.height for p in pictures)), "white")
     left = 0

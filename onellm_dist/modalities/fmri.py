@@ -115,6 +115,10 @@ class FmriModality(Modality):
         rows.reshape(-1)[:VOXELS] = raw
         return draw_heatmap(rows, (448, 216), signed=True)
 
+    def draw_value(self, value: torch.Tensor) -> Image.Image:
+        """As `preview`."""
+        return self.preview(value[0].numpy())
+
 
 def _get_scale(meta: Mapping[str, Any]) -> float | None:
     """The factor that the sample's json states; None if it states none.

@@ -25,6 +25,7 @@ from onellm_dist.modalities.transforms.crops import (
     choose_crop_box,
     crop_eval,
     crop_train,
+    make_picture,
     normalise,
 )
 from onellm_dist.modalities.transforms.tiles import choose_grid, cut_tiles
@@ -101,6 +102,10 @@ class ImageModality(Modality):
     def preview(self, raw: Image.Image) -> Image.Image:
         """The picture, at most 448 pixels a side."""
         return make_thumbnail(raw, 448)
+
+    def draw_value(self, value: torch.Tensor) -> Image.Image:
+        """The crop, 224 x 224."""
+        return make_picture(value)
 
 
 MODALITY = ImageModality()

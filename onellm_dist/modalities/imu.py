@@ -164,7 +164,15 @@ class ImuModality(Modality):
 
     def preview(self, raw: ImuWindow) -> Image.Image:
         """Accelerometer above, gyroscope below, x red, y green, z blue, 448 x 224."""
-        return draw_traces([("accelerometer", raw.signal[:3]), ("gyroscope", raw.signal[3:])])
+        return _draw_signal(raw.signal)
+
+    def draw_value(self, value: torch.Tensor) -> Image.Image:
+        """As `preview`, of the two seconds at 200 Hz."""
+        return _draw_signal(value.numpy())
+
+
+def _draw_signal(signal: np.ndarray) -> Image.Image:
+    return draw_traces([("accelerometer", signal[:3]), ("gyroscope", signal[3:])])
 
 
 def _read_window(part: Part) -> Mapping[str, Any]:

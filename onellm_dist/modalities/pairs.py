@@ -35,6 +35,7 @@ from onellm_dist.modalities.transforms.crops import (
     choose_crop_box,
     crop_eval,
     crop_train,
+    make_picture,
     normalise,
 )
 
@@ -199,6 +200,10 @@ class PairModality(Modality):
     def preview(self, raw: MapPair) -> Image.Image:
         """Picture and map side by side, at most 224 pixels a side each."""
         return join_pictures([make_thumbnail(raw.picture, SIDE), make_thumbnail(raw.map, SIDE)])
+
+    def draw_value(self, value: torch.Tensor) -> Image.Image:
+        """The crops of picture and map side by side, 224 pixels a side each."""
+        return join_pictures([make_picture(crop) for crop in value])
 
     def read_parts(self, path: Path) -> dict[str, Part]:
         """Read a map and the picture beside it.

@@ -163,6 +163,10 @@ class PointModality(Modality):
         """The cloud from a corner, z up, 336 pixels a side."""
         return draw_cloud(raw[:, :3], raw[:, 3:])
 
+    def draw_value(self, value: torch.Tensor) -> Image.Image:
+        """The 8192 points from a corner, z up, 336 pixels a side."""
+        return self.preview(value.numpy())
+
 
 def _choose_rows(count: int, rng: np.random.Generator | None) -> np.ndarray:
     """[8192] row numbers below `count` != 8192; evenly spaced without `rng`."""

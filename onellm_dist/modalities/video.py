@@ -20,7 +20,13 @@ from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
 from onellm_dist.modalities.io.frames import measure_film, read_frames
 from onellm_dist.modalities.io.pictures import make_rgb_picture
 from onellm_dist.modalities.limits import LIMITS
-from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD, PATCHES, SIDE
+from onellm_dist.modalities.transforms.crops import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PATCHES,
+    SIDE,
+    make_picture,
+)
 
 CLIPS = 5
 CROPS = 3
@@ -155,6 +161,12 @@ class VideoModality(Modality):
     def preview(self, raw: VideoClip) -> Image.Image:
         """The five frames as a strip, 446 pixels wide if they are wider than high."""
         return join_pictures([make_thumbnail(Image.fromarray(f), 86) for f in raw.frames])
+
+    def draw_value(self, value: torch.Tensor) -> Image.Image:
+        """The five frames side by side, the three crops of each one above the other."""
+        crops = [make_thumbnail(make_picture(crop), 86) for crop in value]
+        columns = [crops[i : i + CROPS] for i in range(0, len(crops), CROPS)]
+        return join_pictures([join_pictures(column, down=True) for column in columns])
 
 
 def _to_picture(frame: Any) -> Any:

@@ -44,6 +44,12 @@ def normalise(picture: Image.Image | np.ndarray) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
+def make_picture(value: torch.Tensor) -> Image.Image:
+    """Make the picture again that was normalised: [3, height, width] -> RGB."""
+    pixels = value.permute(1, 2, 0).numpy() * _STD[:, 0] + _MEAN[:, 0]
+    return Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8))
+
+
 def choose_crop_box(width: int, height: int, rng: np.random.Generator) -> Box:
     """Choose a random crop: 0.9 to 1 of the area, aspect ratio 3/4 to 4/3.
 
