@@ -31,6 +31,10 @@ def serve(
     ] = 0.0,
     request_mb: Annotated[int, typer.Option(min=1, help="Largest request, in MiB.")] = 64,
     media: Annotated[int, typer.Option(min=0, help="Most media of a request.")] = 16,
+    preparing: Annotated[int, typer.Option(min=1, help="Requests that read media at once.")] = 8,
+    prepare_seconds: Annotated[
+        float, typer.Option(min=1, help="Longest time that it takes to read a request's media.")
+    ] = 120.0,
     request_seconds: Annotated[
         float, typer.Option(min=1, help="Longest time that a request may take.")
     ] = 600.0,

@@ -34,6 +34,11 @@ def make_mark(modality: str) -> str:
     return f"{_OPEN}{modality}{_CLOSE}"
 
 
+def remove_marks(text: str) -> str:
+    """Remove the marks of media from a text, and nothing else of it."""
+    return re.sub(f"{_OPEN}[^{_CLOSE}]*{_CLOSE}", "", text)
+
+
 def mark_placeholders(text: str, modalities: Collection[str]) -> str:
     """Replace the placeholders of some modalities by marks.
 

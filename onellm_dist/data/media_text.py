@@ -88,6 +88,27 @@ class MediaTextEncoder(TextEncoder):
         ids = self.encode_prompt([self._mark(turn) for turn in turns])
         return self._take_out(ids, ids, media)
 
+    def encode_marked(
+        self, text: str | Sequence[ConversationTurn], media: Sequence[str]
+    ) -> MediaText:
+        """Encode what comes before an answer, where a mark stands for each medium already.
+
+        Unlike a placeholder, a mark cannot be meant as words (`placeholders.make_mark`).
+
+        Args:
+            text: a text as of the format `caption`; the turns of a conversation in `chat`.
+            media: the modality of each medium.
+
+        Raises:
+            SampleError: as of `encode_prompt`.
+        """
+        if isinstance(text, str):
+            ids, _ = super()._encode_caption(text)
+            ids = ids[:-1]  # without the caption's EOS
+        else:
+            ids = self.encode_prompt(text)
+        return self._take_out(ids, ids, media)
+
     def _mark(self, turn: ConversationTurn) -> ConversationTurn:
         return turn._replace(text=mark_placeholders(turn.text, self._media))
 

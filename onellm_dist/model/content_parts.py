@@ -20,8 +20,8 @@ import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from onellm_dist.common.errors import UsageError
-from onellm_dist.common.placeholders import make_mark
+from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.placeholders import make_mark, mark_placeholders
 from onellm_dist.common.turns import ROLES, ConversationTurn
 from onellm_dist.modalities import all_modalities
 
@@ -76,6 +76,8 @@ def read_conversation(messages: Sequence[Any], *, marks: bool = False) -> Conver
         for part in parts:
             found = _read_part(number, part)
             if isinstance(found, str):
+                if marks:
+                    _refuse_marks(number, found)
                 texts.append(found)
             else:
                 media.append(found)
@@ -84,6 +86,15 @@ def read_conversation(messages: Sequence[Any], *, marks: bool = False) -> Conver
     if not turns:
         raise _make_error("the conversation has no messages", "give at least a question.")
     return Conversation(turns, media)
+
+
+def _refuse_marks(number: int, text: str) -> None:
+    """Refuse a text with characters of a mark: it would be read as a medium."""
+    try:
+        mark_placeholders(text, ())
+    except SampleError as error:
+        what = error.what.replace("its text", f"message {number}")
+        raise _make_error(what, error.do) from None
 
 
 def _check_text(number: int, text: str) -> str:

@@ -27,11 +27,12 @@ class Prompt:
 
     Attributes:
         ids: ids of the text, BOS first.
-        media: the media whose spans stand behind BOS, in order.
+        media: the media whose spans stand in the text, in order.
         max_new_tokens: most tokens of the answer.
         temperature: 0 takes the likeliest token; else tokens are drawn from the nucleus `top_p`.
         top_p: probability mass of the nucleus.
         seed: seed of this prompt's draws.
+        places: how many tokens of the text stand before each span; (): all stand behind BOS.
     """
 
     ids: Sequence[int]
@@ -40,6 +41,7 @@ class Prompt:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    places: Sequence[int] = ()
 
     @property
     def positions(self) -> int:
@@ -145,7 +147,10 @@ def pack_prompts(
     media = [[m for p in prompts for m in p.media if m.modality == name] for name in known]
     tokens = encode_media(model, [m for group in media for m in group], media_cache)
     layout = PackedLayout.build(
-        [len(p.ids) for p in prompts], [[m.modality for m in p.media] for p in prompts], known
+        [len(p.ids) for p in prompts],
+        [[m.modality for m in p.media] for p in prompts],
+        known,
+        [p.places or (1,) * len(p.media) for p in prompts],
     )
     device, embedding = model.llm.device, model.llm.get_input_embeddings()
     host = torch.from_numpy(np.concatenate([np.asarray(p.ids, np.int64) for p in prompts]))

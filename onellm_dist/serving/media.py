@@ -114,7 +114,7 @@ def _refuse(file: _File, reason: str) -> tuple[torch.Tensor, list[str]]:
 
 
 def read_given_files(
-    media: Sequence[GivenFiles], limits: SampleLimits | None = None
+    media: Sequence[GivenFiles], limits: SampleLimits | None = None, *, first: int = 1
 ) -> list[torch.Tensor]:
     """Read media from the bytes of their files, with the evaluation transforms.
 
@@ -122,6 +122,7 @@ def read_given_files(
         media: the media.
         limits: the time and the memory that a medium may take; default: those of training's
             recipes.
+        first: the place of the first one in its request, for messages.
 
     Returns:
         [spans, *value_shape] fp32 of each.
@@ -130,7 +131,7 @@ def read_given_files(
         SampleError: a medium cannot be decoded within its limits; the message begins with its place
             and modality.
     """
-    numbered = list(enumerate(media, start=1))
+    numbered = list(enumerate(media, start=first))
     function = SampleFunction[tuple[int, GivenFiles], "torch.Tensor"](
         _read_given, _refuse_given, lambda medium: _name_given(*medium)
     )

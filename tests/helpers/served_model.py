@@ -43,10 +43,10 @@ def make_model(seed: int = 3) -> Any:
 
 
 @contextmanager
-def serve(model: Any, **settings: Any) -> Iterator[str]:
+def serve(model: Any, *, warm_up: bool = False, **settings: Any) -> Iterator[str]:
     """Run a server; yields its address."""
     chosen = ServerSettings(**{"name": "toy", "port": 0, "readers": 1, **settings})
-    app = assemble(model, load_toy_tokenizer(), chosen)
+    app = assemble(model, load_toy_tokenizer(), chosen, warm_up=warm_up)
     listening = listen(chosen.host, chosen.port)
     server = uvicorn.Server(make_config(app, chosen))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -138,5 +138,17 @@ def compute_answer(model: Any, question: str, media: dict[str, Any], tokens: int
         load_toy_tokenizer(),
         build_prompt(question, "conversation"),
         read_values(media),
+        decoding=DecodingOptions(max_new_tokens=tokens),
+    ).text
+
+
+def compute_placed(model: Any, text: str, pictures: list[bytes], tokens: int = 12) -> str:
+    """What `onellm generate` answers to a text with a placeholder for each picture."""
+    values = read_given_files([to_files("image", picture) for picture in pictures])
+    return generate(
+        model,
+        load_toy_tokenizer(),
+        text,
+        [("image", value) for value in values],
         decoding=DecodingOptions(max_new_tokens=tokens),
     ).text

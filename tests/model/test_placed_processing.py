@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.data.media_text import MediaTextEncoder
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.modalities import Part, all_modalities
@@ -206,5 +206,5 @@ def test_what_cannot_be_placed_is_refused(loaded: tuple[Any, Any], files: dict[s
         )
     talk = ask(files)
     talk[0]["content"].append({"type": "text", "text": "\ue0f0image\ue0f1"})
-    with pytest.raises(SampleError, match="4 <image> for 3 media"):
+    with pytest.raises(UsageError, match=r"message 0 has the character U\+E0F0"):
         processor.apply_chat_template(talk, tokenize=True, return_dict=True)

@@ -22,8 +22,9 @@ import served_model as served
 from PIL import Image
 
 from onellm_dist.model.presets import load_toy_tokenizer
-from onellm_dist.serving.generate import DecodingOptions, build_prompt, encode_prompt, generate
+from onellm_dist.serving.generate import DecodingOptions, build_prompt, generate
 from onellm_dist.serving.media import read_given_files
+from onellm_dist.serving.placed_media import place_prompt
 from onellm_dist.serving.server.media import to_files
 
 MODEL = served.make_model()
@@ -72,13 +73,14 @@ def test_a_large_picture_takes_as_many_spans_as_in_training() -> None:
     with served.serve(model, max_new_tokens=12) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         found = ask(client, "What is it?", media)
-    plain = encode_prompt(load_toy_tokenizer(), build_prompt("What is it?", "conversation"))
-    assert found.usage.prompt_tokens == plain.shape[1] + 3 * 32
+    text = build_prompt("<image>What is it?", "conversation")  # a model with spans has places
     (values,) = read_given_files([to_files("image", media["image"])._replace(most=3)])
+    placed = place_prompt(load_toy_tokenizer(), text, [("image", values)], ["image"], chat=False)
+    assert len(values) == 3 and found.usage.prompt_tokens == len(placed.ids) + 3 * 32
     wanted = generate(
         model,
         load_toy_tokenizer(),
-        build_prompt("What is it?", "conversation"),
+        text,
         [("image", values)],
         decoding=DecodingOptions(max_new_tokens=12),
     )

@@ -36,7 +36,7 @@ from onellm_dist.serving.media import GivenFiles
 from onellm_dist.serving.server.decoded import DecodedMedia
 from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError
-from onellm_dist.serving.server.fetch import fetch
+from onellm_dist.serving.server.fetch import FetchBudget, fetch
 from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece, QueueFullError
 from onellm_dist.serving.server.limits import Pace
 from onellm_dist.serving.server.media import MediaReader
@@ -174,18 +174,21 @@ def run_file_server(data: bytes, pause: float = 0.0) -> Iterator[str]:
 
 def test_only_trusted_hosts_are_fetched_from() -> None:
     with run_file_server(b"x" * 1000) as host:
-        assert fetch(f"http://{host}/x.png", [host], 1000) == b"x" * 1000
+        budget = FetchBudget(2500)
+        for _ in range(2):
+            assert fetch(f"http://{host}/x.png", [host], budget) == b"x" * 1000
+        with pytest.raises(RequestError, match="larger than 0 MiB together"):
+            fetch(f"http://{host}/x.png", [host], budget)
         refused = {
-            "larger": (f"http://{host}/x.png", [host], 999),
-            "HTTP 302": (f"http://{host}/moved", [host], 1000),
-            "does not fetch": (f"http://{host}/x.png", ["example.org"], 1000),
-            "not fetch": (f"http://user:pw@{host}/x.png", [host], 1000),
+            "HTTP 302": (f"http://{host}/moved", [host]),
+            "does not fetch": (f"http://{host}/x.png", ["example.org"]),
+            "not fetch": (f"http://user:pw@{host}/x.png", [host]),
         }
         for says, arguments in refused.items():
             with pytest.raises(RequestError, match=says):
-                fetch(*arguments)
+                fetch(*arguments, FetchBudget(1000))
     with pytest.raises(RequestError, match="cannot be fetched"):
-        fetch(f"http://{host}/x.png", [host], 1000)
+        fetch(f"http://{host}/x.png", [host], FetchBudget(1000))
 
 
 def test_a_host_that_sends_drop_by_drop_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +196,7 @@ def test_a_host_that_sends_drop_by_drop_is_given_up(monkeypatch: pytest.MonkeyPa
     with run_file_server(b"x" * 100, pause=0.02) as host:
         began = time.monotonic()
         with pytest.raises(RequestError, match="cannot be fetched"):
-            fetch(f"http://{host}/x.png", [host], 1000)
+            fetch(f"http://{host}/x.png", [host], FetchBudget(1000))
         assert time.monotonic() - began < 1.9  # all of it takes 2 s
 
 

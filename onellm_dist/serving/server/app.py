@@ -22,6 +22,7 @@ from onellm_dist.serving.server.jobs import Ending, Piece
 from onellm_dist.serving.server.limits import COMPLETIONS, RequestLimits
 from onellm_dist.serving.server.metrics import ServerMetrics
 from onellm_dist.serving.server.remote_llm import RemoteEngine
+from onellm_dist.serving.server.settings import LOOPBACK_HOSTS
 
 _log = get_logger(__name__)
 _STARTED = int(time.time())
@@ -56,9 +57,7 @@ def build_app(
     app.add_exception_handler(Exception, _answer_fault)
     app.add_middleware(RequestLimits, settings=service.settings, metrics=metrics)
     if service.settings.is_loopback:
-        # Else a web page could reach this machine by a name that it lets point here.
-        hosts = ["127.0.0.1", "localhost", "[::1]", "::1"]
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_HOSTS, www_redirect=False)
     return app
 
 
@@ -70,6 +69,11 @@ async def _answer_http_error(_: Request, error: Exception) -> Response:
 
 async def _answer_fault(_: Request, __: Exception) -> Response:
     return make_internal_error().to_response()
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class _Routes:
@@ -91,6 +95,7 @@ class _Routes:
     async def measure(self) -> Response:
         """Metrics in Prometheus' text format."""
         self._metrics.waiting.set(len(self._service.queue))
+        self._metrics.preparing.set(self._service.gate.waiting)
         return Response(self._metrics.write(), media_type="text/plain; version=0.0.4")
 
     async def list_models(self) -> Response:
@@ -127,7 +132,7 @@ class _Routes:
         return response
 
     async def _complete(self, request: Request, started: float) -> Response:
-        chat = await self._service.prepare(await request.body())
+        chat = await self._prepare(request)
         writer = CompletionWriter(chat, self._service.text.tokenizer)
         chat.start()
         if chat.request.stream:
@@ -142,10 +147,24 @@ class _Routes:
         texts = [piece for piece in pieces if isinstance(piece, Piece)]
         return make_json(writer.write_whole(texts, ending))
 
+    async def _prepare(self, request: Request) -> RunningChat:
+        """Read a request, for as long as its client waits for it."""
+        preparing = asyncio.create_task(self._service.prepare(await request.body()))
+        leaving = asyncio.create_task(_wait_until_gone(request))
+        try:
+            await asyncio.wait({preparing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not preparing.done():
+                self._metrics.abandoned.inc()
+                raise RequestError("the client left", status=499)
+            return preparing.result()
+        finally:
+            preparing.cancel()
+            leaving.cancel()
+
     @asynccontextmanager
     async def _watch(self, request: Request, chat: RunningChat) -> AsyncIterator[None]:
         """Give a request up as soon as its client leaves, and if it is not read to its end."""
-        watching = asyncio.create_task(self._wait_until_gone(request, chat))
+        watching = asyncio.create_task(self._cancel_when_gone(request, chat))
         complete = False
         try:
             yield
@@ -155,9 +174,8 @@ class _Routes:
             if not complete:
                 chat.cancel()
 
-    async def _wait_until_gone(self, request: Request, chat: RunningChat) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+    async def _cancel_when_gone(self, request: Request, chat: RunningChat) -> None:
+        await _wait_until_gone(request)
         self._metrics.abandoned.inc()
         chat.cancel()
 

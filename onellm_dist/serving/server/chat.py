@@ -6,24 +6,29 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.placeholders import mark_placeholders
-from onellm_dist.modalities import SPAN_TOKENS, get_modality
+from onellm_dist.common.placeholders import mark_placeholders, remove_marks
+from onellm_dist.common.turns import ConversationTurn
+from onellm_dist.data.media_text import MediaText
+from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.model.batched_generation import Prompt
 from onellm_dist.model.content_parts import Conversation, HeldMedium, read_conversation
 from onellm_dist.model.llm_positions import check_new_tokens, get_context
 from onellm_dist.model.media_cache import Medium
 from onellm_dist.model.processing_media import read_bytes
+from onellm_dist.model.processing_placed import needs_placing
 from onellm_dist.serving.media import GivenFiles
 from onellm_dist.serving.server.engine import make_deadline
 from onellm_dist.serving.server.errors import RequestError, make_busy_error, make_late_error
-from onellm_dist.serving.server.fetch import check_url, fetch
+from onellm_dist.serving.server.fetch import FetchBudget, check_url, fetch
 from onellm_dist.serving.server.jobs import Ending, Event, Job, JobQueue, Piece, QueueFullError
 from onellm_dist.serving.server.media import MediaReader, hash_files, to_files
+from onellm_dist.serving.server.preparing import PreparationGate
 from onellm_dist.serving.server.prompts import ServedFormat
 from onellm_dist.serving.server.schema import ChatRequest, parse_request, read_json
 from onellm_dist.serving.server.settings import ServerSettings
@@ -45,6 +50,8 @@ class ChatService:
         text: how messages become text.
         media: decodes media.
         queue: where requests wait for the engine.
+        gate: lets requests read their media.
+        fetchers: threads that fetch media.
         settings: the server's.
     """
 
@@ -52,6 +59,8 @@ class ChatService:
     text: ServedFormat
     media: MediaReader
     queue: JobQueue
+    gate: PreparationGate
+    fetchers: ThreadPoolExecutor
     settings: ServerSettings
 
     async def prepare(self, body: bytes) -> RunningChat:
@@ -63,37 +72,52 @@ class ChatService:
         Raises:
             RequestError: the request cannot be answered.
         """
+        deadline = make_deadline(self.settings.request_seconds)
+        request, prompt = await self.gate.run(self._read_request(body))
+        return RunningChat(self, request, prompt, deadline)
+
+    async def _read_request(self, body: bytes) -> tuple[ChatRequest, Prompt]:
         try:
             # In a thread: other answers go on while a large request is read.
-            request, ids, media = await asyncio.to_thread(self._read, body)
-            self._choose_length(request, len(ids) + SPAN_TOKENS * len(media))
-            given = [await self._read_item(medium) for medium in media]
-            # As in training: spans in the order of the modalities.
-            given.sort(key=lambda files: get_modality(files.modality).order)
-            given = self._share_spans(given)
-            hashes = await asyncio.to_thread(lambda: [hash_files(files) for files in given])
-            spans = [
-                Medium(files.modality, value, f"{digest} {number}")
-                for files, digest, values in zip(
-                    given, hashes, await self.media.read(given), strict=True
-                )
-                for number, value in enumerate(values)
-            ]
-            most = self._choose_length(request, len(ids) + SPAN_TOKENS * len(spans))
+            request, text, media = await asyncio.to_thread(self._read, body)
+            self._choose_length(request, len(text.ids) + SPAN_TOKENS * len(media))
+            spans = await self._read_media(media)
+            count = sum(map(len, spans))
+            most = self._choose_length(request, len(text.ids) + SPAN_TOKENS * count)
         except OneLLMError as error:
             raise RequestError.from_error(error) from None
+        placed = [(span, place) for number, place in text.media for span in spans[number]]
         prompt = Prompt(
-            ids=ids,
-            media=spans,
+            ids=text.ids,
+            media=[span for span, _ in placed],
             max_new_tokens=most,
             temperature=_choose(request.temperature, self.settings.temperature),
             top_p=_choose(request.top_p, 1.0),
             seed=secrets.randbits(63) if request.seed is None else request.seed,
+            places=[place for _, place in placed],
         )
-        return RunningChat(self, request, prompt)
+        return request, prompt
 
-    def _read(self, body: bytes) -> tuple[ChatRequest, list[int], list[HeldMedium]]:
-        """The request, its text's ids, and its media."""
+    async def _read_media(self, media: list[HeldMedium]) -> list[list[Medium]]:
+        """The spans of each medium."""
+        budget = FetchBudget(self.settings.request_mb << 20)
+        try:
+            given = self._share_spans([await self._read_item(medium, budget) for medium in media])
+        finally:
+            budget.close()
+        hashes = await asyncio.to_thread(lambda: [hash_files(files) for files in given])
+        return [
+            [
+                Medium(files.modality, value, f"{digest} {number}")
+                for number, value in enumerate(values)
+            ]
+            for files, digest, values in zip(
+                given, hashes, await self.media.read(given), strict=True
+            )
+        ]
+
+    def _read(self, body: bytes) -> tuple[ChatRequest, MediaText, list[HeldMedium]]:
+        """The request, its text, and its media."""
         request = parse_request(read_json(body))
         if request.model != self.settings.name:
             raise RequestError(
@@ -106,24 +130,18 @@ class ChatService:
             raise RequestError(
                 "logprobs is not supported where another server runs the LLM", param="logprobs"
             )
-        conversation = read_conversation(request.messages)
+        conversation = read_conversation(request.messages, marks=True)
         media = self._check_media(conversation)
+        plain = [turn._replace(text=remove_marks(turn.text)) for turn in conversation.turns]
         context = get_context(self.model.config.text_config, self.model.llm_support)
         most = _MOST_CHARACTERS if context is None else context * _CHARACTERS_OF_TOKEN
-        if sum(len(turn.text) for turn in conversation.turns) > most:
+        if sum(len(turn.text) for turn in plain) > most:
             raise RequestError(f"the messages have more than {most} characters")
-        self._refuse_placeholders(conversation)
-        return request, self.text.encode(conversation.turns), media
-
-    def _refuse_placeholders(self, conversation: Conversation) -> None:
-        """Refuse texts that say where a medium stands, which would be read as words."""
-        names = {modality for modality, _ in conversation.media}
-        for turn in conversation.turns:
-            if mark_placeholders(turn.text, names) != turn.text:
-                raise RequestError(
-                    f"a message says <{'> or <'.join(sorted(names))}>: the spans of media stand "
-                    "before the text here; leave it out"
-                )
+        _refuse_placeholders(conversation, plain)
+        placed = needs_placing(conversation, getattr(self.model.config, "spans", None) or {})
+        names = [medium.modality for medium in media]
+        turns = conversation.turns if placed else plain
+        return request, self.text.encode(turns, names, placed=placed), media
 
     def _check_media(self, conversation: Conversation) -> list[HeldMedium]:
         """The media, `data:` URLs decoded.
@@ -150,11 +168,14 @@ class ChatService:
             media.append(HeldMedium(modality, item if data is None else data))
         return media
 
-    async def _read_item(self, medium: HeldMedium) -> GivenFiles:
+    async def _read_item(self, medium: HeldMedium, budget: FetchBudget) -> GivenFiles:
         modality, item = medium
         if isinstance(item, str):
-            most = self.settings.request_mb << 20
-            item = await asyncio.to_thread(fetch, item, self.settings.url_hosts, most)
+            # In threads of their own: a slow host keeps no other request from being read.
+            loop = asyncio.get_running_loop()
+            item = await loop.run_in_executor(
+                self.fetchers, fetch, item, self.settings.url_hosts, budget
+            )
         try:
             return to_files(modality, item)
         except TypeError as error:
@@ -190,6 +211,17 @@ class ChatService:
         return most
 
 
+def _refuse_placeholders(conversation: Conversation, plain: Sequence[ConversationTurn]) -> None:
+    """Refuse texts that say where a medium stands, which would be read as words."""
+    names = {modality for modality, _ in conversation.media}
+    for turn in plain:
+        if mark_placeholders(turn.text, names) != turn.text:
+            raise RequestError(
+                f"a message says <{'> or <'.join(sorted(names))}>: media stand where their content "
+                "parts do, or before all text; leave it out"
+            )
+
+
 def _choose(asked: float | None, default: float) -> float:
     return default if asked is None else asked
 
@@ -201,9 +233,12 @@ class RunningChat:
         service: what answers it.
         request: what was asked.
         prompt: what the model continues.
+        deadline: `time.monotonic()` at which it is given up.
     """
 
-    def __init__(self, service: ChatService, request: ChatRequest, prompt: Prompt) -> None:
+    def __init__(
+        self, service: ChatService, request: ChatRequest, prompt: Prompt, deadline: float
+    ) -> None:
         self.request = request
         self.prompt = prompt
         self._service = service
@@ -213,7 +248,7 @@ class RunningChat:
             prompt,
             (*service.text.stops, *request.stops),
             (request.top_logprobs or 0) if request.logprobs else None,
-            make_deadline(service.settings.request_seconds),
+            deadline,
             lambda event: _send(loop, self._events, event),
         )
 

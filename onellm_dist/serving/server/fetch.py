@@ -13,8 +13,45 @@ from urllib.parse import urlsplit
 from onellm_dist.serving.server.errors import RequestError
 
 SECONDS = 20.0
-"""Longest wait for a host, and for the whole of a file."""
+"""Longest wait for a host, and for all files of a request."""
 _CHUNK = 1 << 16
+
+
+class FetchBudget:
+    """What the fetched files of one request may take together.
+
+    Args:
+        most: bytes.
+        seconds: time.
+    """
+
+    def __init__(self, most: int, seconds: float | None = None) -> None:
+        self._most = most
+        self._left = most
+        self._end = time.monotonic() + (SECONDS if seconds is None else seconds)
+        self._closed = False
+
+    def spend(self, size: int) -> None:
+        """Count bytes that came.
+
+        Args:
+            size: how many.
+
+        Raises:
+            RequestError: they are more than the request may fetch.
+            TimeoutError: its time is over, or nobody waits for the request.
+        """
+        self._left -= size
+        if self._left < 0:
+            raise RequestError(
+                f"the fetched files of the request are larger than {self._most >> 20} MiB together"
+            )
+        if self._closed or time.monotonic() > self._end:
+            raise TimeoutError
+
+    def close(self) -> None:
+        """Stop what is still being fetched (from any thread)."""
+        self._closed = True
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -50,13 +87,13 @@ def check_url(url: str, hosts: Sequence[str]) -> None:
         )
 
 
-def fetch(url: str, hosts: Sequence[str], most: int) -> bytes:
+def fetch(url: str, hosts: Sequence[str], budget: FetchBudget) -> bytes:
     """Fetch a file from a trusted host.
 
     Args:
         url: its URL.
         hosts: as of `check_url`.
-        most: bytes of the largest file.
+        budget: what it and the other files of the request may take.
 
     Raises:
         RequestError: it may not be fetched, cannot be, or is too large.
@@ -72,15 +109,13 @@ def fetch(url: str, hosts: Sequence[str], most: int) -> bytes:
         _NoRedirects(),
     ):
         opener.add_handler(handler)
-    data, end = bytearray(), time.monotonic() + SECONDS
+    data = bytearray()
     try:
+        budget.spend(0)
         with opener.open(url, timeout=SECONDS) as response:
             while chunk := response.read1(_CHUNK):
+                budget.spend(len(chunk))
                 data += chunk
-                if time.monotonic() > end:
-                    raise TimeoutError
-                if len(data) > most:
-                    raise RequestError(f"a file of the request is larger than {most >> 20} MiB")
     except urllib.error.HTTPError as error:
         raise RequestError(f"a file of the request cannot be fetched: HTTP {error.code}") from None
     except (OSError, ValueError, http.client.HTTPException):

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +20,13 @@ OPEN_PATHS = ("/health",)
 """Paths that need no key."""
 _MOST_CLIENTS = 10_000
 """Clients whose pace is remembered."""
+
+
+@dataclass
+class _HeldBody:
+    """How much of a request's body has come, in bytes."""
+
+    size: int = 0
 
 
 class RequestLimits:
@@ -35,22 +43,26 @@ class RequestLimits:
         self._metrics = metrics
         self._settings = settings
         self._pace = Pace(settings.requests_per_minute)
+        self._held = 0  # bytes of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        held = _HeldBody()
         try:
-            body = await self._check(scope, receive)
+            body = await self._check(scope, receive, held)
         except RequestError as error:
             if scope["path"] == COMPLETIONS:  # what passes is counted where it is answered
                 self._metrics.requests.labels(status=error.status).inc()
             await error.to_response()(scope, receive, send)
-            return
-        await self._app(scope, _Replay(body, receive), send)
+        else:
+            await self._app(scope, _Replay(body, receive), send)
+        finally:
+            self._held -= held.size
 
-    async def _check(self, scope: Scope, receive: Receive) -> bytes:
+    async def _check(self, scope: Scope, receive: Receive, held: _HeldBody) -> bytes:
         """Check a request, and read its body.
 
         Raises:
@@ -73,23 +85,33 @@ class RequestLimits:
         if length.isdigit() and int(length) > most:
             raise self._make_size_error()
         try:
-            return await asyncio.wait_for(self._read(receive, most), self._settings.receive_seconds)
+            return await asyncio.wait_for(
+                self._read(receive, most, held), self._settings.receive_seconds
+            )
         except asyncio.TimeoutError:
             raise RequestError(
                 "the request did not come in time", status=408, headers={"Connection": "close"}
             ) from None
 
-    async def _read(self, receive: Receive, most: int) -> bytes:
-        chunks, size, more = [], 0, True
+    async def _read(self, receive: Receive, most: int, held: _HeldBody) -> bytes:
+        chunks, more = [], True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise RequestError("the client left", status=499)
             chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
+            held.size += len(chunks[-1])
+            self._held += len(chunks[-1])
             more = message.get("more_body", False)
-            if size > most:
+            if held.size > most:
                 raise self._make_size_error()
+            if self._held > self._settings.bodies_mb << 20:
+                raise RequestError(
+                    "the requests under way take all the memory for them; try again later",
+                    status=503,
+                    kind="server_error",
+                    headers={"Retry-After": "1", "Connection": "close"},
+                )
         return b"".join(chunks)
 
     def _make_size_error(self) -> RequestError:

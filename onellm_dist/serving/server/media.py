@@ -67,27 +67,38 @@ class MediaReader:
         """
         keys = await asyncio.to_thread(_make_keys, media)
         values = {key: value for key in keys if (value := self._kept.get(key)) is not None}
-        missing = {key: one for key, one in zip(keys, media, strict=True) if key not in values}
-        for key, value in zip(missing, await self._decode(list(missing.values())), strict=True):
+        numbered: dict[str, tuple[int, GivenFiles]] = {}
+        for number, (key, one) in enumerate(zip(keys, media, strict=True), start=1):
+            numbered.setdefault(key, (number, one))
+        missing = {
+            key: asyncio.ensure_future(self._decode(*each))
+            for key, each in numbered.items()
+            if key not in values
+        }
+        try:
+            decoded = await asyncio.gather(*missing.values())
+        finally:
+            for task in missing.values():  # one failed, or nobody waits: no process reads the rest
+                task.cancel()
+        for key, value in zip(missing, decoded, strict=True):
             values[key] = value
             self._kept.put(key, value)
         return [values[key] for key in keys]
 
-    async def _decode(self, media: list[GivenFiles]) -> list[torch.Tensor]:
-        if not media:
-            return []
+    async def _decode(self, number: int, medium: GivenFiles) -> torch.Tensor:
         for _ in range(2):
             pool = self._pool
             try:
-                found = await asyncio.wrap_future(pool.submit(_read, media, self._limits))
+                future = pool.submit(_read, number, medium, self._limits)
+                found = await asyncio.wrap_future(future)
             except BrokenProcessPool:
                 if self._pool is pool:  # another request may have replaced it already
                     self._pool = self._open()
                 continue
             if isinstance(found, OneLLMError):
                 raise found
-            self.decoded += len(media)
-            return [torch.from_numpy(array) for array in found]
+            self.decoded += 1
+            return torch.from_numpy(found)
         raise MachineError(
             "the processes that decode media were ended",
             "the machine has no memory left for them, or someone ended them.",
@@ -124,11 +135,12 @@ def _prepare() -> None:
     all_modalities()
 
 
-def _read(media: list[GivenFiles], limits: SampleLimits) -> list[np.ndarray] | OneLLMError:
-    """Decode media (in a worker); arrays, since tensors would go through shared memory."""
+def _read(number: int, medium: GivenFiles, limits: SampleLimits) -> np.ndarray | OneLLMError:
+    """Decode a medium (in a worker) to an array: a tensor would go through shared memory."""
     _prepare()
     try:
-        return [value.numpy() for value in read_given_files(media, limits)]
+        (value,) = read_given_files([medium], limits, first=number)
+        return value.numpy()
     except OneLLMError as error:
         return error
 

@@ -26,6 +26,11 @@ class ServerMetrics:
         self.waiting = Gauge(
             "onellm_waiting_requests", "Requests that wait.", registry=self._registry
         )
+        self.preparing = Gauge(
+            "onellm_unprepared_requests",
+            "Requests that wait until their media can be read.",
+            registry=self._registry,
+        )
         self.running = Gauge(
             "onellm_running_requests",
             "Requests that are being answered.",

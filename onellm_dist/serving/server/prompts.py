@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.placeholders import place_media
 from onellm_dist.common.turns import ConversationTurn
+from onellm_dist.data.media_text import MediaText, MediaTextEncoder
 from onellm_dist.data.text import (
     STOP,
     TextEncoder,
@@ -16,7 +18,7 @@ from onellm_dist.data.text import (
     render_opening,
     render_turn,
 )
-from onellm_dist.modalities import Part
+from onellm_dist.modalities import all_modalities
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,12 @@ class ServedFormat:
     Attributes:
         name: the format.
         tokenizer: the tokenizer of the LLM.
-        plain: encodes the other formats.
-        chat: encodes the LLM's chat template; in `chat` alone.
+        encoder: encodes the LLM's chat template in `chat`, else plain texts.
     """
 
     name: str
     tokenizer: Any
-    plain: TextEncoder
-    chat: TextEncoder | None = None
+    encoder: MediaTextEncoder
 
     @classmethod
     def choose(cls, name: str, tokenizer: Any) -> ServedFormat:
@@ -44,22 +44,30 @@ class ServedFormat:
         """
         if name == "auto":
             name = "chat" if tokenizer.chat_template else "conversation"
-        encoder = TextEncoder(tokenizer, "chat", sys.maxsize) if name == "chat" else None
-        return cls(name, tokenizer, TextEncoder(tokenizer, "caption", sys.maxsize), encoder)
+        base = TextEncoder(tokenizer, "chat" if name == "chat" else "caption", sys.maxsize)
+        return cls(name, tokenizer, MediaTextEncoder(base, list(all_modalities())))
 
     @property
     def end_ids(self) -> list[int]:
         """Tokens that end an answer."""
-        return self.chat.end_ids if self.chat else [self.tokenizer.eos_token_id]
+        return self.encoder.end_ids if self.name == "chat" else [self.tokenizer.eos_token_id]
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Strings that end an answer."""
-        end = self.chat.end_text if self.chat else STOP
+        end = self.encoder.end_text if self.name == "chat" else STOP
         return (end,) if end else ()
 
-    def encode(self, turns: Sequence[ConversationTurn]) -> list[int]:
-        """Ids of BOS and the text up to the answer.
+    def encode(
+        self, turns: Sequence[ConversationTurn], media: Sequence[str] = (), *, placed: bool = False
+    ) -> MediaText:
+        """Encode BOS and the text up to the answer, and say where media stand in it.
+
+        Args:
+            turns: the conversation.
+            media: the modality of each medium.
+            placed: whether the turns have a mark for each medium (`placeholders.make_mark`); else
+                media stand behind BOS, in the order of the modalities.
 
         Raises:
             UsageError: the format has no text for these turns.
@@ -71,8 +79,16 @@ class ServedFormat:
                 "there is no question to answer.",
                 "end with a message of role user.",
             )
-        if self.chat:
-            return self.chat.encode_prompt(turns)
+        marked = media if placed else ()
+        found = self.encoder.encode_marked(self._render(turns), marked)
+        if placed:
+            return found
+        return found._replace(media=place_media([], media, list(all_modalities())))
+
+    def _render(self, turns: Sequence[ConversationTurn]) -> str | Sequence[ConversationTurn]:
+        """A text, or the turns where the LLM's template renders them."""
+        if self.name == "chat":
+            return turns
         if self.name == "raw":
             if len(turns) > 1:
                 raise UsageError(
@@ -80,9 +96,6 @@ class ServedFormat:
                     "this model continues one text (--format raw).",
                     "send one message of role user.",
                 )
-            text = turns[0].text
-        else:
-            opening, rest = render_opening(turns)
-            text = opening + "".join(map(render_turn, rest)) + render_answer_prefix()
-        ids, _ = self.plain.encode({"txt": Part("txt", text.encode("utf-8"))})
-        return ids[:-1]  # without the caption's EOS
+            return turns[0].text
+        opening, rest = render_opening(turns)
+        return opening + "".join(map(render_turn, rest)) + render_answer_prefix()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.jobs import JobQueue
 from onellm_dist.serving.server.media import MediaReader
 from onellm_dist.serving.server.metrics import ServerMetrics
+from onellm_dist.serving.server.preparing import PreparationGate
 from onellm_dist.serving.server.prompts import ServedFormat
 from onellm_dist.serving.server.remote_llm import EmbeddingsAlone, RemoteAddress, RemoteEngine
 from onellm_dist.serving.server.settings import ServerSettings
@@ -38,23 +40,53 @@ def serve(model: Path, settings: ServerSettings) -> None:
     Raises:
         UsageError: the model or the address cannot be used.
     """
+    check_model(model)
+    listening = listen(settings.host, settings.port)
+    network, tokenizer = open_model(model, settings)
+    app = assemble(network, tokenizer, settings, warm_up=True)
+    run(app, settings, listening, f"serving {model} on {describe_address(listening)}/v1")
+
+
+def check_model(model: Path) -> None:
+    """Check that a directory has a model, before anything is started for it.
+
+    Raises:
+        UsageError: it has none, or it is damaged.
+    """
+    choose_dtype(model)
+
+
+def open_model(model: Path, settings: ServerSettings) -> tuple[Any, Any]:
+    """Load a model to answer with, onto the GPU where there is one.
+
+    Args:
+        model: a onellm directory.
+        settings: the server's.
+
+    Returns:
+        The model in evaluation mode and its tokenizer.
+
+    Raises:
+        UsageError: the model cannot be used.
+    """
     import torch
 
     from onellm_dist.model.presets import load_model
 
-    dtype = choose_dtype(model)
-    listening = listen(settings.host, settings.port)
     network: Any
-    network, processor = load_model(path=model, preset=None, seed=0, **dtype)
+    network, processor = load_model(path=model, preset=None, seed=0, **choose_dtype(model))
     network.eval()
     if settings.llm_url:
         network.llm = EmbeddingsAlone(network.llm)  # its layers run elsewhere
     if torch.cuda.is_available():
         network.to("cuda")
-    app = assemble(network, processor.tokenizer, settings, warm_up=True)
+    return network, processor.tokenizer
+
+
+def describe_address(listening: socket.socket) -> str:
+    """The URL of a socket that is listened on."""
     host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    run(app, settings, listening, f"serving {model} on http://{shown}:{port}/v1")
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def assemble(
@@ -66,7 +98,27 @@ def assemble(
         model: a OneLLMForConditionalGeneration in evaluation mode.
         tokenizer: its tokenizer.
         settings: the server's.
+        warm_up: as of `build_service`.
+
+    Raises:
+        UsageError: the tokenizer does not fit the prompt format.
+    """
+    return build_app(*build_service(model, tokenizer, settings, warm_up=warm_up))
+
+
+def build_service(
+    model: Any, tokenizer: Any, settings: ServerSettings, *, warm_up: bool = False
+) -> tuple[ChatService, AnswerEngine | RemoteEngine, ServerMetrics]:
+    """Build what answers requests.
+
+    Args:
+        model: a OneLLMForConditionalGeneration in evaluation mode.
+        tokenizer: its tokenizer.
+        settings: the server's.
         warm_up: whether to start the processes that decode media now, not with the first medium.
+
+    Returns:
+        What reads requests, what runs the model, and what both are counted in.
 
     Raises:
         UsageError: the tokenizer does not fit the prompt format.
@@ -76,13 +128,15 @@ def assemble(
     if warm_up:
         reader.warm_up()
     queue, metrics = JobQueue(settings.queue), ServerMetrics()
+    gate = PreparationGate(settings.preparing, settings.queue, settings.prepare_seconds)
     engine: AnswerEngine | RemoteEngine
     if settings.llm_url:
         address = RemoteAddress(settings.llm_url, settings.llm_model, settings.llm_key)
         engine = RemoteEngine(model, address, text.end_ids, queue, metrics, settings.batch)
     else:
         engine = AnswerEngine(model, tokenizer, text.end_ids, queue, metrics, settings.batch)
-    return build_app(ChatService(model, text, reader, queue, settings), engine, metrics)
+    fetchers = ThreadPoolExecutor(settings.preparing, thread_name_prefix="fetch")
+    return ChatService(model, text, reader, queue, gate, fetchers, settings), engine, metrics
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -9,6 +9,9 @@ from onellm_dist.common.errors import UsageError
 
 FORMATS = ("auto", "chat", "conversation", "raw")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]", "::1"]
+"""Names of this machine. By others a web page could reach a server here, if it lets them point
+here."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,14 @@ class ServerSettings:
         queue: most requests that wait.
         max_new_tokens: tokens of an answer where a request names no number, and the most it may.
         temperature: temperature where a request names none; 0: greedy.
-        request_mb: largest body of a request, in MiB.
+        request_mb: largest body of a request, and most that it may fetch, in MiB.
+        bodies_mb: most memory for the bodies of all requests that are under way, in MiB.
         media: most media of a request.
         media_seconds: CPU time that one medium may take to decode.
         media_mb: memory that one medium may take to decode, in MiB.
         readers: processes that decode media.
+        preparing: most requests whose media are read at once; as many as `queue` may wait for it.
+        prepare_seconds: longest time for that, and longest wait for it.
         request_seconds: longest time from a request to the end of its answer.
         receive_seconds: longest time in which a request's body must have come.
         connections: most open connections.
@@ -50,10 +56,13 @@ class ServerSettings:
     max_new_tokens: int = 512
     temperature: float = 0.0
     request_mb: int = 64
+    bodies_mb: int = 2048
     media: int = 16
     media_seconds: float = 20.0
     media_mb: int = 1500
     readers: int = 2
+    preparing: int = 8
+    prepare_seconds: float = 120.0
     request_seconds: float = 600.0
     receive_seconds: float = 30.0
     connections: int = 512
