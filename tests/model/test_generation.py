@@ -246,8 +246,9 @@ def test_options_that_ask_for_nothing_and_other_caches_change_nothing(
         "penalty_alpha": 0.0,
     }
     assert torch.equal(model.generate(**batch, **neutral, **GREEDY), plain)
-    for options in ({"cache_implementation": "static"}, {"cache_implementation": "dynamic"}):
-        assert torch.equal(model.generate(**batch, **options, **GREEDY), plain)
+    for name in ("static", "dynamic"):
+        cached = model.generate(**batch, cache_implementation=name, **GREEDY)
+        assert torch.equal(cached, plain)
     assert torch.equal(model.generate(**batch, use_cache=False, **GREEDY), plain)
 
 
