@@ -12,7 +12,7 @@ left out where they stand before the text anyway, and else become placeholders (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 Role = Literal["system", "user", "assistant"]
@@ -46,7 +46,6 @@ class ConversationTurn(NamedTuple):
 
 
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call")
-_WORDS_OF_OTHER_KINDS = ("thinking", "reasoning", "refusal")
 
 
 class TurnsError(ValueError):
@@ -63,29 +62,36 @@ def find_conversation(meta: Mapping[str, Any]) -> Any:
     return next((raw for k in CONVERSATION_KEYS if (raw := meta.get(k)) not in (None, [])), None)
 
 
-def parse_turns(raw: Any, *, placeholders: bool = False) -> list[ConversationTurn]:
+def parse_turns(
+    raw: Any, modalities: Collection[str], *, placeholders: bool = False
+) -> list[ConversationTurn]:
     """Parse the value of `conversations`.
 
     Args:
         raw: the value.
+        modalities: names of all modalities; content parts of other types are refused.
         placeholders: whether a medium among content parts becomes a placeholder in the text.
 
     Returns:
         The turns; at least one of them is an answer (role `assistant`).
 
     Raises:
-        TurnsError: it is not a list of turns, a turn has no known speaker or no text, a later turn
-            is a system turn, or there is no answer.
+        TurnsError: it is not a list of turns, a turn has no known speaker, no text or a content
+            part that is neither text nor a medium, a later turn is a system turn, or there is no
+            answer.
     """
     if not isinstance(raw, list):
         raise TurnsError(f"expected a list of turns, not {type(raw).__name__}")
-    turns = [_parse_turn(number, turn, placeholders) for number, turn in enumerate(raw)]
+    known = modalities, placeholders
+    turns = [_parse_turn(number, turn, *known) for number, turn in enumerate(raw)]
     if all(turn.role != "assistant" for turn in turns):
         raise TurnsError("the conversation has no answer")
     return turns
 
 
-def _parse_turn(number: int, raw: Any, placeholders: bool) -> ConversationTurn:
+def _parse_turn(
+    number: int, raw: Any, modalities: Collection[str], placeholders: bool
+) -> ConversationTurn:
     fields = raw if isinstance(raw, dict) else {}
     speaker = str(fields.get("from", fields.get("role"))).lower()
     if speaker in _TOOL_ROLES or fields.get("tool_calls") or fields.get("function_call"):
@@ -94,7 +100,8 @@ def _parse_turn(number: int, raw: Any, placeholders: bool) -> ConversationTurn:
             "express exactly"
         )
     role = ROLES.get(speaker)
-    text = _join_parts(number, fields.get("value", fields.get("content")), placeholders)
+    content = fields.get("value", fields.get("content"))
+    text = _join_parts(number, content, modalities, placeholders)
     if role is None or not isinstance(text, str):
         raise TurnsError(
             f'turn {number} is not {{"from": speaker, "value": text}} with the speaker '
@@ -113,7 +120,7 @@ def _parse_turn(number: int, raw: Any, placeholders: bool) -> ConversationTurn:
     return ConversationTurn(role, text, _parse_weight(number, fields) if role == "assistant" else 1)
 
 
-def _join_parts(number: int, content: Any, placeholders: bool) -> Any:
+def _join_parts(number: int, content: Any, modalities: Collection[str], placeholders: bool) -> Any:
     """The text of content parts; other content as it is."""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return content
@@ -122,18 +129,26 @@ def _join_parts(number: int, content: Any, placeholders: bool) -> Any:
         kind, text = part.get("type"), part.get("text")
         if kind == "text" and isinstance(text, str):
             texts.append(text)
-        elif kind in _WORDS_OF_OTHER_KINDS or not _is_medium(kind, part):
+        elif not _is_medium(kind, part, modalities):
             raise TurnsError(
-                f"turn {number} has a content part of type {kind!r}; text and media can be read"
+                f"turn {number} has a content part of type {kind!r}; text can be read, and media: "
+                f"{', '.join(modalities)}"
             )
         elif placeholders:
             texts.append(f"<{get_part_modality(kind)}>")
     return "".join(texts)
 
 
-def _is_medium(kind: object, part: Mapping[str, Any]) -> bool:
-    """A medium stands under the name of its type, `url` or `path`; or its place alone is given."""
-    return kind in part or set(part) == {"type"} or bool(kind and {"url", "path"} & part.keys())
+def _is_medium(kind: object, part: Mapping[str, Any], modalities: Collection[str]) -> bool:
+    """A medium stands under the name of its type, `url` or `path`; or its place alone is given.
+
+    Other types have such keys too, as a document has a `path`. Tables give all parts the same keys;
+    those without a value do not count.
+    """
+    if not isinstance(kind, str) or get_part_modality(kind) not in modalities:
+        return False
+    keys = {key for key, value in part.items() if value is not None}
+    return keys == {"type"} or not keys.isdisjoint({kind, "url", "path"})
 
 
 def get_part_modality(kind: object) -> str:

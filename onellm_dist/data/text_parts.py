@@ -8,7 +8,7 @@ from typing import Any
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.common.turns import ConversationTurn, TurnsError, find_conversation, parse_turns
-from onellm_dist.modalities.base import Part
+from onellm_dist.modalities import Part, all_modalities
 
 _MEDIA_TAG = "<image>"
 
@@ -88,7 +88,7 @@ def read_turns(parts: Mapping[str, Part], *, placeholders: bool = False) -> list
             "use data.text_format=caption.",
         )
     try:
-        turns = parse_turns(raw, placeholders=placeholders)
+        turns = parse_turns(raw, all_modalities(), placeholders=placeholders)
     except TurnsError as error:
         raise SampleError(
             f"malformed conversations: {error}",

@@ -10,7 +10,7 @@ import pytest
 from onellm_dist.common.errors import SampleError
 from onellm_dist.common.turns import ConversationTurn, TurnsError, parse_turns
 from onellm_dist.data.text_parts import read_turns
-from onellm_dist.modalities import Part
+from onellm_dist.modalities import Part, all_modalities
 from onellm_dist.shards.build.prepare import parse_meta
 from onellm_dist.shards.format.index import count_text_bytes
 from onellm_dist.shards.sources.readers.conversations import clean_turns
@@ -51,6 +51,13 @@ PARTS: dict[str, tuple[Any, str]] = {
     ),
     "url": ([{"type": "image", "url": "x.jpg"}, {"type": "text", "text": "q"}], "q"),
     "path": ([{"type": "video", "path": "x.mp4"}, {"type": "text", "text": "q"}], "q"),
+    "arrow": (
+        [
+            {"type": "image", "text": None, "url": None},
+            {"type": "text", "text": "q", "url": None},
+        ],
+        "q",
+    ),
     "place of a medium": ([{"type": "image"}, {"type": "text", "text": "q"}], "q"),
 }
 
@@ -58,7 +65,7 @@ PARTS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("content", "text"), PARTS.values(), ids=PARTS)
 def test_content_parts_are_read(content: Any, text: str) -> None:
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
-    assert parse_turns(turns)[0] == ConversationTurn("user", text)
+    assert parse_turns(turns, all_modalities())[0] == ConversationTurn("user", text)
 
 
 @pytest.mark.parametrize(
@@ -69,17 +76,24 @@ def test_content_parts_are_read(content: Any, text: str) -> None:
         ({"role": "assistant", "content": "", "tool_calls": [{}]}, "turn 1 calls a tool"),
         ({"role": "user", "content": [{"type": "thinking", "thinking": "hm"}]}, "type 'thinking'"),
         ({"role": "user", "content": [{"type": "tool_use", "input": 1}]}, "type 'tool_use'"),
+        ({"role": "user", "content": [{"type": "tool_use", "path": "x"}]}, "type 'tool_use'"),
+        ({"role": "user", "content": [{"type": "tool_use"}]}, "type 'tool_use'"),
+        ({"role": "user", "content": [{"type": "document", "path": "a.pdf"}]}, "type 'document'"),
+        ({"role": "user", "content": [{"type": "file", "file": {"id": 1}}]}, "type 'file'"),
+        ({"role": "user", "content": [{"type": ["image"], "url": "x"}]}, r"type \['image'\]"),
+        ({"role": "user", "content": [{"type": "image", "text": "x"}]}, "type 'image'"),
         ({"role": "user", "content": [{"path": "x"}]}, "type None"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "turn 1 has weight 0.5"),
     ],
 )
 def test_what_cannot_be_read_exactly_is_refused_by_name(turn: Any, says: str) -> None:
     with pytest.raises(TurnsError, match=says):
-        parse_turns([HUMAN, turn, GPT])
+        parse_turns([HUMAN, turn, GPT], all_modalities())
 
 
 def test_weights_of_answers_are_kept() -> None:
-    assert [turn.weight for turn in parse_turns([HUMAN, GPT | {"weight": 0}, GPT])] == [1, 0, 1]
+    turns = parse_turns([HUMAN, GPT | {"weight": 0}, GPT], all_modalities())
+    assert [turn.weight for turn in turns] == [1, 0, 1]
 
 
 def stored(turns: Any) -> bytes:
@@ -88,7 +102,7 @@ def stored(turns: Any) -> bytes:
 
 @pytest.mark.parametrize("turns", ACCEPTED.values(), ids=ACCEPTED)
 def test_a_good_conversation_is_accepted_everywhere(turns: list[Any]) -> None:
-    parsed = parse_turns(turns)
+    parsed = parse_turns(turns, all_modalities())
     assert [turn.text for turn in parsed] == [t.get("value", t.get("content")) for t in turns]
     assert read_turns({"json": Part("json", stored(turns))}) == parsed
     assert parse_meta(stored(turns))["conversations"] == turns
@@ -99,7 +113,7 @@ def test_a_good_conversation_is_accepted_everywhere(turns: list[Any]) -> None:
 @pytest.mark.parametrize(("turns", "says"), REFUSED.values(), ids=REFUSED)
 def test_a_bad_conversation_is_refused_everywhere_with_one_message(turns: Any, says: str) -> None:
     with pytest.raises(TurnsError, match=says) as info:
-        parse_turns(turns)
+        parse_turns(turns, all_modalities())
     message = str(info.value)
     with pytest.raises(SampleError) as training:
         read_turns({"json": Part("json", stored(turns))})
@@ -114,7 +128,7 @@ def test_a_bad_conversation_is_refused_everywhere_with_one_message(turns: Any, s
 
 
 def test_roles_are_those_of_chat_templates() -> None:
-    assert parse_turns([{"from": "system", "value": "s"}, HUMAN, GPT]) == [
+    assert parse_turns([{"from": "system", "value": "s"}, HUMAN, GPT], all_modalities()) == [
         ConversationTurn("system", "s"),
         ConversationTurn("user", "what is it"),
         ConversationTurn("assistant", "a cube"),

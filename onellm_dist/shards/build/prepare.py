@@ -19,7 +19,7 @@ from onellm_dist.common.placeholders import check_placeholders
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
 from onellm_dist.common.workers.sandbox import decoding, is_out_of_memory
-from onellm_dist.modalities import get_modality
+from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.modalities.io.damage import collect_damage
 from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.shards.build.descriptions import add_description, parse_description
@@ -180,7 +180,7 @@ def _list_texts(parts: Mapping[str, bytes], meta: Mapping[str, Any]) -> list[str
         texts = [parts["txt"].decode()]
     conversation = find_conversation(meta)
     if conversation is not None:
-        turns = parse_turns(conversation, placeholders=True)
+        turns = parse_turns(conversation, all_modalities(), placeholders=True)
         texts.append("\n".join(turn.text for turn in turns))
     return texts
 
@@ -270,7 +270,7 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     conversations = find_conversation(meta)
     if conversations is not None:
         try:
-            parse_turns(conversations)
+            parse_turns(conversations, all_modalities())
         except TurnsError as error:
             raise BadSampleError(f"malformed conversations: {error}") from error
     return meta

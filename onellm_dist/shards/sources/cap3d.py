@@ -18,6 +18,7 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.turns import CONVERSATION_KEYS, TurnsError, find_conversation, parse_turns
+from onellm_dist.modalities import all_modalities
 from onellm_dist.shards.format.names import make_safe_key
 from onellm_dist.shards.sources.base import (
     DatasetDescription,
@@ -175,7 +176,7 @@ def _read_conversations(inputs: Path, description: SplitDescription) -> Iterator
 def _get_answer(raw: Any) -> str | None:
     """The description of the object: the answer to the only question."""
     try:
-        turns = parse_turns(raw)
+        turns = parse_turns(raw, all_modalities())
     except TurnsError:
         return None
     return turns[1].text if [turn.role for turn in turns] == ["user", "assistant"] else None

@@ -19,7 +19,7 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.media_size import SampleMedium
 from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
 from onellm_dist.common.workers.sandbox import decoding
-from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities import Part, all_modalities, get_modality
 from onellm_dist.modalities.io.containers import measure_duration
 from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
@@ -95,7 +95,7 @@ def format_text(parts: dict[str, Part]) -> str:
     if conversations is None:
         return ""
     try:
-        turns = parse_turns(conversations)
+        turns = parse_turns(conversations, all_modalities())
     except TurnsError as error:
         return f'<span class="dim">malformed conversations: {escape(str(error))}</span>'
     lines = [f"<b>{_SPEAKERS[turn.role]}:</b> {escape(turn.text)}" for turn in turns]

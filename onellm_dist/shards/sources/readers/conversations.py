@@ -126,7 +126,8 @@ def clean_turns(raw: Any, *, tags: bool = True, placeholders: bool = False) -> l
         TurnsError: `parse_turns` refuses it, an answer is empty, or no question is answered.
     """
     turns: list[Turn] = []
-    for number, turn in enumerate(parse_turns(raw, placeholders=placeholders)):
+    parsed = parse_turns(raw, all_modalities(), placeholders=placeholders)
+    for number, turn in enumerate(parsed):
         text = (_media_tags().sub("", turn.text) if tags else turn.text).strip()
         if turn.role == "assistant" and not text:
             raise TurnsError(f"turn {number} is an empty answer")

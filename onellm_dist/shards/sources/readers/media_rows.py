@@ -113,7 +113,7 @@ def list_row_media(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind is not None and kind != "text":
+            if isinstance(kind, str) and kind != "text":
                 held = part.get(kind, part.get("path", part.get("url")))
                 if held is not None:
                     yield get_part_modality(kind), _get_path(held, str(kind))
