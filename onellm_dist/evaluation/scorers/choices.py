@@ -19,9 +19,13 @@ from onellm_dist.evaluation.scorers.measure import Measure
 LETTERS = "ABCDEFGHIJ"
 HowRead = Literal["letter", "letter and text", "the answer is", "text of an option", "not read"]
 """How the option was read from an answer."""
-# A small letter may be the article: "The answer is a dog.", "a, dog".
-_SENTENCE = re.compile(r"\b(?i:answer|option|choice) (?i:is):? *\(?([A-J])\b")
-_LEADING = re.compile(r"\(?([A-J])\s*[.):,]|\(?([a-j])\s*\)")
+# A small a or i may be a word ("The answer is a dog.", "a, dog"), but not in parentheses. Behind
+# the other small letters no word goes on ("e.g.", "d'accord").
+_SMALL = r"[b-hj](?![\w'’-]|\.\w)"
+_SENTENCE = re.compile(
+    rf"\b(?i:answer|option|choice) (?i:is):? *(?:\(?([A-J]\b|{_SMALL})|\(([ai])\s*\))"
+)
+_LEADING = re.compile(rf"\(?([A-J]|{_SMALL})\s*[.):,]|\(?([ai])\s*\)")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def read_choice(answer: str, options: Sequence[str]) -> ReadChoice:
     leading = _LEADING.match(text)
     if leading and (letter := (leading[1] or leading[2]).upper()) in known:
         return ReadChoice(letter, "letter and text")
-    named = set(_SENTENCE.findall(text))
+    named = {(found[1] or found[2]).upper() for found in _SENTENCE.finditer(text)}
     if len(named) == 1 and (letter := named.pop()) in known:
         return ReadChoice(letter, "the answer is")
     said = normalize_text(text)
