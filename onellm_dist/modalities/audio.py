@@ -17,7 +17,13 @@ from onellm_dist.common.media_size import MediaSize
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.io.arrays import require_finite
-from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS, make_wave, measure_sound, read_sound
+from onellm_dist.modalities.io.sounds import (
+    AUDIO_EXTENSIONS,
+    encode_wave,
+    make_wave,
+    measure_sound,
+    read_sound,
+)
 from onellm_dist.modalities.limits import LIMITS, check_rate
 from onellm_dist.modalities.transforms.fbank import MELS, RATE, SHIFT, WINDOW, compute_fbank
 from onellm_dist.modalities.transforms.resample import resample
@@ -140,14 +146,25 @@ class AudioModality(Modality):
         The array is [N], [channels, N] or [N, channels]; 16- and 32-bit integers are full scale at
         the largest of their type.
         """
-        if not isinstance(item, Mapping) or not {"array", "sampling_rate"} <= item.keys():
+        sound = self._read_array(item)
+        if sound is None:
             return item
+        return Sound(sound.wave[: math.ceil(SECONDS * sound.rate)], sound.rate)
+
+    def make_parts(self, item: Any) -> dict[str, Part] | None:
+        """All of the sound that `make_raw` takes the beginning of, as a file."""
+        sound = self._read_array(item)
+        return None if sound is None else {"audio": encode_wave(sound.wave, sound.rate)}
+
+    def _read_array(self, item: Any) -> Sound | None:
+        if not isinstance(item, Mapping) or not {"array", "sampling_rate"} <= item.keys():
+            return None
         wave = make_wave(np.asarray(item["array"]))
         require_finite(wave, "the array")
         _check_peak(wave, "the array")
         rate = int(item["sampling_rate"])
         check_rate(self.limits, rate, "the array")
-        return Sound(wave[: math.ceil(SECONDS * rate)], rate)
+        return Sound(wave, rate)
 
     def is_one_medium(self, items: Sequence[Any]) -> bool:
         """Numbers are one sound."""

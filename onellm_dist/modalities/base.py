@@ -279,6 +279,10 @@ class Modality(ABC):
         """
         return item
 
+    def make_parts(self, item: Any) -> dict[str, Part] | None:
+        """Encode what `make_raw` takes as files, without loss; None: it takes one span anyway."""
+        return None
+
     def is_one_medium(self, items: Sequence[Any]) -> bool:
         """Whether a list or tuple is one medium, as the frames of a film are, and not several.
 

@@ -15,6 +15,7 @@ from onellm_dist.modalities.drawing import make_thumbnail
 from onellm_dist.modalities.io.pictures import (
     IMAGE_EXTENSIONS,
     decode_picture,
+    encode_picture,
     make_rgb_picture,
     measure_picture,
 )
@@ -84,6 +85,11 @@ class ImageModality(Modality):
     def make_raw(self, item: Any) -> Any:
         """Take a `PIL.Image` of any mode, or its array, as `decode` takes a file."""
         return make_rgb_picture(item, self.limits)
+
+    def make_parts(self, item: Any) -> dict[str, Part] | None:
+        """The picture that `make_raw` makes, as a file."""
+        picture = self.make_raw(item)
+        return {"image": encode_picture(picture)} if isinstance(picture, Image.Image) else None
 
     def transform(self, raw: Image.Image, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """Crop and normalise to [3, 224, 224].

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -87,7 +88,7 @@ def read_medium(name: str, item: Any, rate: float | None = None) -> torch.Tensor
         SampleError: the file is not readable media of its modality.
     """
     modality = get_modality(name)
-    if isinstance(item, torch.Tensor) and tuple(item.shape) == tuple(modality.value_shape):
+    if _is_value(modality, item):
         if not item.is_floating_point():
             raise _make_item_error(name, item, "the model's input has floats, after the transform")
         return item.float()
@@ -97,18 +98,9 @@ def read_medium(name: str, item: Any, rate: float | None = None) -> torch.Tensor
     parts = _read_parts(modality, item)
     if parts is not None:
         return modality.read_value(parts, {}, train=False, rng=np.random.default_rng(0))
-    if rate is not None and not isinstance(item, Mapping):
-        item = {"array": item, "sampling_rate": rate}
-    if isinstance(item, torch.Tensor):
-        item = item.detach().cpu()
-        item = item.numpy() if not item.is_floating_point() or item.ndim > 2 else item
-    try:
-        raw = modality.make_raw(item)
+    with _translate_item_errors(name, item):
+        raw = _make_raw(modality, item, rate)
         return modality.make_value(raw, train=False, rng=np.random.default_rng(0))
-    except OneLLMError:
-        raise
-    except (AttributeError, TypeError, IndexError, ValueError) as error:  # not what it takes
-        raise _make_item_error(name, item, str(error)) from error
 
 
 def read_medium_spans(name: str, item: Any, most: int, rate: float | None = None) -> torch.Tensor:
@@ -116,7 +108,8 @@ def read_medium_spans(name: str, item: Any, most: int, rate: float | None = None
 
     Args:
         name: the modality.
-        item: as of `read_medium`; files and their bytes may take several spans.
+        item: as of `read_medium`. A picture or a sound in memory takes as many spans as its file;
+            the frames of a film take one, since how long it is is not known.
         most: the most spans that it may take.
         rate: as of `read_medium`.
 
@@ -125,16 +118,57 @@ def read_medium_spans(name: str, item: Any, most: int, rate: float | None = None
         SampleError: as of `read_medium`.
     """
     modality = get_modality(name)
-    held = _unwrap(item) if most > 1 else None
-    if isinstance(held, str | os.PathLike) and not _is_data_url(held):
-        return read_file_spans(modality, _find_file(name, held), most)[0]
-    parts = None if held is None or isinstance(held, torch.Tensor) else _read_parts(modality, held)
+    if most <= 1 or _is_value(modality, item):
+        return read_medium(name, item, rate)[None]
+    item = _unwrap(item)
+    if isinstance(item, str | os.PathLike) and not _is_data_url(item):
+        return read_file_spans(modality, _find_file(name, item), most)[0]
+    parts = _read_parts(modality, item)
+    if parts is None:
+        with _translate_item_errors(name, item):
+            found = (modality.make_parts(form) for form in _list_forms(item, rate))
+            parts = next((each for each in found if each is not None), None)
     if parts is None:
         return read_medium(name, item, rate)[None]
     rng = np.random.default_rng(0)
     with translate_errors(name):
         spans = modality.count_spans(modality.measure(parts), most)
         return torch.stack(modality.read_spans(parts, {}, spans=spans, train=False, rng=rng))
+
+
+def _is_value(modality: Modality, item: Any) -> TypeGuard[torch.Tensor]:
+    """Whether an item is the model's own input."""
+    return isinstance(item, torch.Tensor) and tuple(item.shape) == tuple(modality.value_shape)
+
+
+def _list_forms(item: Any, rate: float | None) -> list[Any]:
+    """What `make_raw` may take a signal as; with its rate first, which most modalities ignore."""
+    if isinstance(item, torch.Tensor):
+        item = item.detach().cpu()
+    timed = [{"array": item, "sampling_rate": rate}] * (rate is not None)
+    if isinstance(item, torch.Tensor) and (not item.is_floating_point() or item.ndim > 2):
+        item = item.numpy()
+    return [item] if isinstance(item, Mapping) else [*timed, item]
+
+
+def _make_raw(modality: Modality, item: Any, rate: float | None) -> Any:
+    raw = item
+    for form in _list_forms(item, rate):
+        raw = modality.make_raw(form)
+        if raw is not form:
+            break
+    return raw
+
+
+@contextmanager
+def _translate_item_errors(name: str, item: Any) -> Iterator[None]:
+    """Say that an item is no medium where a modality fails on it in a way of its own."""
+    try:
+        yield
+    except OneLLMError:
+        raise
+    except (AttributeError, TypeError, IndexError, ValueError) as error:
+        raise _make_item_error(name, item, str(error)) from error
 
 
 def _unwrap(item: Any) -> Any:

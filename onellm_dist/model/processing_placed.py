@@ -120,14 +120,13 @@ def make_placed_features(
         with_masks: whether to add `assistant_masks`.
 
     Raises:
-        UsageError: rows would be cut, or values given as other than tensors.
+        UsageError: rows would be cut.
     """
-    if shape.truncation or shape.return_tensors != "pt":
+    if shape.truncation:
         raise UsageError(
-            f"truncation={shape.truncation}, return_tensors={shape.return_tensors!r} with media "
-            "inside the text",
-            "a cut would lose media, and spans of several rows are tensors of torch.",
-            "leave these options out.",
+            f"truncation={shape.truncation} with media inside the text",
+            "a cut would lose media.",
+            "leave it out, or shorten the conversation.",
         )
     values: dict[str, list[torch.Tensor]] = {}
     for row in rows:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
@@ -196,6 +197,59 @@ def test_every_way_to_ask_takes_the_spans_of_training(
         ((name, at), *_) = data["media_spans"][0]
         assert name == "image" and len(data["media_spans"][0]) == 4 and (at > 1) == (place is None)
     assert "media_spans" not in own("no media")
+
+
+def test_media_in_memory_take_the_spans_of_their_files(
+    loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    _, processor = loaded
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (150, 450, 3), dtype=np.uint8)
+    sound = (rng.normal(size=25 * 8000) * 3000).astype(np.int16)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    soundfile.write(tmp_path / "long.wav", sound, 8000)
+    own = OneLLMProcessor(
+        pickle.loads(pickle.dumps(processor.tokenizer)), spans={"image": 5, "audio": 4, "video": 4}
+    )
+    files = {"images": tmp_path / "wide.png", "audio": tmp_path / "long.wav"}
+    wanted = own(text="what", **files)
+    assert wanted["media_spans"] == [[("image", 1)] * 4 + [("audio", 1)] * 3]
+    timed = {"array": sound, "sampling_rate": 8000}
+    for form, heard, rate in (
+        (Image.fromarray(pixels), timed, None),
+        (pixels, sound, 8000),
+        (torch.from_numpy(pixels).permute(2, 0, 1), sound / 32768, 8000),
+        (pixels / 255, torch.from_numpy(sound / 32768), 8000),
+    ):
+        found = own(text="what", images=form, audio=heard, sampling_rate=rate)
+        assert found["media_spans"] == wanted["media_spans"]
+        for name in ("image_values", "audio_values"):
+            assert torch.equal(found[name], wanted[name]), (type(form), type(heard))
+    part = {"type": "image", "image": Image.fromarray(pixels)}
+    talk = [{"role": "user", "content": [part, {"type": "audio", "audio": timed}]}]
+    placed = own.apply_chat_template(talk, tokenize=True, return_dict=True)
+    assert torch.equal(placed["image_values"], wanted["image_values"])
+    assert torch.equal(placed["audio_values"], wanted["audio_values"])
+    film = own(text="what", videos=[[Image.fromarray(pixels)] * 9])
+    assert len(film["video_values"]) == 1  # nothing says how long it is
+    for bad, says in (({"images": 7}, "a int is not a medium"), ({"audio": sound}, "not a medium")):
+        with pytest.raises(UsageError, match=says):
+            own(text="what", **bad)
+
+
+def test_spans_are_given_in_every_form_of_tensors(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    _, processor = loaded
+    own = OneLLMProcessor(pickle.loads(pickle.dumps(processor.tokenizer)), spans={"image": 5})
+    wide = Image.new("RGB", (900, 300), "red")
+    wanted = own(text="what", images=wide)
+    arrays = own(text="what", images=wide, return_tensors="np")
+    lists = own(text="what", images=wide, return_tensors=None)
+    assert isinstance(arrays["input_ids"], np.ndarray) and isinstance(lists["input_ids"], list)
+    assert isinstance(arrays["image_values"], np.ndarray)
+    for found in (arrays, lists):
+        assert found["media_spans"] == wanted["media_spans"] and len(wanted["media_spans"][0]) == 4
+        assert np.array_equal(found["image_values"], wanted["image_values"])
+        assert np.array_equal(found["input_ids"], wanted["input_ids"])
 
 
 def test_what_cannot_be_placed_is_refused(loaded: tuple[Any, Any], files: dict[str, Path]) -> None:

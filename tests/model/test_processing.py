@@ -151,6 +151,9 @@ def test_sounds_films_and_pairs_from_memory(processor: OneLLMProcessor, tmp_path
     again = processor(text="", audio={"array": wave, "sampling_rate": 16000})["audio_values"]
     torch.testing.assert_close(again, wanted, atol=1e-4, rtol=0)
     pixels = make_pixels()
+    both = processor(text="", audio=wave, images=pixels, sampling_rate=16000)
+    torch.testing.assert_close(both["audio_values"], wanted, atol=1e-4, rtol=0)
+    assert torch.equal(both["image_values"], processor(text="", images=pixels)["image_values"])
     frames = [np.full_like(pixels, 20 * i) for i in range(9)]
     film = processor(text="", videos=[[Image.fromarray(f) for f in frames]])["video_values"]
     assert torch.equal(film, processor(text="", videos=np.stack(frames))["video_values"])

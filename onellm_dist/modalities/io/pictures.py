@@ -225,6 +225,13 @@ def decode_picture(part: Part, limits: Limits = LIMITS["image"]) -> Image.Image:
     return convert_to_rgb(open_picture(part, limits).image)
 
 
+def encode_picture(picture: Image.Image) -> Part:
+    """Encode an RGB picture as a file without loss, and without what is said of it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PPM")
+    return Part("ppm", buffer.getvalue())
+
+
 def make_rgb_picture(item: Any, limits: Limits = LIMITS["image"]) -> Any:
     """Convert a picture that a program holds as `decode_picture` converts a file.
 

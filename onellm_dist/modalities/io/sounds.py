@@ -349,6 +349,13 @@ def _decode_unframed(part: Part) -> _DecodedSound | None:
     return sound
 
 
+def encode_wave(wave: np.ndarray, rate: int) -> Part:
+    """Encode a sound, [N] fp32, as a file without loss."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, rate, format="WAV", subtype="FLOAT")
+    return Part("wav", buffer.getvalue())
+
+
 def make_wave(array: np.ndarray) -> np.ndarray:
     """The first channel of a sound that a program holds, as `read_sound` gives that of a file.
 
