@@ -222,14 +222,14 @@ def merge_weight(
         base: [out, in].
         a: [rank, in].
         b: [out, rank].
-        magnitude: [out], of DoRA.
+        magnitude: [out], of DoRA, in the dtype in which the run computed.
         scaling: factor of `b @ a`.
     """
     merged = base.float() + scaling * (b.float() @ a.float())
     if magnitude is not None:
-        # Both in the precision in which a forward has them: B = 0 then changes nothing.
-        norm = torch.linalg.norm(merged, dim=1).to(base.dtype).float()
-        merged = merged * (magnitude.to(base.dtype).float() / norm)[:, None]
+        # The norm in the precision in which the run computed it: B = 0 then changes nothing.
+        norm = torch.linalg.norm(merged, dim=1).to(magnitude.dtype).float()
+        merged = merged * (magnitude.float() / norm)[:, None]
     return merged.to(base.dtype)
 
 

@@ -21,6 +21,7 @@ from onellm_dist.train.records.config_changes import (
 )
 from onellm_dist.train.records.events import Events
 
+STEPS = "train.steps"
 EPOCH_KEYS = ("data.global_batch", "data.mixture")
 """What decides how many steps an epoch has."""
 JUMP = 1.1
@@ -52,14 +53,16 @@ def check_epochs_stay(config: RunConfig, target: ResumeTarget) -> None:
     """Refuse to count the epochs of a run anew: steps that are done had other samples.
 
     Raises:
-        UsageError: the recipe says `train.epochs`, and the resume changes batch or mixture.
+        UsageError: the recipe says `train.epochs`, and the resume changes batch or mixture so that
+            they are another number of steps.
     """
     if target.folder is None or config.train.counted_from is None:
         return
     earlier = read_earlier_recipe(config.run.dir, target.folder)
     changes = [] if earlier is None else find_changes(earlier, config)
-    changed = [change.key for change in changes if change.key in EPOCH_KEYS]
-    if changed:
+    keys = [change.key for change in changes]
+    changed = [key for key in keys if key in EPOCH_KEYS]
+    if changed and STEPS in keys:
         raise UsageError(
             f"train.epochs={config.train.counted_from:g}, and this resume changes "
             f"{' and '.join(changed)}",

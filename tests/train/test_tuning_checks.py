@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from onellm_dist.common.checksums import write_sums
@@ -39,6 +40,7 @@ from onellm_dist.train.optim.groups import build_parameter_groups
 from onellm_dist.train.optim.layers import map_layers
 from onellm_dist.train.optim.part_summary import format_parts, summarize_parts
 from onellm_dist.train.optim.rules import ParameterPlan, prepare_parameters
+from onellm_dist.train.records.config_changes import find_changes
 from onellm_dist.train.resume_changes import check_epochs_stay
 
 
@@ -106,12 +108,12 @@ def test_an_adapter_of_an_earlier_end_does_not_stay_beside_the_model(
     assert len(list(tmp_path.glob(f"before-*/adapter/{WEIGHTS}"))) == 1
 
 
-def make_config(run_dir: Path, batch: int = 10, **train: Any) -> RunConfig:
+def make_config(run_dir: Path, batch: int = 10, weight: float = 1.0, **train: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "run": {"dir": str(run_dir)},
             "model": {"preset": "toy"},
-            "data": {"mixture": [{"path": "image"}], "global_batch": batch},
+            "data": {"mixture": [{"path": "image", "weight": weight}], "global_batch": batch},
             "train": {"stage": "tune", **(train or {"steps": 1})},
             "optim": {"lr": 1.0},
         }
@@ -132,6 +134,11 @@ def test_epochs_are_counted_as_written_and_not_anew(
     with pytest.raises(UsageError, match=r"changes data.global_batch(.|\n)*set train.steps"):
         check_epochs_stay(changed, target)
     check_epochs_stay(make_config(tmp_path, batch=20, steps=8), target)
+    other = epochs.resolve_epochs(make_config(tmp_path, weight=2.0, epochs=1.1))
+    assert [change.key for change in find_changes(yaml.safe_load(first.to_yaml()), other)] == [
+        "data.mixture"
+    ]
+    check_epochs_stay(other, target)  # as many steps as before
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +210,21 @@ def test_the_last_norm_of_opt_stands_behind_the_blocks() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_merging_an_untrained_magnitude_gives_the_base(dtype: torch.dtype) -> None:
-    base = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_merging_an_untrained_magnitude_gives_the_base(
+    stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Whatever the run computed in, and the file of the base has."""
+    base = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).to(stored)
     magnitude = torch.linalg.norm(base.float(), dim=1).to(dtype)
     a, b = torch.ones(2, 48, dtype=dtype), torch.zeros(64, 2, dtype=dtype)
     assert torch.equal(merge_weight(base, a, b, magnitude, 2.0), base)
+
+
+def test_a_magnitude_that_was_trained_in_fp32_is_merged_as_it_is() -> None:
+    base = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    magnitude = torch.linalg.norm(base.float(), dim=1) * 1.3
+    a, b = torch.ones(2, 1024), torch.zeros(64, 2)
+    merged = merge_weight(base, a, b, magnitude, 2.0)
+    norms = merged.double().norm(dim=1) / magnitude
+    assert float((norms - 1).abs().max()) < 1e-3  # rounded to bf16, some are 4e-3 off
