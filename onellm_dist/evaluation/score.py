@@ -16,6 +16,7 @@ from typing import Any
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import write_atomic
+from onellm_dist.common.logging import get_logger
 from onellm_dist.evaluation.answer_folder import (
     WrittenAnswer,
     check_known,
@@ -29,6 +30,7 @@ from onellm_dist.evaluation.scorers.coco_captions import NotComputedError
 from onellm_dist.evaluation.scorers.measure import Measure
 from onellm_dist.evaluation.tasks import Task, get_task
 
+_log = get_logger(__name__)
 RESULTS = "results.json"
 SAMPLES = "samples.jsonl"
 
@@ -51,7 +53,20 @@ class TaskScore:
     @property
     def is_complete(self) -> bool:
         """Whether every question of the split was answered and scored."""
-        return len(self.answers) == self.whole and not self.left_out
+        return not self.describe_gaps()
+
+    def describe_gaps(self) -> str:
+        """What lacks of the split, for people; "" if every question was answered and scored."""
+        unasked = self.whole - len(self.questions) - self.left_out
+        lacking = [q.id for q in self.questions if q.id not in self.answers]
+        limit = self.settings.get("limit")
+        why = f"--limit {limit}" if limit is not None else "--any-count: not in the dataset"
+        gaps = [
+            f"{unasked:,} not asked ({why})" if unasked else "",
+            f"{self.left_out:,} left out" if self.left_out else "",
+            f"{len(lacking):,} without an answer ({lacking[0]}, ...)" if lacking else "",
+        ]
+        return ", ".join(gap for gap in gaps if gap)
 
     @property
     def whole(self) -> int:
@@ -127,6 +142,9 @@ def _measure(task: Task, given: Sequence[GivenAnswer]) -> tuple[list[Measure], d
 
 def write_scores(out: Path, scores: Sequence[TaskScore]) -> list[Path]:
     """Write results, samples and answer files.
+
+    A task that lacks questions gets no answer file: its server would refuse it, or count them as
+    wrong. A warning says what is missing.
 
     Raises:
         OneLLMError: an answer file breaks the rules of its server.
@@ -210,7 +228,13 @@ def _write_samples(score: TaskScore) -> Path:
 
 def _write_answer_files(score: TaskScore) -> list[Path]:
     task = score.task
-    if task.answer_files is None or not score.is_complete:
+    if task.answer_files is None:
+        return []
+    if gaps := score.describe_gaps():
+        _log.warning(
+            "%s: the file for its server is not written: of %s questions, %s",
+            *(task.name, f"{score.whole:,}", gaps),
+        )
         return []
     build = task.get_prompt(score.settings["prompt"])[1]
     given = [GivenAnswer(q, score.answers[q.id].answer, build(q)) for q in score.questions]

@@ -131,6 +131,34 @@ def test_a_limit_makes_no_complete_score(tmp_path: Path) -> None:
     assert not (out / "vqav2" / "vqav2.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "answered", "without", "says"),
+    [
+        ({"split_questions": 1000}, 60, [], "940 not asked (--any-count: not in the dataset)"),
+        ({"split_questions": 1000, "limit": 60}, 60, [], "940 not asked (--limit 60)"),
+        ({}, 50, ["7"], "1 left out, 10 without an answer (50, ...)"),
+    ],
+)
+def test_a_servers_file_that_is_not_written_is_said_with_what_is_missing(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, int],
+    answered: int,
+    without: list[str],
+    says: str,
+) -> None:
+    out = write_evaluation(tmp_path, 1.0, answered=answered)
+    settings = json.loads((out / "vqav2" / "task.json").read_text())
+    (out / "vqav2" / "task.json").write_text(json.dumps(settings | changes))
+    written = write_scores(out, score_folder(out, partial=True, without=without))
+    assert [path.name for path in written] == ["results.json", "samples.jsonl"]
+    (record,) = caplog.records
+    whole = f"{changes.get('split_questions', COUNT):,}"
+    assert record.getMessage() == (
+        f"vqav2: the file for its server is not written: of {whole} questions, {says}"
+    )
+
+
 def test_objaverses_file_has_the_prompt_that_was_asked(tmp_path: Path) -> None:
     settings = {
         "task": "objaverse-class", "split": "val200", "prompt": "completion", "format": "raw",
