@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,32 @@ def test_repeated_ids_missing_files_and_other_layouts_are_refused_by_name(tmp_pa
     rows.unlink()
     with pytest.raises(UsageError, match=r"there is no TextVQA_0\.5\.1_val\.json"):
         build_dataset("textvqa-eval", inputs, tmp_path / "out", options=options)
+
+
+def test_a_disk_that_fails_is_not_taken_for_another_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = write_benchmark(tmp_path / "in", "textvqa")
+    options: dict[str, Any] = {"media": None, "splits": "val", "any_count": True}
+    plan = partial(get_source("textvqa-eval").plan, inputs, seed=0, **options)
+    rows = inputs / "TextVQA_0.5.1_val.json"
+    read = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path != rows:
+            return read(path)
+        raise failure
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    for failure in (PermissionError(13, "denied", str(rows)), OSError(5, "I/O error", str(rows))):
+        with pytest.raises(OneLLMError) as error:
+            plan()
+        assert error.value.what == f"{rows}: {failure.strerror}"
+        assert "permissions and the disk" in error.value.do
+    failure = FileNotFoundError(2, "no such file", str(rows))  # as of a file beside the list
+    with pytest.raises(OneLLMError, match="no such file") as error:
+        plan()
+    assert "differ from the official ones" in error.value.why
 
 
 def test_media_that_cannot_be_read_make_a_dataset_incomplete(

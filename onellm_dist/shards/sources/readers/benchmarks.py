@@ -307,7 +307,8 @@ class _Reader:
 
 _OTHER_FILES = (
     *(KeyError, IndexError, TypeError, ValueError, AttributeError),
-    *(OSError, SyntaxError),  # a file beside the list is missing; ast.literal_eval
+    # A file beside the list is missing, or a folder in its place; ast.literal_eval.
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError, SyntaxError),
 )
 
 
@@ -323,6 +324,12 @@ def _load_groups(
             f"{f'no {error}' if isinstance(error, KeyError) else error}",
             "the files differ from the official ones.",
             "download them again, under their official names.",
+        ) from error
+    except OSError as error:
+        raise OneLLMError(
+            f"{error.filename or inputs}: {error.strerror or error}",
+            f"the files of {name} {split} cannot be read.",
+            "check their permissions and the disk.",
         ) from error
     _check_ids(inputs, name, split, rows)
     groups: dict[str, list[BenchmarkRow]] = {}
