@@ -21,9 +21,9 @@ from onellm_dist.config.values import resolve
 from onellm_dist.config.yaml_text import Plain, find_key_line, parse_yaml
 
 BASE = "base"
+"""The key that names the recipe on which another is built. It stands in files alone."""
 OPTIONAL_PARTS = (("train", "lora"), ("train", "early_stopping"), ("data", "validation"))
 """Parts of a recipe that are off unless they are given."""
-"""The key that names the recipe on which another is built. It stands in files alone."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def _check_empty(path: Path, parsed: dict[str, Any]) -> None:
         if isinstance(values, dict) and getattr(values.get(key), "text", None) == "":
             raise UsageError(
                 f"{path}: {section}.{key} is empty",
-                "nothing would be as if the key were not there.",
+                "an empty value reads as null: the part would be off, as if the key were not "
+                "there.",
                 f"write its keys below it, `{key}: {{}}` for the defaults, or `{key}: null` for "
                 "none.",
             )

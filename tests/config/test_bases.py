@@ -268,8 +268,9 @@ def test_every_recipe_that_ships_can_be_a_base(write: Write) -> None:
 def test_an_optional_part_that_is_left_empty_is_refused(write: Write) -> None:
     """`lora:` alone would train the whole LLM."""
     old, new = "train: {stage: align, steps: 3}", "train:\n  stage: tune\n  steps: 3\n  lora:"
-    with pytest.raises(UsageError, match=r"train\.lora is empty"):
+    with pytest.raises(UsageError, match=r"train\.lora is empty") as error:
         load_config(write("empty.yaml", COMPLETE.replace(old, new)))
+    assert "the part would be off" in error.value.why
     assert load_config(write("none.yaml", COMPLETE.replace(old, f"{new} null"))).train.lora is None
     defaults = load_config(write("defaults.yaml", COMPLETE.replace(old, f"{new} {{}}"))).train.lora
     assert defaults is not None and defaults.rank == 16
