@@ -140,7 +140,7 @@ def test_code_of_others_is_wrong_and_is_not_run(
     assert not (folder.parent / "was run").exists()
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_folder_that_does_not_load_alone_is_not_ready(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
