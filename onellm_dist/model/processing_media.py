@@ -88,7 +88,7 @@ def read_medium(name: str, item: Any, rate: float | None = None) -> torch.Tensor
         SampleError: the file is not readable media of its modality.
     """
     modality = get_modality(name)
-    if _is_value(modality, item):
+    if _is_value(item, modality):
         if not item.is_floating_point():
             raise _make_item_error(name, item, "the model's input has floats, after the transform")
         return item.float()
@@ -118,7 +118,7 @@ def read_medium_spans(name: str, item: Any, most: int, rate: float | None = None
         SampleError: as of `read_medium`.
     """
     modality = get_modality(name)
-    if most <= 1 or _is_value(modality, item):
+    if most <= 1 or _is_value(item, modality):
         return read_medium(name, item, rate)[None]
     item = _unwrap(item)
     if isinstance(item, str | os.PathLike) and not _is_data_url(item):
@@ -136,7 +136,7 @@ def read_medium_spans(name: str, item: Any, most: int, rate: float | None = None
         return torch.stack(modality.read_spans(parts, {}, spans=spans, train=False, rng=rng))
 
 
-def _is_value(modality: Modality, item: Any) -> TypeGuard[torch.Tensor]:
+def _is_value(item: Any, modality: Modality) -> TypeGuard[torch.Tensor]:
     """Whether an item is the model's own input."""
     return isinstance(item, torch.Tensor) and tuple(item.shape) == tuple(modality.value_shape)
 

@@ -275,7 +275,9 @@ def test_a_disk_that_fails_is_not_taken_for_another_layout(
 ) -> None:
     inputs = write_benchmark(tmp_path / "in", "textvqa")
     options: dict[str, Any] = {"media": None, "splits": "val", "any_count": True}
-    plan = partial(get_source("textvqa-eval").plan, inputs, seed=0, **options)
+    source = get_source("textvqa-eval")
+    assert source.plan is not None
+    plan = partial(source.plan, inputs, seed=0, **options)
     rows = inputs / "TextVQA_0.5.1_val.json"
     read = Path.read_bytes
 

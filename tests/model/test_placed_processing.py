@@ -211,7 +211,7 @@ def test_media_in_memory_take_the_spans_of_their_files(
     own = OneLLMProcessor(
         pickle.loads(pickle.dumps(processor.tokenizer)), spans={"image": 5, "audio": 4, "video": 4}
     )
-    files = {"images": tmp_path / "wide.png", "audio": tmp_path / "long.wav"}
+    files: dict[str, Any] = {"images": tmp_path / "wide.png", "audio": tmp_path / "long.wav"}
     wanted = own(text="what", **files)
     assert wanted["media_spans"] == [[("image", 1)] * 4 + [("audio", 1)] * 3]
     timed = {"array": sound, "sampling_rate": 8000}
