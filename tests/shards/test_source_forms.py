@@ -220,7 +220,7 @@ def test_turns_of_any_form_are_taken_by_all(
         "table": ("folder", {"t.jsonl": json.dumps(row)}, {}),
         "side": ("folder", {"0.json": json.dumps({key: turns})}, {}),
         "llava665k": ("llava665k", {"llava_v1_5_mix665k.json": json.dumps([row])}, {}),
-        "sharegpt": ("sharegpt", {"t.jsonl": json.dumps(row)}, {}),
+        "sharegpt": ("sharegpt", {"t.jsonl": json.dumps({"id": 1, key: turns})}, {}),
         "reference-lists": (
             "reference-lists",
             {"t.json": json.dumps([row])},

@@ -147,6 +147,87 @@ def test_every_form_of_conversations_with_media(folder: Path) -> None:
     assert (found[0][1]["id"], found[1][1]["metadata"]) == (7, {"dataset": "NLVR2"})
 
 
+def test_sharegpt_with_lists_of_media(folder: Path) -> None:
+    """With a modality as `interleaved`; without one, a row that has media is no text alone."""
+    rows: list[Any] = [
+        {
+            "id": "a",
+            "images": ["pics/0.jpg", "pics/1.jpg"],
+            "conversations": talk("<image> <image>"),
+        },
+        {"id": "b", "conversations": talk("say <image> in HTML")},
+        {"id": "c", "conversations": talk("hello")},
+        {"id": "d", "image": "pics/none.jpg", "conversations": talk("<image>")},
+    ]
+    dataset, report = build("sharegpt", write_rows(folder, rows), modality="image")
+    (first, meta), (second, other) = read_all(dataset).values()
+    assert dataset.lists_media and set(first) == {"0.jpg", "1.jpg"} and not second
+    assert (meta["media"], meta["id"], other["media"]) == (["image", "image"], "a", [])
+    assert [q.reason for q in report.quarantined] == [
+        "placeholders: its text has 1 <image> for 0 media of modality image",
+        "missing file: pics/none.jpg",
+    ]
+    (folder.parent / "sharegpt-out").rename(folder.parent / "before")
+    plain, report = build("sharegpt", folder)
+    assert not plain.lists_media and plain.modalities == () and plain.samples() == 2
+    assert [q.reason for q in report.quarantined] == [
+        "media: the row has image, and the dataset is text alone (-o modality=image builds such "
+        "rows)"
+    ] * 2
+
+
+def test_folders_with_lists_of_media(folder: Path) -> None:
+    """Columns that name any number of files, in the order of the row; broken rows by name."""
+    (folder / "b.npy").write_bytes(b"")
+    pics = [f"pics/{i}.jpg" for i in range(3)]
+    rows: list[Any] = [
+        {"images": pics, "text": "<image> then <image> and <image>"},
+        {"id": "s", "audio": "a.wav", "images": pics[:1], "conversations": talk("<image> <audio>")},
+        {"images": [], "text": "no medium"},
+        {"file_names": [pics[1], "a.wav"], "text": "behind BOS"},
+        {"images": ["pics/none.jpg"], "text": "x"},
+        {"images": pics[:2], "text": "one <image>"},
+        {"images": [5], "text": "x"},
+        {"file_names": ["b.npy"], "text": "x"},
+        {"images": ["https://a.b/c.jpg"], "text": "x"},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(lines)
+    dataset, report = build("folder", folder, modality="image,audio", several="list")
+    assert dataset.lists_media and dataset.modalities == ("image", "audio")
+    found = read_all(dataset)
+    assert [m["media"] for _, m in found.values()] == [
+        ["image"] * 3,
+        ["audio", "image"],
+        [],
+        ["image", "audio"],
+    ]
+    assert list(found) == ["row-000000000", "s", "row-000000002", "row-000000003"]
+    assert found["row-000000000"][0] == {f"{i}.jpg": picture(i) for i in range(3)}
+    assert set(found["s"][0]) == {"0.wav", "1.jpg"} and "images" not in found["s"][1]
+    reasons = [q.reason for q in report.quarantined]
+    for words in (
+        "missing file: pics/none.jpg",
+        "its text has 1 <image> for 2 media",
+        "images has a int, not a file name",
+        "b.npy in column file_names may be none of image, audio",
+        "is a URL; download it first",
+    ):
+        assert any(words in reason for reason in reasons), (words, reasons)
+    assert len(reasons) == 5
+    (folder.parent / "folder-out").rename(folder.parent / "before")
+    for keys, words in (
+        ({"several": "some"}, "neither fail nor list"),
+        ({"several": "list"}, "without modality="),
+        ({"several": "list", "modality": "depth"}, "depth is read from several files"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            build("folder", folder, **keys)
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(UsageError, match="several=list without a table"):
+        build("folder", folder, several="list", modality="image")
+
+
 def test_broken_rows_are_named(folder: Path) -> None:
     (folder / "broken.jpg").write_bytes(picture()[:300])
     a = "pics/0.jpg"
@@ -276,6 +357,39 @@ def test_finevision_with_several_pictures(tmp_path: Path) -> None:
     assert found[0][1]["conversations"][1]["value"] == "the first"
 
 
+def test_parts_of_two_columns_stay_with_their_medium(tmp_path: Path) -> None:
+    """The times of recordings are an optional part: they are no pictures."""
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(0)
+
+    def held(array: np.ndarray, name: str) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        return {"bytes": buffer.getvalue(), "path": name}
+
+    motions = [held(rng.standard_normal((6, 400)).astype(np.float32), "m.npy") for _ in range(2)]
+    times = [held(np.arange(400) * 5.0 + start, "t.npy") for start in (0, 7)]
+    row = {
+        "imu": motions,
+        "timestamps": times,
+        "image": [{"bytes": picture(), "path": "a.jpg"}],
+        "caption": "<imu> <image> <imu>",
+    }
+    write_parquet(tmp_path / "in" / "t.parquet", [row, {**row, "timestamps": times[:1]}])
+    dataset, report = build("parquet", tmp_path / "in", modality="imu,image", several="list")
+    assert [q.reason for q in report.quarantined] == [
+        "unreadable row: timestamps has 1 items for 2 of imu"
+    ]
+    ((parts, meta),) = read_all(dataset).values()
+    assert sorted(meta["media"]) == ["image", "imu", "imu"]
+    (number,) = (n for n, name in enumerate(meta["media"]) if name == "image")
+    assert parts[f"{number}.jpg"] == picture()
+    first, second = (n for n, name in enumerate(meta["media"]) if name == "imu")
+    for at, motion, time in zip((first, second), motions, times, strict=True):
+        assert parts[f"{at}.imu.npy"] == motion["bytes"]
+        assert parts[f"{at}.timestamps.npy"] == time["bytes"]
+
+
 def test_llava_onevision_keeps_its_placeholders(tmp_path: Path) -> None:
     held = {"bytes": picture(), "path": "a.jpg"}
     rows: list[Any] = [
@@ -321,7 +435,7 @@ def test_obelics_documents(tmp_path: Path, name: str) -> None:
         {"images": [None, URL], "texts": ["has <image> of its own", None]},
         {"images": [URL, "y"], "texts": ["both", None]},
     ]
-    dataset, report = build("obelics", _write_documents(tmp_path / "in", rows, name))
+    dataset, report = build("obelics", _write_documents(tmp_path / "in", rows, name), names="last")
     ((parts, meta),) = read_all(dataset).values()
     assert meta["txt"] == "A cat.\n<image>\nThen\n<image>"
     assert parts == {"0.jpg": picture(1), "1.jpg": picture(2)}
@@ -331,6 +445,28 @@ def test_obelics_documents(tmp_path: Path, name: str) -> None:
         "unreadable row: a piece is not exactly one of image and text",
     ]
     assert any("no picture of the document was fetched" in note for note in report.notes)
+
+
+def test_two_urls_with_one_last_part_are_not_one_picture(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"images": [URL], "texts": [None]},
+        {"images": ["https://other.org/cat.jpg"], "texts": [None]},
+        {"images": ["https://a.b/c", URL], "texts": [None, None]},
+    ]
+    folder = _write_documents(tmp_path / "in", rows, "docs.jsonl")
+    dataset, report = build("obelics", folder, names="last")
+    assert [q.reason.split(" (")[0] for q in report.quarantined] == [
+        f"ambiguous: cat.jpg may be the picture of {URL} or of https://other.org/cat.jpg"
+    ]
+    assert [set(parts) for parts, _ in read_all(dataset).values()] == [
+        {"0.jpg"},
+        {"0.jpg", "1.jpg"},
+    ]
+    (tmp_path / "obelics-out").rename(tmp_path / "before")
+    (parts,) = (parts for parts, _ in read_all(build("obelics", folder)[0]).values())
+    assert parts == {"0.jpg": picture(2)}  # the one whose file is named by the SHA-256 of its URL
+    with pytest.raises(UsageError, match="names=url is neither hash nor last"):
+        build("mmc4", folder, names="url")
 
 
 def test_mmc4_documents(tmp_path: Path) -> None:
@@ -379,3 +515,11 @@ def test_a_caption_that_is_no_text_is_no_caption() -> None:
     raw = RawSample("k", "here", {}, meta=meta)
     made = prepare_sample(raw, ("image",), settings, lists_media=True)
     assert made.parts is not None and not made.reason
+
+
+def test_rows_of_text_alone_may_be_listed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_parquet(tmp_path / "in" / "t.parquet", [{"conversations": talk("hello")}])
+    dataset, _ = build("parquet", tmp_path / "in", modality="text", several="list")
+    ((parts, meta),) = read_all(dataset).values()
+    assert not parts and meta["media"] == [] and dataset.modalities == ()

@@ -5,8 +5,8 @@ sets have URLs alone). A document becomes one text with `<image>` where a pictur
 `data.text_format=caption` the model learns it as language modelling with media.
 
 - OBELICS, OmniCorpus: `images` and `texts` of equal length, of which one side is null; OmniCorpus'
-  `valid_image` leaves pictures out. A picture is the file that its URL names: its last part, or the
-  SHA-256 of the URL (OmniCorpus).
+  `valid_image` leaves pictures out. A picture is the file that the SHA-256 of its URL names
+  (OmniCorpus); with `names=last` also the last part of the URL, which two pictures may share.
 - MMC4: `text_list` and `image_info` ({image_name, matched_text_index}); a picture stands before its
   sentence.
 
@@ -62,7 +62,7 @@ class _Piece(NamedTuple):
 
 
 def plan(
-    inputs: Path, *, seed: int, media: Path | None, missing: str, separator: str
+    inputs: Path, *, seed: int, media: Path | None, missing: str, separator: str, names: str
 ) -> DatasetDescription:
     """Divide the files into ranges of documents.
 
@@ -73,6 +73,12 @@ def plan(
         raise UsageError(
             f"missing={missing} is none of drop, skip, fail.",
             "it says what becomes of documents whose pictures were not fetched.",
+            "choose one.",
+        )
+    if names not in ("hash", "last"):
+        raise UsageError(
+            f"names={names} is neither hash nor last.",
+            "it says how the file of a picture is called.",
             "choose one.",
         )
     listed = list_files(inputs) if inputs.is_dir() else ListedFiles((inputs,), 0)
@@ -110,18 +116,20 @@ def raw_samples(
     media: Path | None,
     missing: str,
     separator: str,
+    names: str,
 ) -> Iterator[RawSample]:
     """Read the documents of one range."""
     root = inputs if inputs.is_dir() else inputs.parent
     folders = find_media_folders(root, media, ("images",))
     name, stem = description["file"], description["stem"]
+    urls: dict[str, str] | None = {} if names == "last" else None
     for number, where, row, problem in _read(root, description):
         key = f"{stem}-{number:09d}"
         if problem is not None:
             yield RawSample(key, where, problem=problem)
             continue
         try:
-            pieces = _list_pieces(row)
+            pieces = _list_pieces(row, urls)
             parts, text, count = _join(pieces, folders, missing, separator)
         except BadSampleError as error:
             yield RawSample(key, where, problem=error.what)
@@ -152,14 +160,18 @@ def _read(
         yield item.number, item.where, row, None if good else "unreadable row: not a JSON object"
 
 
-def _list_pieces(row: Mapping[str, Any]) -> list[_Piece]:
+def _list_pieces(row: Mapping[str, Any], urls: dict[str, str] | None) -> list[_Piece]:
     """The pieces of a document, in order.
+
+    Args:
+        row: the document.
+        urls: last part of the URLs seen so far to URL, where it names files; None: it does not.
 
     Raises:
         BadSampleError: the row has neither form, or contradicts itself.
     """
     if isinstance(row.get("image_info"), list) and isinstance(row.get("text_list"), list):
-        return _list_mmc4(row["text_list"], row["image_info"])
+        return _list_mmc4(row["text_list"], row["image_info"], urls)
     images, texts = row.get("images"), row.get("texts")
     if not isinstance(images, list) or not isinstance(texts, list):
         raise BadSampleError("unreadable row: no images and texts, no text_list and image_info")
@@ -177,11 +189,13 @@ def _list_pieces(row: Mapping[str, Any]) -> list[_Piece]:
         pictures += 1
         if isinstance(valid, list) and pictures <= len(valid) and not valid[pictures - 1]:
             continue
-        pieces.append(_Piece(picture=_list_names(_require_text(image))))
+        pieces.append(_Piece(picture=_list_names(_require_text(image), urls)))
     return pieces
 
 
-def _list_mmc4(texts: Sequence[Any], images: Sequence[Any]) -> list[_Piece]:
+def _list_mmc4(
+    texts: Sequence[Any], images: Sequence[Any], urls: dict[str, str] | None
+) -> list[_Piece]:
     """Each picture stands before the sentence that it was matched with."""
     before: dict[int, list[tuple[str, ...]]] = {}
     for info in images:
@@ -191,7 +205,7 @@ def _list_mmc4(texts: Sequence[Any], images: Sequence[Any]) -> list[_Piece]:
             raise BadSampleError(
                 f"unreadable row: image_info {str(info)!r:.80} for {len(texts)} sentences"
             )
-        before.setdefault(index, []).append(_list_names(name))
+        before.setdefault(index, []).append(_list_names(name, urls))
     pieces = []
     for number, text in enumerate(texts):
         pieces += [_Piece(picture=names) for names in before.get(number, ())]
@@ -207,14 +221,25 @@ def _require_text(value: Any) -> str:
     return value
 
 
-def _list_names(place: str) -> tuple[str, ...]:
-    """The names that the file of a picture may have: its own, or the SHA-256 of its URL."""
+def _list_names(place: str, urls: dict[str, str] | None) -> tuple[str, ...]:
+    """The names that the file of a picture may have: its own, or the SHA-256 of its URL.
+
+    Raises:
+        BadSampleError: the last part of the URL names files, and another URL has the same.
+    """
     if "://" not in place:
         return list_picture_names(place)
-    last = PurePosixPath(urlsplit(place).path).name
     digest = hashlib.sha256(place.encode()).hexdigest()
-    named = list_picture_names(last) if last and get_picture_extension(last) else ()
-    return (*list_picture_names(f"{digest}.jpg"), digest, *named)
+    names = (*list_picture_names(f"{digest}.jpg"), digest)
+    last = PurePosixPath(urlsplit(place).path).name
+    if urls is None or not last or not get_picture_extension(last):
+        return names
+    if urls.setdefault(last, place) != place:
+        raise BadSampleError(
+            f"ambiguous: {last} may be the picture of {urls[last]:.90} or of {place:.90} (name "
+            "files by the SHA-256 of their URLs)"
+        )
+    return (*names, *list_picture_names(last))
 
 
 def _join(
@@ -257,6 +282,12 @@ def _make_source(name: str, summary: str, licence: str) -> Source:
                 "drop",
                 "pictures that were not fetched: drop (the picture is left out), skip (the "
                 "document is), or fail (it is a bad sample)",
+            ),
+            "names": Option(
+                "hash",
+                "names of the files of pictures with URLs: hash (the SHA-256 of the URL), or last "
+                "(also the last part of the URL; of pictures that share it, one would be shown as "
+                "the other, so documents with a second such URL of a range are bad samples)",
             ),
             "separator": Option("\n", "what stands between the pieces of a document"),
         },

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.format.media import LISTED
 from onellm_dist.shards.format.names import parse_modalities
 from onellm_dist.shards.sources.base import (
     DatasetDescription,
@@ -26,12 +27,14 @@ from onellm_dist.shards.sources.base import (
     SplitDescription,
 )
 from onellm_dist.shards.sources.readers.folder_files import find_side_file_samples
+from onellm_dist.shards.sources.readers.folder_lists import read_listed_samples
 from onellm_dist.shards.sources.readers.folder_tables import (
     count_unused,
     find_table,
     read_table_samples,
 )
 from onellm_dist.shards.sources.readers.media_files import resolve_below
+from onellm_dist.shards.sources.readers.media_rows import parse_media_modalities
 from onellm_dist.shards.sources.readers.split_folders import find_split_folders
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
@@ -51,6 +54,8 @@ class FolderOptions:
     """The folder at which the table's paths begin."""
     class_captions: bool = False
     """Whether class folders name captions, where nothing else has any."""
+    several: str = "fail"
+    """What becomes of rows with several media of one kind: `fail`, or `list`."""
 
 
 Found = tuple[tuple[str, ...], list[RawSample], list[str]]
@@ -75,9 +80,9 @@ def find_raw_samples(
         UsageError: nothing there can be used, or the user must make a choice.
     """
     root = inputs if inputs.is_dir() else inputs.parent
-    columns = options.caption_column, options.file_column
+    columns, lists = (options.caption_column, options.file_column), options.several == "list"
     table = _choose_table(inputs, options.captions) or (
-        find_table(inputs, *columns) if inputs.is_dir() else inputs
+        find_table(inputs, *columns, lists=lists) if inputs.is_dir() else inputs
     )
     folders = {} if table is not None or modalities == () else find_split_folders(inputs)
     if not folders:
@@ -85,7 +90,7 @@ def find_raw_samples(
         return found[0], {None: found[1]}, found[2]
     samples, notes = dict[str | None, list[RawSample]](), list[str]()
     for split, folder in folders.items():
-        table = find_table(folder, *columns)
+        table = find_table(folder, *columns, lists=lists)
         modalities, samples[split], said = _find_in_folder(folder, root, table, modalities, options)
         notes += [f"{folder.name}/ (split {split}): {line}" for line in said]
     return modalities or (), _renumber_keys(samples), notes
@@ -116,7 +121,9 @@ def _find_in_folder(
     options: FolderOptions,
 ) -> Found:
     """Find the samples of one folder; keys are relative to `root`."""
-    if table is None:
+    if options.several == "list":
+        found = _list_media(folder, root, table, modalities, options)
+    elif table is None:
         found = find_side_file_samples(folder, modalities, class_captions=options.class_captions)
         if folder != root:
             found = (found[0], [_put_below(folder.name, c) for c in found[1]], found[2])
@@ -136,6 +143,36 @@ def _find_in_folder(
             "put captions beside the media (cat.jpg + cat.txt), or name a table: -o captions=FILE.",
         )
     return found
+
+
+def _list_media(
+    folder: Path,
+    root: Path,
+    table: Path | None,
+    modalities: tuple[str, ...] | None,
+    options: FolderOptions,
+) -> Found:
+    """Find the samples of a table whose rows have any number of media.
+
+    Raises:
+        UsageError: there is no table, or no modality is given.
+    """
+    if table is None or not modalities:
+        raise UsageError(
+            f"{folder}: several=list without {'a table' if table is None else 'modality='}.",
+            "samples then have the media that their rows list, of the modalities that you name.",
+            "name both: -o modality=image,audio -o captions=FILE.",
+        )
+    parse_media_modalities(",".join(modalities))
+    folders = (
+        tuple(dict.fromkeys((table.parent, root)))
+        if options.media is None
+        else (resolve_below(root, options.media),)
+    )
+    columns = options.caption_column, options.file_column
+    samples = read_listed_samples(table, folders, modalities, *columns)
+    inside = folder.resolve() in table.resolve().parents
+    return modalities, samples, list(_list_unused(folder, table, samples)) if inside else []
 
 
 def _list_unused(folder: Path, table: Path, samples: Sequence[RawSample]) -> Iterator[str]:
@@ -182,10 +219,15 @@ def plan(
         raise UsageError(
             f"{inputs} is remote.", "source 'folder' lists local folders only.", "mount or copy it."
         )
+    chosen = FolderOptions(**options)
+    if chosen.several not in ("fail", "list"):
+        raise UsageError(
+            f"several={chosen.several} is neither fail nor list.",
+            "it says what becomes of rows with several media.",
+            "choose one.",
+        )
     modalities, found, notes = find_raw_samples(
-        inputs,
-        parse_modalities(modality) if modality is not None else None,
-        FolderOptions(**options),
+        inputs, parse_modalities(modality) if modality is not None else None, chosen
     )
     if split is not None:
         found = {split: [sample for some in found.values() for sample in some]}
@@ -202,7 +244,8 @@ def plan(
         for name, some in found.items()
         for first in range(0, len(some), _SPLIT_SAMPLES)
     )
-    return DatasetDescription(modalities, splits, tuple(notes))
+    attributes = dict(LISTED) if chosen.several == "list" else {}
+    return DatasetDescription(modalities, splits, tuple(notes), attributes)
 
 
 def raw_samples(inputs: Path, description: SplitDescription, **_: Any) -> Iterator[RawSample]:
@@ -243,6 +286,11 @@ SOURCE = Source(
             "if no sample has a text and each lies in a folder of its class (cat/, dog/): the "
             "folder's name is the caption",
             bool,
+        ),
+        "several": Option(
+            "fail",
+            "rows of a table with several media of one kind: fail, or list (samples of the dataset "
+            "have any number of media, also none, where <image> stands in their texts)",
         ),
         "split": Option(
             None,

@@ -1,19 +1,21 @@
-"""`onellm shards build interleaved | m4-instruct IN OUT`: conversations with any media.
+"""`onellm shards build interleaved | m4-instruct | sharegpt IN OUT`: conversations with any media.
 
 IN is one .json or .jsonl, or a folder of them, with rows of LLaVA's form (M4-Instruct, LLaVA-Video,
 ShareGPT4V), of LLaMA-Factory's or ms-swift's, or with content parts (readers/media_rows.py).
-Samples may have no medium, one, or several, and media stand where the texts say so.
+Samples may have no medium, one, or several, and media stand where the texts say so. `sharegpt`
+without the option `modality` is text alone, and `<image>` in its texts belongs to a web page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.media import LISTED
 from onellm_dist.shards.sources.base import (
+    BadSampleError,
     DatasetDescription,
     Option,
     RawSample,
@@ -26,9 +28,14 @@ from onellm_dist.shards.sources.readers.annotations import (
     find_media_folders,
     read_raw_samples,
 )
+from onellm_dist.shards.sources.readers.conversations import clean_turns, require_conversation
 from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows, split_rows
 from onellm_dist.shards.sources.readers.listing import list_files
-from onellm_dist.shards.sources.readers.media_rows import parse_media_modalities, read_media_row
+from onellm_dist.shards.sources.readers.media_rows import (
+    list_row_media,
+    parse_media_modalities,
+    read_media_row,
+)
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
@@ -39,7 +46,7 @@ _KEPT = ("id", "source", "data_source", "sample_id", "dataset", "metadata")
 
 
 def plan(
-    inputs: Path, *, seed: int, modality: str, media: Path | None, missing: str
+    inputs: Path, *, seed: int, modality: str | None, media: Path | None, missing: str
 ) -> DatasetDescription:
     """Divide the files into ranges of rows.
 
@@ -47,12 +54,13 @@ def plan(
         UsageError: there is no such file, or an option is wrong.
     """
     check_missing(missing)
-    names = parse_media_modalities(modality)
+    names = () if modality is None else parse_media_modalities(modality)
+    attributes = dict(LISTED) if names else {}
     root = inputs.parent if inputs.is_file() else inputs
     find_media_folders(root, media, ())
     if inputs.is_file():
         return DatasetDescription(
-            names, split_rows(root, inputs.name, _ROWS), attributes=dict(LISTED)
+            names, split_rows(root, inputs.name, _ROWS), attributes=attributes
         )
     listed = list_files(inputs)
     files = [p.name for p in listed.files if p.suffix.lower() in JSON_SUFFIXES]
@@ -68,14 +76,15 @@ def plan(
         for name, stem in zip(files, stems, strict=True)
         for split in split_rows(inputs, name, _ROWS, stem=stem)
     )
-    return DatasetDescription(names, splits, attributes=dict(LISTED))
+    notes = () if names else listed.make_notes(JSON_SUFFIXES)
+    return DatasetDescription(names, splits, notes, attributes)
 
 
 def raw_samples(
     inputs: Path,
     description: SplitDescription,
     *,
-    modality: str,
+    modality: str | None,
     media: Path | None,
     missing: str,
 ) -> Iterator[RawSample]:
@@ -83,7 +92,7 @@ def raw_samples(
     root = inputs.parent if inputs.is_file() else inputs
     folders = find_media_folders(root, media, ())
     context = AnnotationContext(root, folders, description, {})
-    names = parse_media_modalities(modality)
+    names = () if modality is None else parse_media_modalities(modality)
     for item in read_rows(root, description):
         yield from read_raw_samples(lambda i: _read_row(context, i, names), item, 1, missing)
 
@@ -93,19 +102,41 @@ def _read_row(
 ) -> Sequence[AnnotatedSample]:
     name: str = context.description["file"]
     stem = context.description.get("stem", name.rpartition(".")[0].replace(".", "_"))
-    row = item.value
+    row, key = item.value, f"{stem}-{item.number:07d}"
+    if not modalities:
+        return [_read_text(row, key)]
     meta: dict[str, Any] = {k: row[k] for k in _KEPT if isinstance(row.get(k), (str, int, dict))}
-    return [read_media_row(context, row, f"{stem}-{item.number:07d}", modalities, meta)]
+    return [read_media_row(context, row, key, modalities, meta)]
 
 
-def _make_source(name: str, summary: str, modality: str, licence: str) -> Source:
+def _read_text(row: Mapping[str, Any], key: str) -> AnnotatedSample:
+    """Make the sample of a row without media.
+
+    Raises:
+        BadSampleError: the row names media, without which its texts would be about nothing.
+    """
+    if media := sorted({name for name, _ in list_row_media(row)}):
+        raise BadSampleError(
+            f"media: the row has {', '.join(media)}, and the dataset is text alone "
+            f"(-o modality={','.join(media)} builds such rows)"
+        )
+    turns = clean_turns(require_conversation(row), tags=False)
+    meta = {"id": row["id"]} if isinstance(row.get("id"), (str, int)) else {}
+    return AnnotatedSample(key, {}, turns, meta=meta)
+
+
+def _make_source(name: str, summary: str, modality: str | None, licence: str) -> Source:
     return Source(
         name,
         summary,
         plan=plan,
         raw_samples=raw_samples,
         options={
-            "modality": Option(modality, "what the media may be: image,video"),
+            "modality": Option(
+                modality,
+                "what the media may be: image,video"
+                + ("" if modality else "; default: text alone"),
+            ),
             "media": Option(None, "the folder at which the rows' paths begin; default: IN", Path),
             "missing": MISSING_OPTION,
         },
@@ -126,5 +157,11 @@ SOURCES = (
         "M4-Instruct: m4_instruct_annotations.json and m4_instruct_video.json",
         "image,video",
         "CC BY 4.0; media under the licences of their sources",
+    ),
+    _make_source(
+        "sharegpt",
+        "conversations of {from, value}: text alone, or with -o modality=image lists of media",
+        None,
+        "unknown",
     ),
 )

@@ -49,7 +49,12 @@ from onellm_dist.shards.sources.readers.arrow_files import (
     read_rows,
     read_schema,
 )
-from onellm_dist.shards.sources.readers.arrow_media import has_media, list_items, read_item
+from onellm_dist.shards.sources.readers.arrow_media import (
+    has_media,
+    list_items,
+    read_item,
+    read_listed_items,
+)
 from onellm_dist.shards.sources.readers.conversations import clean_turns, make_turns
 from onellm_dist.shards.sources.readers.img2dataset import to_plain_json
 from onellm_dist.shards.sources.readers.listing import ListedFiles, list_files
@@ -100,7 +105,7 @@ def plan(
         )
     schema = read_schema(tables[0])
     names = parse_modalities(modality) if modality else (infer_modality(tables[0], schema),)
-    if several == "list":
+    if several == "list" and names:
         parse_media_modalities(",".join(names))
     find_arrow_columns(tables[0], schema, names, caption_column, media_column)
     stems = make_keys_unique(
@@ -249,14 +254,13 @@ class _RowReader:
     def _make_listed(self, key: str, where: str, values: Mapping[str, Any]) -> RawSample:
         """Make the raw sample of a row with any number of media, and placeholders in its text."""
         try:
-            media: list[tuple[str, dict[str, Media]]] = []
-            # each of these modalities is read from one column
-            for name, (column, accepted) in zip(
-                self.modalities, self.columns.media.items(), strict=False
-            ):
-                for item in list_items(values.get(column)):
-                    extension, content = read_item(item, accepted, column, self.path, self.folders)
-                    media.append((name, {extension: content}))
+            media = [
+                (name, parts)
+                for name in self.modalities
+                for parts in read_listed_items(
+                    name, self.columns.media, values, self.path, self.folders
+                )
+            ]
             caption, meta = self._read_texts(values)
             parts, listed = make_numbered_parts(media)
             check_tags(meta.get("conversations", ()), listed, self.modalities)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from onellm_dist.modalities import get_modality
+from onellm_dist.shards.format.names import get_modality_parts
 from onellm_dist.shards.sources.base import BadSampleError, Media
 from onellm_dist.shards.sources.readers.named_files import (
     describe_missing_file,
@@ -56,6 +58,43 @@ class TableMedia:
     def read_bytes(self) -> bytes:
         """Return the bytes."""
         return self.data
+
+
+def read_listed_items(
+    name: str,
+    columns: Mapping[str, tuple[str, ...]],
+    values: Mapping[str, Any],
+    table: Path,
+    folders: tuple[Path, ...],
+) -> Iterator[dict[str, Media]]:
+    """Yield the parts of each medium of a modality; columns of optional parts go with its own.
+
+    Args:
+        name: the modality.
+        columns: column of media to the extensions that its part accepts.
+        values: the row.
+        table: its file.
+        folders: where files are looked for.
+
+    Raises:
+        BadSampleError: a column has another number of parts than there are media, or an item cannot
+            be read.
+    """
+    roles = set(get_modality_parts(get_modality(name)).values())
+    own = [(column, accepted) for column, accepted in columns.items() if accepted in roles]
+    lists = [list_items(values.get(column)) for column, _ in own]
+    for (column, _), items in zip(own, lists, strict=True):
+        if items and len(items) != len(lists[0]):
+            raise BadSampleError(
+                f"unreadable row: {column} has {len(items)} items for {len(lists[0])} of "
+                f"{own[0][0]}"
+            )
+    for number in range(len(lists[0]) if lists else 0):
+        yield dict(
+            read_item(items[number], accepted, column, table, folders)
+            for (column, accepted), items in zip(own, lists, strict=True)
+            if items
+        )
 
 
 def has_media(value: Any) -> bool:

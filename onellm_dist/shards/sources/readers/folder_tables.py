@@ -13,8 +13,8 @@ from pathlib import Path
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.hidden_files import is_hidden
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
-from onellm_dist.common.turns import CONVERSATION_KEYS, find_conversation
-from onellm_dist.modalities import get_modality
+from onellm_dist.common.turns import CONVERSATION_KEYS
+from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.shards.format.names import (
     get_modality_parts,
     infer_modalities,
@@ -44,6 +44,7 @@ from onellm_dist.shards.sources.readers.table_rows import (
     normalise_column,
     read_rows,
 )
+from onellm_dist.shards.sources.readers.table_texts import read_row_texts
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
@@ -51,7 +52,9 @@ _SHOWN = 3
 """Missing files that an error names."""
 
 
-def find_table(root: Path, caption: str | None = None, file: str | None = None) -> Path | None:
+def find_table(
+    root: Path, caption: str | None = None, file: str | None = None, *, lists: bool = False
+) -> Path | None:
     """Find the table at the top of a folder that names files and captions.
 
     A `.json` is one if it is a list or has a JSON object a line, and no medium has its name.
@@ -60,6 +63,7 @@ def find_table(root: Path, caption: str | None = None, file: str | None = None) 
         root: the folder.
         caption: the user's column of captions.
         file: the user's column of files.
+        lists: whether columns like `images` name files, too.
 
     Returns:
         The table; None if there is none.
@@ -75,7 +79,7 @@ def find_table(root: Path, caption: str | None = None, file: str | None = None) 
         if (path := root / name).suffix.lower() in TABLE_SUFFIXES
         and not (path.suffix.lower() == ".json" and stems[path.stem] > 1)
         and path.is_file()
-        and is_sample_table(path, caption, file)
+        and is_sample_table(path, caption, file, lists=lists)
     ]
     if len(tables) > 1:
         raise UsageError(
@@ -86,13 +90,16 @@ def find_table(root: Path, caption: str | None = None, file: str | None = None) 
     return tables[0] if tables else None
 
 
-def is_sample_table(path: Path, caption: str | None = None, file: str | None = None) -> bool:
+def is_sample_table(
+    path: Path, caption: str | None = None, file: str | None = None, *, lists: bool = False
+) -> bool:
     """Check by its columns whether a file is a table of files and captions.
 
     Args:
         path: the file.
         caption: the user's column of captions.
         file: the user's column of files.
+        lists: as of `find_table`.
     """
     if path.with_suffix(".txt").exists():
         return False  # media with a side file that is itself a CSV
@@ -103,6 +110,7 @@ def is_sample_table(path: Path, caption: str | None = None, file: str | None = N
     own = {normalise_column(name) for name in (caption, file) if name is not None}
     columns = find_columns(names, None, None)
     has_file = bool(columns.files) or (file is not None and normalise_column(file) in names)
+    has_file = has_file or (lists and any(f"{name}s" in names for name in all_modalities()))
     has_text = columns.caption is not None or bool({*CONVERSATION_KEYS, *own} & names)
     return has_file and (has_text or path.stem.lower() == "metadata")
 
@@ -132,7 +140,8 @@ def _find_parts(
         if isinstance(value, list):
             if len(value) > 1:
                 return found, (
-                    f"several media: {column} lists {len(value)} files; a sample has one of a kind"
+                    f"several media: {column} lists {len(value)} files; a sample has one of a "
+                    "kind (several=list reads them all)"
                 )
             value = value[0] if value else None
         if value in (None, ""):
@@ -348,22 +357,14 @@ def _make_raw_sample(
     if problem is None and modalities:
         _add_siblings(found, modalities)
         media, problem = select_parts(found, modalities)
-    used = {*columns.files, columns.caption, columns.key}
-    meta = {k: v for k, v in row.values.items() if k not in used and v not in (None, "")}
-    text = row.values.get(columns.caption) if columns.caption else None
-    if problem is None and text is not None and not isinstance(text, str):
-        problem = f"caption is not text: a {type(text).__name__}"
-    if problem is None and isinstance(text, str) and text.strip() in NO_VALUE:
-        problem = f"no caption: the cell is {text.strip()}, which stands for no value"
-    has_turns = find_conversation(meta) is not None
-    caption = text if isinstance(text, str) and (text.strip() or not has_turns) else None
+    texts = read_row_texts(row, columns)
     return RawSample(
         key,
         row.where,
         {e: p for e, p in media.items() if e not in TEXT_EXTENSIONS},
-        caption,
-        meta,
-        problem,
+        texts.caption,
+        texts.meta,
+        texts.problem if problem is None else problem,
     )
 
 
