@@ -127,8 +127,8 @@ def shards_index(
         bool,
         typer.Option(
             "--media",
-            help="Also read the headers of the media (data.spans needs it), and let samples have "
-            "different media: 0.jpg, 1.jpg, with <image> in their texts.",
+            help="Also read the headers of the media (data.spans needs it). Samples may differ in "
+            "media then: 0.jpg, 1.jpg, with <image> in their texts.",
         ),
     ] = False,
 ) -> None:

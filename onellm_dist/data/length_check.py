@@ -8,7 +8,7 @@ no sample can be too long, and a dataset with a supervised token in its first sh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -108,7 +108,7 @@ def _find_too_large_varied(
 ) -> Iterator[UsageError]:
     """As `_find_too_large`, of a dataset whose samples differ in media or spans.
 
-    The first shards are looked at; the plan refuses a sample of a later one when its step comes.
+    Sizes of media are read of those samples alone that might be too large.
     """
     config = corpus.config
     limit = Limit("data.pack_llm_tokens", read_budget(config).llm, "raise data.pack_llm_tokens")
@@ -117,8 +117,14 @@ def _find_too_large_varied(
     per_span = np.array([m.encoder_tokens for m in corpus.modalities.values()], dtype=np.int64)
     longest, largest = TooLong(SampleRef(number, 0, 0, 0, 0, 0), 0, 0), (0, SampleRef(0, *[0] * 5))
     most = fixed = 0
-    for shard in range(min(len(corpus.shards[number]), CENSUS_SHARDS)):
+    for shard in range(len(corpus.shards[number])):
         rows, counts = corpus.token_counts.get_texts(number, shard)
+        longest = replace(longest, total=longest.total + len(np.unique(rows)))
+        bound = corpus.media.count_at_most(number, shard, rows)
+        may = (counts[:, 0] + SPAN_TOKENS * bound.sum(1) > limit.positions) | (
+            bound @ per_span > read_budget(config).encoder
+        )
+        rows, counts = rows[may], counts[may]
         if not len(rows):
             continue
         zeros = np.zeros_like(rows)
@@ -129,10 +135,10 @@ def _find_too_large_varied(
         refs = table.refs(np.array([lengths.argmax(), encoder.argmax()]))
         # a sample of several captions has several rows
         count = longest.count + len(np.unique(rows[lengths > limit.positions]))
-        longest = TooLong(longest.longest, count, longest.total + len(np.unique(rows)))
+        longest = replace(longest, count=count)
         if lengths.max() > most:
             most, fixed = int(lengths.max()), SPAN_TOKENS * int(spans[lengths.argmax()].sum())
-            longest = TooLong(refs[0], count, longest.total)
+            longest = replace(longest, longest=refs[0])
         largest = max(largest, (int(encoder.max()), refs[1]))
     if longest.count:
         yield _describe(corpus, longest, limit, fixed)

@@ -98,6 +98,29 @@ class CorpusMedia:
                     counts[i, place[medium.modality]] += spans
         return counts
 
+    def count_at_most(self, dataset: int, shard: int, rows: Ints) -> Ints:
+        """Bound the spans of samples of one shard from above, by modality, without their sizes.
+
+        Args:
+            dataset: the varied dataset.
+            shard: the shard.
+            rows: [k] rows of its index.
+
+        Returns:
+            [k, M].
+
+        Raises:
+            UsageError: as of `count`.
+        """
+        columns = self._open(dataset, shard)
+        sample = np.repeat(np.arange(len(columns.starts) - 1), np.diff(columns.starts))
+        place = np.array([self.names.index(name) for name in columns.modalities], dtype=np.int64)
+        counts = np.zeros((len(columns.starts) - 1, len(self.names)), dtype=np.int64)
+        np.add.at(counts, (sample, place[columns.modality]), 1)
+        most = np.array([self._most.get(name, 1) for name in self.names], dtype=np.int64)
+        bound: Ints = np.where(counts > 0, np.maximum(counts, most), 0)[rows]
+        return bound
+
     def _count_spans(self, media: Sequence[SampleMedium]) -> list[int]:
         if not self._most:
             return [1] * len(media)

@@ -210,6 +210,10 @@ class Modality(ABC):
         """
         return MediaSize()
 
+    def has_header(self, start: bytes) -> bool:
+        """Whether `measure` reads nothing behind the beginning of a file, or else raises."""
+        return False
+
     def count_spans(self, size: MediaSize, most: int) -> int:
         """Say how many spans a medium takes: 1 .. most. By default one.
 

@@ -31,6 +31,8 @@ from onellm_dist.modalities.transforms.crops import (
 )
 from onellm_dist.modalities.transforms.tiles import choose_grid, cut_tiles
 
+_JPEG = b"\xff\xd8\xff"
+
 
 class ImageModality(Modality):
     """Still images; the encoder's own patch embedding reads them.
@@ -70,6 +72,10 @@ class ImageModality(Modality):
         """Read width and height, upright, without decoding pixels."""
         width, height = measure_picture(parts["image"], self.limits)
         return MediaSize(width=width, height=height)
+
+    def has_header(self, start: bytes) -> bool:
+        """JPEG alone: a PNG may state its orientation behind its pixels."""
+        return start.startswith(_JPEG)
 
     def count_spans(self, size: MediaSize, most: int) -> int:
         """One, or one for the whole picture and one for each tile of the best grid."""

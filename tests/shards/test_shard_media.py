@@ -17,6 +17,7 @@ from onellm_dist.common.media_size import MediaSize, SampleMedium
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.index import ShardIndex, get_index_path, pack_index
 from onellm_dist.shards.format.media import LISTED, get_medium_meta, list_media, split_prefix
+from onellm_dist.shards.format.tar_parts import TarParts
 from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.shards.tools.index_existing import index_existing_shards
 from onellm_dist.shards.tools.preview import preview_command
@@ -215,6 +216,60 @@ def test_tars_of_others_are_indexed_with_their_media(
     assert page.count('<img alt="image"') == 5 and "each sample lists its media" in page
     with pytest.raises(UsageError, match="--media of a single tar"):
         index_existing_shards(folder / "00.tar", media=True)
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_tars_of_one_picture_a_sample_stay_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their indexes get sizes; the dataset lists no media, and pictures are not read whole."""
+    noise = np.random.default_rng(0).integers(0, 255, (900, 1200, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(noise).save(out, "JPEG", quality=95)
+    large = out.getvalue()
+    folder = tmp_path / "laion"
+    files = {"a.jpg": large, "a.txt": b"noise", "b.png": picture(30, 20), "b.txt": b"<image> b"}
+    write_tar(folder / "00.tar", files)
+    index_existing_shards(folder)
+    before = open_dataset(folder).fingerprint()
+    read: list[int] = []
+    real = TarParts.__getitem__
+
+    def count(self: TarParts, extension: str) -> bytes:
+        data = real(self, extension)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(TarParts, "__getitem__", count)
+    index_existing_shards(folder, media=True)
+    assert sum(read) < 200_000 < len(large)
+    dataset = open_dataset(folder)
+    assert not dataset.lists_media and dataset.fingerprint() == before
+    media = dataset.index(dataset.shards()[0]).media
+    assert media is not None
+    assert [media.get(row)[0].size[:2] for row in range(2)] == [(1200, 900), (30, 20)]
+    assert verify_dataset(folder) == []
+
+
+def test_parts_that_several_modalities_read_are_named(tmp_path: Path) -> None:
+    """Features beside pictures are no point clouds, recordings and responses."""
+    folder = tmp_path / "foreign"
+    write_tar(folder / "00.tar", {"a.jpg": picture(), "a.npy": b"x", "a.txt": b"t", "b.txt": b"t"})
+    with pytest.raises(UsageError, match=r"\.npy there may be point or imu or fmri"):
+        index_existing_shards(folder, media=True)
+    index_existing_shards(folder, media=True, modalities=["image"])
+    dataset = open_dataset(folder)
+    media = dataset.index(dataset.shards()[0]).media
+    assert dataset.lists_media and media is not None
+    assert [[m.modality for m in media.get(row)] for row in range(2)] == [["image"], []]
 
 
 def test_a_foreign_tar_whose_media_are_unclear_is_named(tmp_path: Path) -> None:

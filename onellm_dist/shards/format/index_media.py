@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError, SampleError
-from onellm_dist.common.media_size import SampleMedium
-from onellm_dist.modalities import all_modalities
+from onellm_dist.common.media_size import MediaSize, SampleMedium
+from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.shards.format.index import ShardIndex, get_index_path, pack_index, write_index
-from onellm_dist.shards.format.media import measure_media, measure_medium, split_prefix
-from onellm_dist.shards.format.names import find_readable_modalities
+from onellm_dist.shards.format.media import (
+    list_media,
+    match_medium,
+    measure_medium,
+    parse_meta,
+)
+from onellm_dist.shards.format.tar_parts import TarParts
+
+_MAGIC_BYTES = 16
+_HEADER_BYTES = 1 << 17
+"""How much of a file is read first: metadata before the size may be large."""
 
 
 def index_media(tar: Path, modalities: Collection[str], *, listed: bool) -> OneLLMError | None:
@@ -53,31 +61,39 @@ def read_media(
         modalities: as of `index_media`.
         listed: as of `index_media`.
     """
-    plain = [SampleMedium(name) for name in all_modalities() if name in modalities]
     with tar.open("rb") as file:
         for row in range(index.samples):
-            content = {}
-            for extension, location in index.parts(row).items():
-                file.seek(location.offset)
-                content[extension] = file.read(location.size)
             try:
-                yield (
-                    measure_media(content, modalities)
-                    if listed
-                    else tuple(m._replace(size=measure_medium(m, content)) for m in plain)
-                )
+                yield _list_sample(TarParts(file, index.parts(row)), modalities, listed=listed)
             except SampleError as error:
                 yield error
 
 
-def find_media_modalities(tars: Iterable[Path]) -> tuple[str, ...]:
-    """Find the modalities that samples of indexed tars may have, by the names of their parts."""
-    found: Counter[str] = Counter()
-    for tar in tars:
-        for extensions in ShardIndex(get_index_path(tar)).extension_sets():
-            prefixes: dict[str, set[str]] = {}
-            for prefix, own in map(split_prefix, extensions):
-                prefixes.setdefault(prefix, set()).add(own)
-            for own_parts in prefixes.values():
-                found.update(find_readable_modalities(own_parts))
-    return tuple(name for name in all_modalities() if name in found)
+def _list_sample(
+    parts: TarParts, modalities: Collection[str], *, listed: bool
+) -> tuple[SampleMedium, ...]:
+    """The media of a sample with their sizes; of large files the beginning is read alone.
+
+    Raises:
+        SampleError: they cannot be listed.
+    """
+    media = (
+        list_media(parts, parse_meta(parts.get("json")), modalities)
+        if listed
+        else [SampleMedium(name) for name in all_modalities() if name in modalities]
+    )
+    return tuple(m._replace(size=_measure(m, parts)) for m in media)
+
+
+def _measure(medium: SampleMedium, parts: TarParts) -> MediaSize:
+    modality = get_modality(medium.modality)
+    try:
+        found = match_medium(medium.modality, medium.prefix, parts)
+    except SampleError:
+        return MediaSize()  # the sample is a bad one of a dataset that lists no media
+    first = found[next(iter(modality.required_parts))]
+    if modality.has_header(parts.cut(_MAGIC_BYTES)[first]):
+        size = measure_medium(medium, parts.cut(_HEADER_BYTES))
+        if size != MediaSize():
+            return size
+    return measure_medium(medium, parts)

@@ -18,7 +18,7 @@ from typing import Any
 from onellm_dist.common.errors import SampleError
 from onellm_dist.common.media_size import MediaSize, SampleMedium
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
-from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities import Modality, Part, get_modality
 from onellm_dist.modalities.base import translate_errors
 from onellm_dist.shards.format.names import find_readable_modalities, get_known_extensions
 
@@ -143,20 +143,24 @@ def measure_media(
     Raises:
         SampleError: as of `list_media`.
     """
-    media = list_media(parts, _parse_meta(parts.get("json")), modalities)
+    media = list_media(parts, parse_meta(parts.get("json")), modalities)
     return tuple(m._replace(size=measure_medium(m, parts)) for m in media)
 
 
 def measure_medium(medium: SampleMedium, parts: Mapping[str, bytes]) -> MediaSize:
     """Read the size of one medium from its header; zeros where the header cannot be read."""
+    modality = get_modality(medium.modality)
+    if type(modality).measure is Modality.measure:
+        return MediaSize()
     try:
         with translate_errors(medium.modality):
-            return get_modality(medium.modality).measure(get_medium_parts(medium, parts))
+            return modality.measure(get_medium_parts(medium, parts))
     except SampleError:
         return MediaSize()
 
 
-def _parse_meta(data: bytes | None) -> Mapping[str, Any]:
+def parse_meta(data: bytes | None) -> Mapping[str, Any]:
+    """Parse a sample's `.json`; what is no object says nothing."""
     try:
         meta = json.loads(data) if data is not None else {}
     except (ValueError, RecursionError):

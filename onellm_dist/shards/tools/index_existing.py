@@ -32,7 +32,7 @@ from onellm_dist.shards.format.dataset import (
 )
 from onellm_dist.shards.format.energon import read_energon_splits
 from onellm_dist.shards.format.index import ShardIndex, get_index_path
-from onellm_dist.shards.format.index_media import find_media_modalities, index_media
+from onellm_dist.shards.format.index_media import index_media
 from onellm_dist.shards.format.index_tar import SkippedMembers, try_index_tar
 from onellm_dist.shards.format.media import LISTED
 from onellm_dist.shards.format.names import (
@@ -41,6 +41,7 @@ from onellm_dist.shards.format.names import (
     make_dataset_name,
 )
 from onellm_dist.shards.format.valid_names import check_name, find_bad_shard_path
+from onellm_dist.shards.tools.foreign_media import find_media
 
 SOURCE_NAME = "index"
 """The `source` of a manifest that was made for existing tars."""
@@ -106,8 +107,8 @@ def index_existing_shards(
         workers: processes, each with a tar.
         again: False: skip the tars of a folder whose index fits (complete, new, of its size).
         follow_links: whether tars may be links that lead out of the folder.
-        media: whether the indexes also list the media of each sample, with their sizes. Tars from
-            elsewhere then become a dataset whose samples list their media.
+        media: whether the indexes also list the media of each sample, with their sizes; a dataset
+            of numbered parts (`0.jpg`), or of samples that differ, then lists its media.
 
     Raises:
         UsageError: there is no tar, one leads out of the folder, or the modality cannot be
@@ -130,10 +131,10 @@ def index_existing_shards(
     if old is not None and old.source != SOURCE_NAME:
         manifest = _keep_manifest(path, old, media=media)
     else:
+        modalities, listed = find_media(path, tars, modalities) if media else (modalities, False)
         if media:
-            modalities = find_media_modalities(tars) if modalities is None else modalities
-            _index_all_media(tars, modalities, listed=True)
-        manifest = _make_manifest(path, tars, modalities, name, split, licence, media=media)
+            _index_all_media(tars, modalities or (), listed=listed)
+        manifest = _make_manifest(path, tars, modalities, name, split, licence, listed=listed)
         write_atomic(path / MANIFEST, manifest.to_file())
     samples = sum(s.samples for s in manifest.shards)
     notes += _describe_skipped(skipped, "inside tars")
@@ -298,7 +299,7 @@ def _make_manifest(
     split: str | None,
     licence: str,
     *,
-    media: bool,
+    listed: bool,
 ) -> Manifest:
     shards, sets = list[ShardInfo](), dict[frozenset[str], _ExtensionSet]()
     energon = read_energon_splits(root)
@@ -319,7 +320,7 @@ def _make_manifest(
         for extensions, seen in sets.items():
             votes[extensions - set(TEXT_EXTENSIONS)] += seen.samples
         modalities = infer_modalities(votes, root)
-    if not media:
+    if not listed:
         _check_parts(sets, modalities)
     text = tuple(e for e in TEXT_EXTENSIONS if all(e in extensions for extensions in sets))
     return Manifest(
@@ -329,7 +330,7 @@ def _make_manifest(
         licence,
         SOURCE_NAME,
         tuple(shards),
-        dict(LISTED) if media else {},
+        dict(LISTED) if listed else {},
     )
 
 
