@@ -19,6 +19,9 @@ from onellm_dist.config.values import get_fields, parse_override, resolve
 COMMAND_LINE = "command line"
 ALTERNATIVES = {"model": ("path", "preset"), "train": ("steps", "epochs")}
 """Section to two keys that replace each other: a model has one source, a run one length."""
+ONE_LAYER = ("train",)
+"""Sections of which two such keys on one command line are refused, as in one file. Of the others
+the last one counts."""
 
 
 class _Origin(NamedTuple):
@@ -48,6 +51,8 @@ class LayeredRecipe:
         self.values: dict[str, Any] = {}
         self.files = tuple(files)
         self._origins: dict[str, _Origin] = {}
+        self._typed: dict[str, dict[str, Any]] = {}
+        """Section of `ONE_LAYER` to what overrides set in it."""
         for file in reversed(files):
             self._put(self.values, file.values, RunConfig, "", file)
             for section in ALTERNATIVES:
@@ -89,7 +94,11 @@ class LayeredRecipe:
         self._forget(key)
         self._put(node, {leaf: value}, annotation, "".join(f"{name}." for name in sections), None)
         if len(sections) == 1 and sections[0] in ALTERNATIVES:
-            self._replace_alternative(sections[0], {leaf: value}, None)
+            given = {leaf: value}
+            if sections[0] in ONE_LAYER:
+                given = self._typed.setdefault(sections[0], {})
+                given[leaf] = value
+            self._replace_alternative(sections[0], given, None)
 
     def describe_origin(self, key: str) -> str | None:
         """Return where the value of a key comes from: `my_recipe.yaml:12`, `command line`.

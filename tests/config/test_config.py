@@ -92,6 +92,19 @@ def test_path_and_preset_replace_each_other(tmp_path: Path) -> None:
     assert back.model.path is None
 
 
+def test_two_lengths_on_one_command_line_are_refused() -> None:
+    """Neither of the two may win in silence."""
+    both = ["train.steps=5", "train.epochs=2"]
+    for overrides in (both, both[::-1]):
+        with pytest.raises(UsageError, match=r"set one of train\.steps and train\.epochs"):
+            load_config("toy/align_image", overrides)
+    last = load_config("toy/align_image", ["train.epochs=2", "train.epochs=null", "train.steps=5"])
+    assert (last.train.steps, last.train.epochs) == (5, None)
+    for one in ("train.steps=5", "train.epochs=2"):
+        found = load_config("toy/align_image", [one]).train
+        assert (found.steps, found.epochs) == ((5, None) if "steps" in one else (None, 2))
+
+
 def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
     bad = {**GOOD, "train": {"stage": "algn", "steps": 0, "precison": "bf16"}, "optimm": {}}
     with pytest.raises(UsageError) as caught:
