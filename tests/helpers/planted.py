@@ -189,6 +189,21 @@ def _impatient(seconds: float, rank: int) -> None:
     run_directory.LOCK_PATIENCE_S = seconds
 
 
+def _stop(step: int, rank: int) -> None:
+    """The run is asked to stop in this step of the start (the first is 0)."""
+    from onellm_dist.train.callbacks.preemption import Preemption
+
+    ask, asked = Preemption.is_requested, [0]
+
+    def ask_once(self: Preemption) -> bool:
+        if asked[0] == step:
+            self.reason = "planted"
+        asked[0] += 1
+        return ask(self)
+
+    Preemption.is_requested = ask_once  # type: ignore[method-assign]
+
+
 def _unreadable(modality: str, rank: int) -> None:
     """No sample of a modality can be decoded, as where a library is missing."""
     from onellm_dist.modalities import get_modality
@@ -239,6 +254,7 @@ PLANTS: dict[str, Callable[[Any, int], None]] = {
     "slow_writes": _slow_writes,
     "slow_steps": _slow_steps,
     "impatient": _impatient,
+    "stop": _stop,
     "unreadable": _unreadable,
     "blocked_outputs": _blocked_outputs,
 }

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from zygote import get_zygote
 
+from onellm_dist.common.errors import EXIT_DONE, EXIT_PREEMPTED
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 
@@ -39,22 +40,22 @@ class Runs:
             modalities=modalities,
         )
 
-    def run(self, name: str, ranks: int, launcher: list[str] | None = None, **keys: object) -> Path:
-        fixed: dict[str, object] = {
-            "data.root": self.root / "toy",
-            "run.dir": self.root / name,
-            "data.workers": 0,
-            "data.mixture": self.mixture,
-            "optim.schedule": "constant",
-            "optim.warmup_steps": 0,
-            "optim.lr": 1e-3,
-            "train.precision": "fp32",
-            "launch.ranks": ranks,
-        }
-        fixed |= {key.replace("__", "."): value for key, value in {**self.keys, **keys}.items()}
-        overrides = [f"{key}={value}" for key, value in fixed.items()]
+    def run(
+        self,
+        name: str,
+        ranks: int,
+        launcher: list[str] | None = None,
+        *,
+        stop: int | None = None,
+        **keys: object,
+    ) -> Path:
+        """Run it to its end, or to the step in which it is asked to stop (without a launcher)."""
+        overrides = self.overrides(name, **{"launch__ranks": ranks, **keys})
         if launcher is None:
-            get_zygote().start(ranks, overrides, recipe=self.recipe).done(3600)
+            plant = {} if stop is None else {"stop": stop}
+            started = get_zygote().start(ranks, overrides, plant, recipe=self.recipe)
+            code = EXIT_DONE if stop is None else EXIT_PREEMPTED
+            assert set(started.wait(3600)) == {code}, started.output()
             return self.root / name
         env = {
             **os.environ,
@@ -68,6 +69,21 @@ class Runs:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return self.root / name
+
+    def overrides(self, name: str, **keys: object) -> list[str]:
+        """The keys of a run, as its command line has them."""
+        fixed: dict[str, object] = {
+            "data.root": self.root / "toy",
+            "run.dir": self.root / name,
+            "data.workers": 0,
+            "data.mixture": self.mixture,
+            "optim.schedule": "constant",
+            "optim.warmup_steps": 0,
+            "optim.lr": 1e-3,
+            "train.precision": "fp32",
+        }
+        fixed |= {key.replace("__", "."): value for key, value in {**self.keys, **keys}.items()}
+        return [f"{key}={value}" for key, value in fixed.items()]
 
     def step(self, name: str, step: int) -> Path:
         return self.root / name / "checkpoints" / f"step-{step:08d}"

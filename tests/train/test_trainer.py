@@ -192,6 +192,7 @@ def test_the_hooks_are_called_in_their_order(trained: tuple[Path, str]) -> None:
     ]
     assert (folder / "second" / "diary").read_text().split() == [
         "on_fit_start",
+        "before_first_step",
         *step,
         *step,
         "on_checkpoint",

@@ -19,6 +19,7 @@ from onellm_dist.model.adapter_folder import BASE, CONFIG, WEIGHTS
 from onellm_dist.model.lazy_weights import open_model
 from onellm_dist.model.presets import load_model
 from onellm_dist.train.checkpoint.folder import read_manifest
+from onellm_dist.train.records.json_lines import read_lines
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -79,17 +80,36 @@ def test_a_decay_that_starts_at_a_resume_is_that_of_a_run_planned_so(runs: Runs)
         assert torch.equal(values, runs.exported("decayed")[name]), name
 
 
-def test_a_run_ends_by_validation_and_does_not_continue(runs: Runs) -> None:
-    """Of three epochs in 24 steps three are done: no loss is 100 below the first one."""
-    keys: dict[str, Any] = {
-        "train__epochs": 3,
-        "train__early_stopping": "{patience: 2, min_delta: 100}",
-        "data__validation": "{split: test_seen, samples: 4, every: 1}",
-        "train__parameters": "[{match: llm.model.norm.*, lr: 1e-4, schedule: linear}]",
-        "optim__name": "lion",
+EARLY: dict[str, Any] = {
+    "train__epochs": 3,
+    "train__early_stopping": "{patience: 2, min_delta: 100}",
+    "data__validation": "{split: test_seen, samples: 4, every: 1}",
+    "train__parameters": "[{match: llm.model.norm.*, lr: 1e-4, schedule: linear}]",
+    "optim__name": "lion",
+}
+"""Of three epochs in 24 steps three are done: no loss is 100 below the first one."""
+
+
+def test_a_run_that_was_stopped_ends_by_validation_where_it_would_have(runs: Runs) -> None:
+    """The validation that was due at the stop is made up for; none is twice."""
+    runs.run("undisturbed", 1, **EARLY)
+    folder = runs.run("stopped", 1, stop=1, **EARLY)
+    assert [line["steps_done"] for line in read_lines(folder / "validation.jsonl")] == [1]
+    runs.run("stopped", 1, **EARLY)
+    losses = {
+        name: [
+            (line["steps_done"], line["loss"])
+            for line in read_lines(runs.root / name / "validation.jsonl")
+        ]
+        for name in ("undisturbed", "stopped")
     }
+    assert losses["stopped"] == losses["undisturbed"] and len(losses["stopped"]) == 3
+    assert sorted(runs.metrics("stopped")) == [0, 1, 2]
+
+
+def test_a_run_ends_by_validation_and_does_not_continue(runs: Runs) -> None:
     for _ in range(2):
-        folder = runs.run("early", 1, **keys)
+        folder = runs.run("early", 1, **EARLY)
         assert sorted(runs.metrics("early")) == [0, 1, 2]
     end = read_events(folder, "end")
     assert [e["status"] for e in end] == ["done", "done"]

@@ -38,6 +38,9 @@ class Callback:
     def on_fit_start(self) -> None:
         """The run is built, and training is about to begin at `trainer.state.first_step`."""
 
+    def before_first_step(self) -> None:
+        """Every callback has begun (`on_fit_start`), and the first step of this start is next."""
+
     def on_step_start(self, step: int) -> None:
         """Optimizer step `step` is about to begin."""
 

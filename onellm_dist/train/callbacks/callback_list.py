@@ -35,6 +35,10 @@ class CallbackList(Callback):
         for callback in self._callbacks:
             callback.on_fit_start()
 
+    def before_first_step(self) -> None:
+        for callback in self._callbacks:
+            callback.before_first_step()
+
     def on_step_start(self, step: int) -> None:
         for callback in self._callbacks:
             callback.on_step_start(step)

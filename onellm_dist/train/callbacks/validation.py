@@ -13,20 +13,25 @@ from typing import Any
 
 import torch
 
-from onellm_dist.common.run_files import VALIDATION
+from onellm_dist.common.run_files import CHECKPOINTS, VALIDATION
 from onellm_dist.config.schema import ValidationSection
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.plan import Plan
 from onellm_dist.train.callbacks.base import Callback
+from onellm_dist.train.checkpoint.folder import make_checkpoint_name
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
-from onellm_dist.train.records.json_lines import to_json
+from onellm_dist.train.records.json_lines import read_lines, to_json
 from onellm_dist.train.records.patient_file import PatientFile
 from onellm_dist.train.totals import StepTotals, StepValues
 
 
 class Validation(Callback):
     """Runs the validation set every `data.validation.every` steps and after the last step.
+
+    A run that was asked to stop writes its checkpoint at once. If a validation was due there, the
+    next start runs it first: the validations, and what depends on them, are those of a run that was
+    never stopped.
 
     Args:
         config: the `data.validation` section.
@@ -54,15 +59,35 @@ class Validation(Callback):
         self._engine = engine
         self._model = model
         self._dist = dist
+        self._run_dir = run_dir
         self._file = PatientFile(run_dir / VALIDATION)
         self._steps = steps
 
+    def before_first_step(self) -> None:
+        first_step = self.trainer.state.first_step
+        if first_step and self._is_due(first_step) and self._was_left_out(first_step):
+            self._run_between_steps(first_step)
+
     def after_step(self, steps_done: int, *, stopping: bool) -> None:
-        due = steps_done % self._config.every == 0 or steps_done == self._steps
-        if due and not stopping:
-            self.trainer.heartbeat.leave_step("validation")
-            loss = self.run(steps_done)
-            self.trainer.callbacks.on_validation_end(steps_done, loss)
+        if self._is_due(steps_done) and not stopping:
+            self._run_between_steps(steps_done)
+
+    def _is_due(self, steps_done: int) -> bool:
+        return steps_done % self._config.every == 0 or steps_done == self._steps
+
+    def _was_left_out(self, steps_done: int) -> bool:
+        """Whether this run has a checkpoint of a step, and no validation; the same on all ranks."""
+        found = False
+        if self._dist.is_rank_zero:
+            folder = self._run_dir / CHECKPOINTS / make_checkpoint_name(steps_done)
+            done = {line.get("steps_done") for line in read_lines(self._run_dir / VALIDATION)}
+            found = folder.is_dir() and steps_done not in done
+        return bool(self._dist.broadcast(found))
+
+    def _run_between_steps(self, steps_done: int) -> None:
+        self.trainer.heartbeat.leave_step("validation")
+        loss = self.run(steps_done)
+        self.trainer.callbacks.on_validation_end(steps_done, loss)
 
     def run(self, steps_done: int) -> float:
         """Run the set and record it. Called by all ranks together.
