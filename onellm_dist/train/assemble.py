@@ -58,10 +58,10 @@ def assemble_trainer(
     meter = StepMeter(MetricSet(), FlopCounter(inputs.model, inputs.plan.corpus), dist)  # unsharded
     router = RouterWatch(inputs.model, inputs.modalities)
     engine, rates = shard_model(config, prepared=prepared, settings=settings, session=session)
-    parts = prepared.parts
+    parts, by_name = prepared.parts, prepared.parameters.rates
     del weights, prepared
     first_step = setup.restore_checkpoint(inputs, engine=engine, session=session)
-    events = open_records(config, inputs=inputs, session=session)
+    events = open_records(config, inputs=inputs, rates=by_name, session=session)
     sample_log = SampleLog(config.run.dir / SAMPLES, rank=dist.rank)
     monitor = setup.build_monitor(config, inputs=inputs, sample_log=sample_log)
     checkpoints = setup.build_checkpoints(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
+from torch import nn
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.config.train_sections import OptimSection
+from onellm_dist.config.train_sections import OptimSection, TrainSection
 from onellm_dist.train.checkpoint.folder import get_steps_done
 from onellm_dist.train.checkpoint.resume import ResumeTarget
-from onellm_dist.train.optim.schedules import compute_learning_rate
+from onellm_dist.train.optim.groups import compute_group_rates
+from onellm_dist.train.optim.rules import ParameterRate, plan_parameters
 from onellm_dist.train.records.config_changes import (
     KeyChange,
     append_history,
@@ -26,6 +30,17 @@ EPOCH_KEYS = ("data.global_batch", "data.mixture")
 """What decides how many steps an epoch has."""
 JUMP = 1.1
 """A learning rate that changes by more than this factor at a resume jumps."""
+
+
+@dataclass(frozen=True)
+class TrainedParameters:
+    """What a start trains, and how."""
+
+    model: nn.Module
+    modalities: Collection[str]
+    """Those of the mixture."""
+    rates: Mapping[str, ParameterRate]
+    """Name of each parameter that trains to how."""
 
 
 def check_steps_left(config: RunConfig, target: ResumeTarget, manifest: Mapping[str, Any]) -> None:
@@ -94,6 +109,7 @@ def write_changes(
     changes: list[KeyChange],
     earlier: Mapping[str, Any] | None,
     first_step: int,
+    trained: TrainedParameters,
 ) -> None:
     """Tell which keys changed: in the events, on the terminal and in the history. Rank 0 calls it.
 
@@ -103,6 +119,7 @@ def write_changes(
         changes: what `find_resume_changes` found.
         earlier: the recipe before.
         first_step: index of the first step with the new values.
+        trained: what this start trains.
     """
     if not changes or earlier is None:
         return
@@ -114,24 +131,61 @@ def write_changes(
         changes=[change.to_json() for change in changes],
         message=f"changed from step {first_step} on:\n{listed}",
     )
-    before = compute_earlier_rate(earlier, first_step)
-    now = compute_learning_rate(first_step, config.optim, config.train.steps)
-    if before is not None and max(before, now) > JUMP * min(before, now):
-        events.write(
-            "learning_rate_jump",
-            step=first_step,
-            old=before,
-            new=now,
-            message=f"the learning rate jumps at step {first_step}: it would have been "
-            f"{before:.3g} by the recipe before, and is {now:.3g}",
-            warning=True,
-        )
+    now = compute_rates(trained.rates, first_step, config.optim, config.train.steps)
+    before = compute_earlier_rates(earlier, first_step, trained)
+    _write_jump(events, first_step, before, now)
 
 
-def compute_earlier_rate(earlier: Mapping[str, Any], step: int) -> float | None:
-    """The learning rate of a step by an earlier recipe; None where it cannot be said."""
+def _write_jump(
+    events: Events, step: int, before: Mapping[str, float], now: Mapping[str, float]
+) -> None:
+    """Write the event of learning rates that jump, with those of the parameter that jumps most."""
+    jumps = {
+        name: max(before[name], rate) / (min(before[name], rate) or math.ulp(0.0))
+        for name, rate in now.items()
+        if name in before and max(before[name], rate) > JUMP * min(before[name], rate)
+    }
+    if not jumps:
+        return
+    name = max(jumps, key=lambda each: jumps[each])
+    old, new = before[name], now[name]
+    whose = "" if len(jumps) == len(now) else f" of {len(jumps)} of {len(now)} parameters ({name})"
+    events.write(
+        "learning_rate_jump",
+        step=step,
+        old=old,
+        new=new,
+        parameter=name,
+        parameters=len(jumps),
+        message=f"the learning rate{whose} jumps at step {step}: it would have been {old:.3g} by "
+        f"the recipe before, and is {new:.3g}",
+        warning=True,
+    )
+
+
+def compute_rates(
+    rates: Mapping[str, ParameterRate], step: int, optim: OptimSection, total_steps: int
+) -> dict[str, float]:
+    """The learning rate of each parameter in an optimizer step; see `compute_group_rates`."""
+    return dict(
+        zip(rates, compute_group_rates(step, optim, total_steps, [*rates.values()]), strict=True)
+    )
+
+
+def compute_earlier_rates(
+    earlier: Mapping[str, Any], step: int, trained: TrainedParameters
+) -> dict[str, float]:
+    """The learning rates of a step by an earlier recipe; {} where they cannot be said.
+
+    Args:
+        earlier: its sections.
+        step: index of the step.
+        trained: the model, which may not be that of the earlier recipe.
+    """
     try:
         optim = OptimSection.model_validate(earlier["optim"])
-        return compute_learning_rate(step, optim, int(earlier["train"]["steps"]))
+        train = TrainSection.model_validate(earlier["train"])
+        plan = plan_parameters(trained.model, train, optim, trained.modalities)
+        return compute_rates(plan.rates, step, optim, int(train.steps))
     except (KeyError, TypeError, ValueError, ValidationError, UsageError):
-        return None
+        return {}

@@ -22,11 +22,16 @@ from onellm_dist.train.checkpoint.inherit import apply_resume
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.distributed import name_device
 from onellm_dist.train.optim.part_summary import PartSummary, format_parts, to_json
+from onellm_dist.train.optim.rules import ParameterRate
 from onellm_dist.train.pack_budget import write_budget
 from onellm_dist.train.records.data_phases import write_data_phases
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.run_directory import prepare_directory
-from onellm_dist.train.resume_changes import find_resume_changes, write_changes
+from onellm_dist.train.resume_changes import (
+    TrainedParameters,
+    find_resume_changes,
+    write_changes,
+)
 from onellm_dist.train.run_exclusions import write_exclusions
 from onellm_dist.train.session import Session
 from onellm_dist.train.setup import Inputs
@@ -35,7 +40,13 @@ if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer
 
 
-def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Events:
+def open_records(
+    config: RunConfig,
+    *,
+    inputs: Inputs,
+    rates: Mapping[str, ParameterRate],
+    session: Session,
+) -> Events:
     """Make the run directory that of this start, and open its events. All ranks call it together.
 
     Everything that can be refused has been checked before: nothing is written until here.
@@ -43,6 +54,7 @@ def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Even
     Args:
         config: the recipe.
         inputs: what this start has read.
+        rates: how each parameter trains.
         session: its exit file and heartbeat learn about events and samples.
     """
     run_dir, dist, plan = config.run.dir, session.dist, inputs.plan
@@ -71,7 +83,8 @@ def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Even
         is_rank_zero=dist.is_rank_zero,
         fresh=inputs.target.folder is None,
     )
-    write_changes(events, config, changes, earlier, get_steps_done(inputs.manifest))
+    trained = TrainedParameters(inputs.model, inputs.modalities, rates)
+    write_changes(events, config, changes, earlier, get_steps_done(inputs.manifest), trained)
     if dist.is_rank_zero:
         write_exclusions(events, plan, inputs.validation_plan)
     if inputs.plan_changed:

@@ -53,8 +53,9 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
         ("step", "changes"),
     ),
     "learning_rate_jump": EventDescription(
-        "At a resume, the learning rate is another one than by the recipe before.",
-        ("step", "old", "new"),
+        "At a resume, learning rates are other ones than by the recipe before. `old` and `new` are "
+        "those of the `parameter` that jumps most, of as many as `parameters`.",
+        ("step", "old", "new", "parameter", "parameters"),
     ),
     "straggler": EventDescription(
         "Ranks keep the others waiting: `seconds` of a step beyond the median of the other ranks, "

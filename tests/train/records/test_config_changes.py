@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from torch import nn
 
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.model.presets import build_meta_model
+from onellm_dist.train.optim.rules import plan_parameters
 from onellm_dist.train.records.config_changes import (
     KeyChange,
     append_history,
     find_changes,
     read_earlier_recipe,
 )
-from onellm_dist.train.resume_changes import compute_earlier_rate
+from onellm_dist.train.records.events import Events
+from onellm_dist.train.resume_changes import (
+    TrainedParameters,
+    compute_earlier_rates,
+    write_changes,
+)
 
 
 def load(tmp_path: Path, *overrides: str) -> RunConfig:
@@ -104,11 +113,65 @@ def test_another_runs_recipe_is_that_beside_its_checkpoint(tmp_path: Path) -> No
     assert read_earlier_recipe(own, link) is None
 
 
-def test_the_rate_by_the_recipe_before_is_computed_or_unknown(tmp_path: Path) -> None:
-    rates = ("optim.lr=1e-3", "optim.min_lr=0", "optim.warmup_steps=0", "optim.schedule=cosine")
-    before = dump(load(tmp_path, *rates, "train.steps=10"))
-    assert compute_earlier_rate(before, 5) == pytest.approx(5e-4)
-    assert compute_earlier_rate(before, 10) == 0
+@cache
+def build_toy() -> nn.Module:
+    return build_meta_model("toy")
+
+
+def make_trained(config: RunConfig) -> TrainedParameters:
+    model = build_toy()
+    plan = plan_parameters(model, config.train, config.optim, ("image",))
+    return TrainedParameters(model, ("image",), plan.rates)
+
+
+HEAD = "llm.lm_head.weight"
+RATES = ("optim.lr=1e-3", "optim.min_lr=0", "optim.warmup_steps=0", "optim.schedule=cosine")
+
+
+def test_the_rates_by_the_recipe_before_are_computed_or_unknown(tmp_path: Path) -> None:
+    rules = "train.parameters=[{match: llm.lm_head.*, lr: 1e-4, schedule: constant}]"
+    config = load(tmp_path, *RATES, "train.steps=10", "train.stage=tune", rules)
+    trained, before = make_trained(config), dump(config)
+    for step, body in ((5, 5e-4), (10, 0)):
+        found = compute_earlier_rates(before, step, trained)
+        assert found.keys() == trained.rates.keys() and len(found) > 10
+        assert found == pytest.approx(
+            {name: 1e-4 if name == HEAD else body for name in trained.rates}
+        )
     before["optim"]["schedule"] = "gone"
-    assert compute_earlier_rate(before, 5) is None
-    assert compute_earlier_rate({}, 5) is None
+    assert compute_earlier_rates(before, 5, trained) == {}
+    assert compute_earlier_rates({}, 5, trained) == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parameters", "rates"),
+    [
+        ("lr: 1e-4", "lr: 3e-4", 1, (5e-5, 1.5e-4)),
+        ("lr: 1e-4", "schedule: constant", 1, (5e-5, 1e-3)),
+        ("lr: 1e-4", "lr: 1.05e-4", 0, ()),
+        ("lr: 1e-4", "freeze: true", 0, ()),
+    ],
+)
+def test_a_jump_of_a_rules_rate_is_recorded(
+    tmp_path: Path, old: str, new: str, parameters: int, rates: tuple[float, ...]
+) -> None:
+    """`optim.lr` stays: only what the rule of the head says changes."""
+    before, now = (
+        load(
+            tmp_path,
+            *RATES,
+            "train.steps=10",
+            "train.stage=tune",
+            f"train.parameters=[{{match: llm.lm_head.*, {said}}}]",
+        )
+        for said in (old, new)
+    )
+    events = Events(tmp_path, enabled=True)
+    earlier = dump(before)
+    write_changes(events, now, find_changes(earlier, now), earlier, 5, make_trained(now))
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    jumps = [line for line in lines if line["event"] == "learning_rate_jump"]
+    assert len(jumps) == bool(parameters) and len(lines) == 1 + len(jumps)
+    for jump in jumps:
+        assert (jump["old"], jump["new"]) == pytest.approx(rates)
+        assert jump["parameters"] == parameters and jump["parameter"] == HEAD
