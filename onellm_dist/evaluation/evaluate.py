@@ -41,6 +41,7 @@ from onellm_dist.evaluation.questions import BenchmarkQuestion
 from onellm_dist.evaluation.tasks import Task, get_task
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.modalities import get_modality
+from onellm_dist.model.adapter_folder import is_adapter, read_base
 from onellm_dist.model.batched_generation import (
     BATCH,
     BatchStatistics,
@@ -344,7 +345,7 @@ def identify_model(folder: Path) -> str:
     """What distinguishes a saved model from another one, without reading all of it.
 
     It covers the config, the tokenizer's files, its chat template and, of each file of weights,
-    size, first and last MiB.
+    size, first and last MiB. Of an adapter it covers the base too.
     """
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]):
@@ -356,6 +357,9 @@ def identify_model(folder: Path) -> str:
             digest.update(file.read(_HEADER_BYTES))
             file.seek(max(0, size - _HEADER_BYTES))
             digest.update(file.read())
+    base = read_base(folder) if is_adapter(folder) else None
+    if base is not None and base.path is not None:
+        digest.update(identify_model(base.path).encode())
     return digest.hexdigest()[:16]
 
 

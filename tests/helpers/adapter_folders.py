@@ -1,0 +1,40 @@
+"""Folders of adapters with weights that change answers, without a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onellm_dist.config.train_sections import LoraSection
+from onellm_dist.model.adapter_folder import write_adapter
+from onellm_dist.model.lora import add_adapters
+from onellm_dist.model.presets import load_model
+
+SECTION = LoraSection(rank=4, alpha=8, targets=("llm.*self_attn*", "upm.*"))
+
+
+def save_base(folder: Path) -> Path:
+    """A model with random weights, as a folder."""
+    model, processor = load_model(path=None, preset="toy", seed=0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, base: Path, *, seed: int) -> Any:
+    """Write an adapter of `base` with random factors; returns the model with the adapter beside."""
+    loaded, processor = load_model(path=base, preset=None, seed=0)
+    model: Any = loaded
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    add_adapters(model, SECTION)
+    generator = torch.Generator().manual_seed(seed)
+    factors = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    with torch.no_grad():
+        for parameter in factors.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    values = {name: p.detach() for name, p in factors.items()}
+    write_adapter(folder, values, SECTION, {"path": str(base)})
+    return model.eval()
