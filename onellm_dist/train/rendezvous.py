@@ -55,7 +55,8 @@ def meet(ranks: Ranks, timeout: timedelta, *, patience_s: float | None = None) -
         waiting.wait_for_port(address)
         store = TCPStore(address, ranks.port, None, False, timeout, wait_for_workers=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    joined = PrefixStore(f"onellm/{attempt}", store)
+    # torchrun's store outlives a start, and nodes that join are no restart: there are just more.
+    joined = PrefixStore(f"onellm/{attempt}/{ranks.world_size}", store)
     try:
         waiting.wait_for_ranks(joined)
     except (DistError, RuntimeError) as error:
