@@ -1,4 +1,4 @@
-"""One place for version and dependencies, and an image, an sdist and a wheel that agree with it."""
+"""One place for version and dependencies, and an sdist and a wheel that agree with it."""
 
 from __future__ import annotations
 
@@ -81,21 +81,6 @@ def test_every_shipped_pattern_finds_files(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(setuptools, "setup", ignore)
     patterns = runpy.run_path(str(ROOT / "setup.py"))["SHIPPED"]
     assert all(any(ROOT.glob(pattern)) for pattern in patterns)
-
-
-def test_the_image_is_made_by_the_steps_of_setup() -> None:
-    """The Dockerfile runs `make setup` on the checkout and installs no Python package itself."""
-    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
-    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
-    runs = [rest for word, rest in steps if word == "RUN"]
-    assert [rest for rest in runs if "make setup" in rest] and not any("pip" in r for r in runs)
-    assert ["COPY", ". ."] in [[word, rest.strip()] for word, rest in steps]
-    packages = re.findall(r"(?<=recommends)[^&]+", runs[0])[0].split()
-    assert {"make", "python3", "python3-venv"} <= set(packages)
-    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
-    assert ".venv" in ignored and not {"launch", "ds_configs", "shards"} & set(ignored)
-    script = (ROOT / "launch/setup_machine.sh").read_text(encoding="utf-8")
-    assert "apt-get" not in script, "what setup installs from Debian belongs into the image too"
 
 
 def test_setup_says_what_went_wrong(tmp_path: Path) -> None:
