@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onellm_dist.cli import launch_options as options
+from onellm_dist.cli import launch_targets
 from onellm_dist.cli.help import format_examples
 from onellm_dist.common.errors import UsageError
 
@@ -112,10 +113,15 @@ def doctor(
         "onellm launch tune --nodes 1-4 --with torchrun --time 12:00:00 --partition gpu "
         "--out tune.sbatch",
         "onellm launch tune --array optim.lr=1e-5,2e-5 --array run.seed=0,1 --submit",
+        "onellm launch stage1_image --to kubernetes --nodes 2 --container IMAGE "
+        "--volume shared:/data --set run.dir=/data/stage1 --set data.root=/data/shards "
+        "--out stage1.yaml",
     )
 )
 def launch(
+    context: typer.Context,
     recipe: options.Recipe,
+    to: options.Target = "slurm",
     nodes: options.Nodes = "1",
     gpus_per_node: options.GpusPerNode = 8,
     gpu: options.Gpu = None,
@@ -129,9 +135,11 @@ def launch(
     qos: options.Qos = None,
     exclude: options.Exclude = None,
     cpus_per_rank: options.CpusPerRank = None,
+    accelerator: options.Accelerator = None,
     container: options.Container = None,
     container_runtime: options.Runtime = "pyxis",
     mount: options.Mounts = None,
+    volume: options.Volumes = None,
     max_requeues: options.MaxRequeues = 5,
     grace_period: options.GracePeriod = 300,
     preflight: options.Preflight = False,
@@ -144,36 +152,16 @@ def launch(
 
     The job requeues itself after a preemption or a failure, and the run resumes.
     With --array it is one job for each combination of values, each with a run
-    directory of its own below `run.dir`.
+    directory of its own below `run.dir`. With --to it is a manifest for Kubernetes
+    (a JobSet) or a task for SkyPilot, to read, keep and apply.
     """
-    from onellm_dist.launch.slurm.submit import make_job
-
-    job = make_job(
-        recipe,
-        settings or [],
-        nodes=nodes,
-        array=array or [],
-        gpus_per_node=gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        starter=starter,
-        time=time,
-        partition=partition,
-        account=account,
-        qos=qos,
-        exclude=exclude,
-        cpus_per_rank=cpus_per_rank,
-        container=container,
-        container_runtime=container_runtime,
-        max_requeues=max_requeues,
-        grace_period_s=grace_period,
-        name=job_name,
-        python=python,
-        mounts=mount or [],
-        preflight=preflight,
-        command=shlex.join(["onellm", *sys.argv[1:]]),
-    )
-    _warn_by_plan(job, gpu)
-    _write_job(job, out, submit=submit)
+    launch_targets.check_options(context, to)
+    if to == launch_targets.SLURM:
+        job = launch_targets.make_slurm_job(context.params)
+        _warn_by_plan(job, gpu)
+        _write_job(job, out, submit=submit)
+    else:
+        launch_targets.write_cloud_file(context.params, to, out)
 
 
 def _warn_by_plan(job: SlurmJob, gpu: str | None) -> None:

@@ -30,6 +30,21 @@ Sweep = Annotated[
 StarterOption = Annotated[
     str, typer.Option("--with", help="What starts the ranks: srun, torchrun or deepspeed (pdsh).")
 ]
+Target = Annotated[
+    str, typer.Option("--to", help="Where the run is to start: slurm, kubernetes or skypilot.")
+]
+Accelerator = Annotated[
+    str | None, typer.Option(help="Kind of GPU, as SkyPilot calls it (with --to skypilot): H100.")
+]
+Volumes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--volume",
+        help="A shared volume and where the nodes mount it (repeatable; with --to kubernetes: the "
+        "name of a PersistentVolumeClaim).",
+        metavar="NAME:/PATH",
+    ),
+]
 Nodes = Annotated[str, typer.Option(help="Number of nodes: 2, or 1-4 for up to four.")]
 GpusPerNode = Annotated[
     int, typer.Option(min=0, help="GPUs on each node; also the ranks on each node.")
@@ -87,7 +102,10 @@ JobName = Annotated[
     str | None, typer.Option(help="Name of the job.", show_default="the recipe's name")
 ]
 Python = Annotated[
-    str | None, typer.Option(help="The Python interpreter on the nodes.", show_default="this one")
+    str | None,
+    typer.Option(
+        help="The Python interpreter on the nodes.", show_default="this one; in a container its own"
+    ),
 ]
 ScriptFile = Annotated[
     Path | None,

@@ -22,10 +22,13 @@ from onellm_dist.common import run_files
 from onellm_dist.common.errors import EXIT_CODES, EXIT_DONE, EXIT_USAGE
 from onellm_dist.common.refusals import describe_start, find_refusal
 from onellm_dist.launch.slurm.attempts import (
+    ADDRESS_VARIABLE,
     LOST,
+    PORT_VARIABLE,
     RUNNING,
     Attempt,
     append_attempt,
+    count_attempts,
     get_local_time,
     make_attempt,
     read_attempts,
@@ -38,6 +41,7 @@ from onellm_dist.launch.slurm.run_progress import (
     get_checkpoint_seconds,
     read_json,
 )
+from onellm_dist.launch.variables import read_number
 
 LEAST_GRACE_PERIOD_S = 60
 
@@ -47,7 +51,7 @@ def record_begin(run_dir: Path, env: Mapping[str, str], *, ranks_per_node: int =
 
     Args:
         run_dir: the run directory.
-        env: Slurm's variables.
+        env: see `make_attempt`.
         ranks_per_node: ranks that the job script starts on each node; 0 if unknown.
     """
     attempts = read_attempts(run_dir)
@@ -63,7 +67,7 @@ def record_begin(run_dir: Path, env: Mapping[str, str], *, ranks_per_node: int =
         )
         append_attempt(run_dir, lost)
     (run_dir / run_files.EXIT).unlink(missing_ok=True)
-    attempt = make_attempt(env)
+    attempt = make_attempt(env, earlier=count_attempts(attempts, env))
     ranks = len(attempt.nodes) * ranks_per_node or None
     append_attempt(run_dir, replace(attempt, ranks=ranks))
 
@@ -95,15 +99,15 @@ def record_end(
 
     Args:
         run_dir: the run directory.
-        env: Slurm's variables.
+        env: see `make_attempt`.
         launcher_status: exit code of the launcher.
         stop_asked: when the job script was asked to stop, in seconds since 1970; 0 if it was not.
         max_requeues: allowed failures in a row without a new checkpoint.
         preflight_status: exit code of the preflight; 0 if it passed or there was none.
     """
-    current = make_attempt(env)
-    key = (current.job_id, current.restart_count)
     attempts = read_attempts(run_dir)
+    current = make_attempt(env, earlier=max(0, count_attempts(attempts, env) - 1))
+    key = (current.job_id, current.restart_count)
     started = next((a for a in attempts if (a.job_id, a.restart_count) == key), current)
     earlier = [a for a in attempts if (a.job_id, a.restart_count) != key]
     started = replace(started, end=get_local_time(), checkpoint=find_newest_checkpoint(run_dir))
@@ -113,7 +117,11 @@ def record_end(
         )
     else:
         ended = describe_end(
-            run_dir, started, launcher_status=launcher_status, stop_asked=stop_asked
+            run_dir,
+            started,
+            launcher_status=launcher_status,
+            stop_asked=stop_asked,
+            meeting_point=name_meeting_point(started, env),
         )
     action = choose_action(ended, earlier, max_requeues=max_requeues, run_dir=run_dir)
     append_attempt(run_dir, replace(ended, action=action.action, delay_s=action.delay_s))
@@ -121,7 +129,12 @@ def record_end(
 
 
 def describe_end(
-    run_dir: Path, started: Attempt, *, launcher_status: int, stop_asked: float
+    run_dir: Path,
+    started: Attempt,
+    *,
+    launcher_status: int,
+    stop_asked: float,
+    meeting_point: str = "",
 ) -> Attempt:
     """Complete an attempt from `exit.json`, else from its refusal or the launcher's status.
 
@@ -130,6 +143,7 @@ def describe_end(
         started: the attempt, its end filled in.
         launcher_status: exit code of the launcher.
         stop_asked: when the job script was asked to stop, in seconds since 1970; 0 if it was not.
+        meeting_point: see `name_meeting_point`.
     """
     exit_file = run_dir / run_files.EXIT
     found = read_json(exit_file)
@@ -148,7 +162,7 @@ def describe_end(
             budget_lowered=found.get("budget_lowered") is True,
         )
     job = f"{started.job_id}.{started.restart_count}"
-    refusal = find_refusal(run_dir, job, start=name_meeting_point(started), since=started.start)
+    refusal = find_refusal(run_dir, job, start=meeting_point, since=started.start)
     if refusal is not None and refusal.get("status") in EXIT_CODES:
         return replace(started, status=refusal["status"], reason=str(refusal.get("reason", "")))
     started = replace(started, steps_done=count_steps_done(run_dir, started))
@@ -160,8 +174,10 @@ def describe_end(
     return replace(started, status="failed", failed_step=started.steps_done, reason=reason)
 
 
-def name_meeting_point(attempt: Attempt) -> str:
+def name_meeting_point(attempt: Attempt, env: Mapping[str, str]) -> str:
     """The name of a start whose ranks meet where the job script says, as they know it."""
+    if env.get(ADDRESS_VARIABLE):
+        return describe_start(env[ADDRESS_VARIABLE], read_number(env, PORT_VARIABLE), {})
     if not attempt.nodes or not attempt.job_id.isdigit():
         return ""
     port = compute_port(int(attempt.job_id), attempt.restart_count)

@@ -1,6 +1,7 @@
-"""The history of a run's starts under Slurm: `RUN_DIR/attempts.jsonl`.
+"""The history of a run's starts by a scheduler: `RUN_DIR/attempts.jsonl`.
 
-The job script appends to it; reports read it. A start is called an attempt here.
+The job script appends to it; reports read it. A start is called an attempt here. Slurm's variables
+describe it; the scripts of other schedulers set our own.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from onellm_dist.launch.slurm.environment import expand_hosts
 
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 RUNNING = "running"
+JOB_VARIABLE = "ONELLM_JOB_ID"
+"""Name of a job that is not Slurm's; the same in all of its starts."""
+NODES_VARIABLE = "ONELLM_JOB_NODES"
+"""Its nodes, separated by white space."""
+ADDRESS_VARIABLE = "ONELLM_JOB_ADDRESS"
+"""Where its ranks meet: the host of rank 0."""
+PORT_VARIABLE = "ONELLM_JOB_PORT"
 LOST = "lost"
 """Status of an attempt that ended without a record: its node died, or the job was killed."""
 
@@ -32,7 +40,7 @@ class Attempt:
 
     job_id: str
     restart_count: int
-    """How often Slurm had requeued the job before this start."""
+    """How often the scheduler had started the job before."""
     nodes: tuple[str, ...]
     start: str
     """Local time with its UTC offset: 2026-11-20T09:41:00+0000."""
@@ -63,8 +71,16 @@ def get_local_time() -> str:
     return time.strftime(TIME_FORMAT)
 
 
-def make_attempt(env: Mapping[str, str]) -> Attempt:
-    """Make the attempt that Slurm's variables in `env` describe, starting now."""
+def make_attempt(env: Mapping[str, str], *, earlier: int = 0) -> Attempt:
+    """Make the attempt that variables describe, starting now.
+
+    Args:
+        env: Slurm's variables, or `ONELLM_JOB_ID` and `ONELLM_JOB_NODES` of another scheduler.
+        earlier: starts of the job before this one; only Slurm counts them itself.
+    """
+    if env.get(JOB_VARIABLE):
+        hosts = tuple(env.get(NODES_VARIABLE, "").split())
+        return Attempt(env[JOB_VARIABLE], earlier, hosts, get_local_time())
     nodes = env.get("SLURM_JOB_NODELIST", "")
     return Attempt(
         job_id=env.get("SLURM_JOB_ID", "0"),
@@ -93,6 +109,11 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
         replace(a, status=LOST) if a.status == RUNNING and a is not attempts[-1] else a
         for a in attempts
     ]
+
+
+def count_attempts(attempts: Sequence[Attempt], env: Mapping[str, str]) -> int:
+    """Count the starts of the job that `ONELLM_JOB_ID` names; 0 without the variable."""
+    return sum(attempt.job_id == env.get(JOB_VARIABLE) for attempt in attempts)
 
 
 def append_attempt(run_dir: Path, attempt: Attempt) -> None:

@@ -1,0 +1,128 @@
+"""Where `onellm launch` starts a run, and which of its options have a meaning there."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import typer
+
+from onellm_dist.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from onellm_dist.launch.cloud.job import CloudTarget
+    from onellm_dist.launch.slurm.job import SlurmJob
+
+SLURM = "slurm"
+SLURM_ONLY = {
+    "array": "--array",
+    "gpu": "--gpu",
+    "time": "--time",
+    "partition": "--partition",
+    "account": "--account",
+    "qos": "--qos",
+    "exclude": "--exclude",
+    "container_runtime": "--container-runtime",
+    "mount": "--mount",
+    "preflight": "--preflight",
+    "submit": "--submit",
+}
+"""Options that only Slurm knows."""
+CLOUD_ONLY = {"accelerator": "--accelerator", "volume": "--volume"}
+COMMANDS = {"kubernetes": "kubectl apply -f", "skypilot": "sky jobs launch"}
+
+
+def check_options(context: typer.Context, target: str) -> None:
+    """Refuse options that have no meaning where the run is to start.
+
+    Raises:
+        UsageError: one was given, or the target is unknown.
+    """
+    if target not in (SLURM, *COMMANDS):
+        raise UsageError(
+            f"--to {target} is unknown",
+            "nothing was rendered.",
+            f"use one of: {', '.join((SLURM, *COMMANDS))}.",
+        )
+    wrong = dict(CLOUD_ONLY if target == SLURM else SLURM_ONLY)
+    if target != "skypilot":
+        wrong["accelerator"] = "--accelerator"
+    if target != SLURM and context.params["starter"] != "torchrun":
+        wrong["starter"] = "--with"
+    given = [
+        option
+        for name, option in wrong.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: not with --to {target}",
+            "it would have no effect.",
+            "remove it"
+            + (", or write what you need into the rendered file." if target != SLURM else "."),
+        )
+
+
+def make_slurm_job(params: Mapping[str, Any]) -> SlurmJob:
+    """Make the job of `onellm launch --to slurm` from its options."""
+    from onellm_dist.launch.slurm.submit import make_job
+
+    same = (
+        "gpus_per_node", "ranks_per_node", "starter", "time", "partition", "account", "qos",
+        "exclude", "cpus_per_rank", "container", "container_runtime", "max_requeues", "python",
+        "preflight",
+    )  # fmt: skip
+    return make_job(
+        params["recipe"],
+        params["settings"] or [],
+        nodes=params["nodes"],
+        array=params["array"] or [],
+        grace_period_s=params["grace_period"],
+        name=params["job_name"],
+        mounts=params["mount"] or [],
+        command=_get_command(),
+        **{name: params[name] for name in same},
+    )
+
+
+def write_cloud_file(params: Mapping[str, Any], target: str, out: Path | None) -> None:
+    """Render the file of a job for Kubernetes or SkyPilot, and print or write it."""
+    from onellm_dist.launch.cloud.job import make_cloud_job
+    from onellm_dist.launch.cloud.jobset import render_jobset
+    from onellm_dist.launch.cloud.skypilot import render_task
+
+    same = (
+        "gpus_per_node",
+        "ranks_per_node",
+        "cpus_per_rank",
+        "accelerator",
+        "max_requeues",
+        "python",
+    )
+    job = make_cloud_job(
+        params["recipe"],
+        params["settings"] or [],
+        target=cast("CloudTarget", target),
+        nodes=params["nodes"],
+        volumes=params["volume"] or [],
+        container=params["container"],
+        grace_period_s=params["grace_period"],
+        name=params["job_name"],
+        command=_get_command(),
+        **{name: params[name] for name in same},
+    )
+    text = render_jobset(job) if target == "kubernetes" else render_task(job)
+    if out is None:
+        print(text, end="")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    print(f"written: {out}")
+    print(f"start it: {COMMANDS[target]} {shlex.quote(str(out))}")
+
+
+def _get_command() -> str:
+    return shlex.join(["onellm", *sys.argv[1:]])
