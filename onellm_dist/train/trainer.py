@@ -201,7 +201,6 @@ class Trainer:
     def _fit(self) -> Outcome:
         self._write_first_checkpoint()
         self.callbacks.on_fit_start()
-        self.callbacks.before_first_step()
         while True:
             try:
                 outcome = self._train()

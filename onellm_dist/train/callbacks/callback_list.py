@@ -34,8 +34,6 @@ class CallbackList(Callback):
     def on_fit_start(self) -> None:
         for callback in self._callbacks:
             callback.on_fit_start()
-
-    def before_first_step(self) -> None:
         for callback in self._callbacks:
             callback.before_first_step()
 
