@@ -90,9 +90,8 @@ class Modality(ABC):
     order: ClassVar[int]
     """Where the span of this modality stands in the LLM sequence (image 0 to fmri 7). Unique."""
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]]
-    """The parts that a sample must have: role to accepted extensions, the most specific first.
-
-    `onellm generate --NAME FILE` fills the first role."""
+    """The parts that a sample must have: role to accepted extensions, the most specific first. The
+    first role is filled by `onellm generate --NAME FILE`."""
     optional_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The parts that a sample may have, in the same form."""
     value_shape: ClassVar[tuple[int, ...]]
@@ -106,9 +105,8 @@ class Modality(ABC):
     visual: ClassVar[bool] = False
     """Whether the encoder's own frozen patch embedding reads the input; no tokenizer then."""
     meta_keys: ClassVar[Mapping[str, MetaKey]] = {}
-    """The keys of a sample's `.json` that say how its media are read, as `depth_is_distance`.
-
-    Only those that may hold for a whole dataset."""
+    """The keys of a sample's `.json` that say how its media are read, as `depth_is_distance`; only
+    those that may hold for a whole dataset."""
     augments_spans: ClassVar[bool] = False
     """Whether training augments each of several spans of a medium too."""
     limits: ClassVar[Limits] = Limits()
@@ -252,8 +250,6 @@ class Modality(ABC):
         rng: np.random.Generator,
     ) -> list[torch.Tensor]:
         """Decode and transform a medium to the model's input for each of its spans.
-
-        One span is what `decode` and `make_value` give.
 
         Args:
             parts: as of `decode`.
