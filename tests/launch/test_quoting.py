@@ -248,3 +248,17 @@ def test_steps_get_the_environment_also_under_export_none() -> None:
         ["bash", "-c", program], env=env, capture_output=True, text=True, check=True
     )
     assert {"SLURM_EXPORT_ENV=ALL", "PYTHONSAFEPATH=1"} <= set(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_gets_expandable_segments_unless_the_user_says_something(name: str) -> None:
+    head = render(JOB).partition("set -u")[0]
+
+    def run(**env: str) -> set[str]:
+        command = ["bash", "-euc", f"{head}\nenv"]
+        env |= {"PATH": os.environ["PATH"]}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        return {line for line in done.stdout.splitlines() if "ALLOC" in line}
+
+    assert run() == {"PYTORCH_ALLOC_CONF=expandable_segments:True"}
+    assert run(**{name: "max_split_size_mb:64"}) == {f"{name}=max_split_size_mb:64"}

@@ -70,6 +70,9 @@ def _format_header(job: SlurmJob) -> str:
         "# source .venv/bin/activate",
         "export SLURM_EXPORT_ENV=ALL # the steps get this environment, also under --export=NONE",
         "export PYTHONSAFEPATH=1 # a random.py in this folder is not imported for Python's own",
+        "# Micro-batches differ in size, and expandable segments are fragmented less by that.",
+        '[ -n "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ] ||',
+        "    export PYTORCH_ALLOC_CONF=expandable_segments:True",
         "set -u",
     ]
     return "\n".join(lines) + "\n"
