@@ -26,6 +26,7 @@ from torchvision import transforms
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.point import PointTokenizer
 from onellm_dist.modalities.transforms.cloud_sampling import (
+    _farthest_torch,
     find_nearest_neighbours,
     sample_farthest_points,
 )
@@ -159,6 +160,12 @@ def measure_ratios(media: dict[str, tuple[str, dict[str, Part]]]) -> None:
         "point, neighbours by cdist + topk",
         lambda: find_nearest_neighbours(colours, centres, 32),
         lambda: torch.cdist(at, colours).topk(32, dim=2, largest=False),
+    )
+    none = torch.empty((0, 8192, 3))
+    print_ratio(
+        "point, farthest points of no clouds, by the loop",
+        lambda: sample_farthest_points(none, 1024),
+        lambda: _farthest_torch(none.transpose(1, 2), 1024),
     )
     index, module = find_nearest_neighbours(colours, centres, 32), PointTokenizer(1024)
     assert module.conv.bias is not None
