@@ -132,6 +132,10 @@ class TrainSection(Section):
     """What the backward pass recomputes in every block of the encoder (where gradients pass), UPM
     and LLM. `none`: nothing. `selective`: everything but matrix products and attention. `full`:
     everything."""
+    kernels: Literal["auto", "plain", "fused"] = "auto"
+    """How norms, activation functions, rotary positions and the loss are computed. `plain`: one
+    torch operation after another. `fused`: in fewer kernels, which keep less for backward, and in
+    bf16 round less often. `auto`: `fused` on a CUDA device, else `plain`."""
     log_every: PositiveInt = 1
     """Steps between two lines of metrics on the terminal. `metrics.jsonl` has every step."""
     loss: str = "cross_entropy"

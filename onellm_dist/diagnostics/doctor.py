@@ -17,6 +17,7 @@ from onellm_dist.diagnostics.machine_checks import (
 from onellm_dist.diagnostics.software_checks import (
     check_attention,
     check_imports,
+    check_kernels,
     check_launchers,
     check_packages,
     check_torchaudio,
@@ -52,6 +53,7 @@ def run_checks() -> Iterator[CheckResult]:
     yield from check_imports()
     yield from check_devices()
     yield check_attention()
+    yield check_kernels()
     yield from check_launchers()
     yield from check_host()
     yield check_shared_memory(Path("/dev/shm"))

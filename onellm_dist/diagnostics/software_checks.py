@@ -111,24 +111,73 @@ def check_imports(
 
 
 def check_attention() -> CheckResult:
-    """The attention backend for packed sequences, and why it was chosen."""
+    """The attention backend for packed sequences, why it was chosen, and the kernel that ran."""
     import torch
 
     from onellm_dist.model.kernels.select import select_backend
+    from onellm_dist.model.kernels.trace import trace_attention
 
     try:
         name, reason = select_backend()
     except OneLLMError as error:
         return CheckResult("attention", "backend", "fail", error.what, error.do)
-    if name == "sdpa" and torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    try:
+        ran = trace_attention(
+            torch.device("cuda" if has_gpu else "cpu"),
+            dtype=torch.bfloat16,
+            head_width=64,
+            causal=False,
+            with_kernels=True,
+        )
+    except RuntimeError as error:
+        detail = f"{name} fails: {get_first_line(error)}"
+        return CheckResult(
+            "attention", "backend", "fail", detail, "choose another one by ONELLM_ATTENTION=sdpa."
+        )
+    detail = f"{name}: {reason}; it runs {ran}"
+    if name == "sdpa" and has_gpu:
         return CheckResult(
             "attention",
             "backend",
             "warn",
-            f"{name}: {reason}",
+            detail,
             "install flash-attn, or torch >= 2.11: packed attention is slow here.",
         )
-    return CheckResult("attention", "backend", "ok", f"{name}: {reason}")
+    if "cudnn" in str(ran).lower():
+        return CheckResult(
+            "attention",
+            "backend",
+            "warn",
+            detail,
+            "cuDNN builds a graph for every new shape of a pack; set ONELLM_ATTENTION=flash2.",
+        )
+    return CheckResult("attention", "backend", "ok", detail)
+
+
+def check_kernels() -> CheckResult:
+    """What `train.kernels=auto` runs here, tried out where it is fused."""
+    import torch
+
+    from onellm_dist.model.kernels.pointwise import CompiledBody
+    from onellm_dist.model.model_kernels import choose_kernels, try_fused_kernels
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fused, reason = choose_kernels("auto", device.type)
+    if not fused:
+        return CheckResult("kernels", "train.kernels=auto", "ok", f"plain: {reason}")
+    try:
+        ran = try_fused_kernels(device, torch.bfloat16)
+    except RuntimeError as error:
+        detail = f"fused kernels fail: {get_first_line(error)}"
+        return CheckResult(
+            "kernels", "train.kernels=auto", "fail", detail, "set train.kernels=plain."
+        )
+    detail = "fused: " + ", ".join(f"{name} by {what}" for name, what in ran.items())
+    if CompiledBody.failure:
+        remedy = "install a C compiler: inductor needs one."
+        return CheckResult("kernels", "train.kernels=auto", "warn", detail, remedy)
+    return CheckResult("kernels", "train.kernels=auto", "ok", detail)
 
 
 def check_launchers(path: str | None = None) -> Iterator[CheckResult]:

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
 from onellm_dist.model.attention import packed_attention
 from onellm_dist.model.configuration import OneLLMVisionConfig
+from onellm_dist.model.kernels.activations import compute_quick_gelu, compute_silu_product
 from onellm_dist.model.sequence_lengths import SequenceLengths, to_device_tensor
 
 LAYER_NORM_EPS = 1e-5
@@ -143,6 +144,9 @@ class EncoderMLP(nn.Module):
         form: `plain` or `glu`.
     """
 
+    fused = False
+    """Whether activations are single kernels (`model_kernels.set_kernels`)."""
+
     def __init__(self, width: int, hidden: int, act: str, form: str = "plain") -> None:
         super().__init__()
         self.act = act
@@ -150,17 +154,27 @@ class EncoderMLP(nn.Module):
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden // 2 if self.gated else hidden, width)
 
+    @property
+    def form(self) -> str | None:
+        """The fused form that its activation has; None: torch's own is one kernel already."""
+        if self.act == "quick_gelu":
+            return "quick_gelu"
+        return "swiglu" if self.act == "silu" and self.gated else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         x = self.up(x)
         if self.gated:
             x, other = x.chunk(2, dim=-1)
+            if self.act == "silu":
+                product = compute_silu_product(x, other, fused=self.fused)
+                return cast(torch.Tensor, self.down(product))
             return cast(torch.Tensor, self.down(self._activate(x) * other))
         return cast(torch.Tensor, self.down(self._activate(x)))
 
     def _activate(self, x: torch.Tensor) -> torch.Tensor:
         if self.act == "quick_gelu":
-            return x * torch.sigmoid(1.702 * x)
+            return compute_quick_gelu(x, fused=self.fused)
         if self.act == "silu":
             return F.silu(x)
         return F.gelu(x, approximate="tanh" if self.act == "gelu_tanh" else "none")
@@ -172,6 +186,9 @@ class EncoderBlock(GradientCheckpointingLayer):
     Args:
         config: config of the encoder.
     """
+
+    runs_repeatedly = True
+    """Whether a forward pass may run it more than once: for frames, and for tokenizers' tokens."""
 
     def __init__(self, config: OneLLMVisionConfig) -> None:
         super().__init__()

@@ -1,12 +1,13 @@
 """From the values of any modalities to the tokens that the LLM reads (paper, section 3).
 
 Every call runs the same modules in the same order, on empty tensors where a modality has no values,
-so that the collectives of a sharded model match on all ranks.
+so that the collectives of a sharded model match on all ranks. Only a pass that no rank will ever
+need (`find_idle_passes`) is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,32 @@ from onellm_dist.model.sequence_lengths import SequenceLengths
 
 if TYPE_CHECKING:
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+
+
+VISUAL_PASS, TOKENIZED_PASS = "visual", "tokenized"
+"""The two passes through the encoder: frames, and what tokenizers make of all other values."""
+
+
+def find_idle_passes(
+    model: OneLLMForConditionalGeneration, modalities: Collection[str]
+) -> frozenset[str]:
+    """Passes through the encoder that a run can leave out on all ranks, without any other number.
+
+    Nothing trains in such a pass, and no sample of the run has values for it.
+
+    Args:
+        model: a OneLLM whose parameters are frozen as in the run.
+        modalities: those of all samples that any rank reads, for training or validation.
+    """
+    config, found = model.config, set()
+    encoder_trains = any(p.requires_grad for p in model.encoder.parameters())
+    tokenizers_train = any(p.requires_grad for p in model.tokenizers.parameters())
+    if not encoder_trains and not set(config.visual_modalities) & set(modalities):
+        found.add(VISUAL_PASS)
+    trains = encoder_trains or tokenizers_train
+    if not trains and not set(config.tokenizer_modalities) & set(modalities):
+        found.add(TOKENIZED_PASS)
+    return frozenset(found)
 
 
 def compute_modality_tokens(
@@ -65,7 +92,25 @@ def compute_features(
     complete = {
         name: _check_value(model, name, values.get(name)) for name in model.config.modalities
     }
-    return {**_encode_visual(model, complete), **_encode_tokenized(model, complete)}
+    passes = (
+        (VISUAL_PASS, model.config.visual_modalities, _encode_visual),
+        (TOKENIZED_PASS, model.config.tokenizer_modalities, _encode_tokenized),
+    )
+    features: dict[str, torch.Tensor] = {}
+    for kind, names, encode in passes:
+        if kind in model.idle_passes and not any(len(complete[name]) for name in names):
+            features |= {name: _make_no_features(model, name) for name in names}
+        else:
+            features |= encode(model, complete)
+    return features
+
+
+def _make_no_features(model: OneLLMForConditionalGeneration, name: str) -> torch.Tensor:
+    """[0, P + L, D]: what the encoder gives for no values of a modality."""
+    vision, weight = model.config.vision, model.encoder.patches.weight
+    sized = get_modality(name).with_encoder(patches=vision.patches, prefix_tokens=vision.prefix)
+    shape = (0, vision.prefix + sized.tokens, vision.width)
+    return torch.zeros(shape, dtype=weight.dtype, device=model.llm.device)
 
 
 def _check_value(

@@ -22,7 +22,7 @@ from onellm_dist.model.llm_check import check_llm
 from onellm_dist.model.llm_dropout import update_dropout
 from onellm_dist.model.llm_per_layer import get_token_ids
 from onellm_dist.model.llm_rope import split_rope
-from onellm_dist.model.losses import DEFAULT_LOSS, get_loss
+from onellm_dist.model.losses import DEFAULT_LOSS, TokenLoss, get_loss
 from onellm_dist.model.modality_tokens import compute_modality_tokens
 from onellm_dist.model.other_trainers import WorksInTrainers, name_values, take_options
 from onellm_dist.model.padded import (
@@ -84,7 +84,11 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         )
         split_rope(self.llm)
         self.encoder.requires_grad_(False)
+        self.loss_name = DEFAULT_LOSS
         self._token_loss = get_loss(DEFAULT_LOSS)
+        self.idle_passes: frozenset[str] = frozenset()
+        """Passes through the encoder that are left out where they are empty
+        (`modality_tokens.find_idle_passes`)."""
         self.generation_settings: Mapping[str, Any] | None = None
         """As in the `generation_config.json` of the model's folder (`open_model`)."""
         self.post_init()  # type: ignore[no-untyped-call]  # transformers has no annotation
@@ -168,6 +172,11 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             UsageError: there is no such loss.
         """
         self._token_loss = get_loss(name)
+        self.loss_name = name
+
+    def set_token_loss(self, loss: TokenLoss) -> None:
+        """Compute the loss that `set_loss` chose by another function."""
+        self._token_loss = loss
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[Any, Any], allow_all_kernels: bool = False

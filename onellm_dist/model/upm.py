@@ -11,6 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onellm_dist.model.attention import packed_attention
 from onellm_dist.model.configuration import OneLLMUPMConfig
+from onellm_dist.model.kernels.activations import compute_silu_product
+from onellm_dist.model.kernels.rms_norm import compute_rms_norm
 from onellm_dist.model.sequence_lengths import SequenceLengths
 
 RMS_NORM_EPS = 1e-5
@@ -23,15 +25,16 @@ class UPMNorm(nn.Module):
         width: D.
     """
 
+    fused = False
+    """Whether torch's kernel runs (`model_kernels.set_kernels`)."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS)
-        return (wide * scale).to(x.dtype) * self.weight
+        return compute_rms_norm(x, self.weight, RMS_NORM_EPS, fused=self.fused)
 
 
 class UPMAttention(nn.Module):
@@ -71,6 +74,9 @@ class UPMFeedForward(nn.Module):
         hidden: hidden channels.
     """
 
+    fused = False
+    """Whether the product of gate and input is one kernel (`model_kernels.set_kernels`)."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.gate = nn.Linear(width, hidden, bias=False)
@@ -79,7 +85,8 @@ class UPMFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]."""
-        return cast(torch.Tensor, self.down(F.silu(self.gate(x)) * self.up(x)))
+        product = compute_silu_product(self.gate(x), self.up(x), fused=self.fused)
+        return cast(torch.Tensor, self.down(product))
 
 
 class UPMBlock(GradientCheckpointingLayer):

@@ -16,6 +16,8 @@ from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities import Modality, get_modality
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.lora import add_adapters
+from onellm_dist.model.modality_tokens import find_idle_passes
+from onellm_dist.model.model_kernels import set_kernels
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.presets import build_config
 from onellm_dist.model.recompute import enable_activation_checkpointing
@@ -154,7 +156,9 @@ class Planner:
                 add_adapters(model, train.lora)
                 model.to(dtype)
             prepare_parameters(model, train, self.config.optim, present)
+            model.idle_passes = find_idle_passes(model, present)
             model.set_loss(train.loss)
+            set_kernels(model, train.kernels, "cuda")
             enable_activation_checkpointing(model, mode)
             self._models[mode] = model.train()
         return self._models[mode]

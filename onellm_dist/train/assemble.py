@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from onellm_dist.common.run_files import CHECKPOINTS, SAMPLES
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.model.model_kernels import KernelChoice
 from onellm_dist.train import setup
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.callbacks.build import build_callbacks, load_callbacks
@@ -54,11 +55,11 @@ def assemble_trainer(
     callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
     target, preemption = _find_target(config, session)
     config, inputs, weights = setup.open_inputs(config, target=target, session=session)
-    prepared = prepare_model(config, inputs=inputs, weights=weights)
+    prepared = prepare_model(config, inputs=inputs, weights=weights, device_type=dist.device.type)
     meter = StepMeter(MetricSet(), FlopCounter(inputs.model, inputs.plan.corpus), dist)  # unsharded
     router = RouterWatch(inputs.model, inputs.modalities)
     engine, rates = shard_model(config, prepared=prepared, settings=settings, session=session)
-    parts, by_name = prepared.parts, prepared.parameters.rates
+    parts, kernels, by_name = prepared.parts, prepared.kernels, prepared.parameters.rates
     del weights, prepared
     first_step = setup.restore_checkpoint(inputs, engine=engine, session=session)
     events = open_records(config, inputs=inputs, rates=by_name, session=session)
@@ -90,18 +91,22 @@ def assemble_trainer(
         rates=rates,
         early_stopping=early_stopping,
     )
-    return _begin(trainer, first_step, inputs, parts)
+    return _begin(trainer, first_step, inputs, parts, kernels)
 
 
 def _begin(
-    trainer: Trainer, first_step: int, inputs: setup.Inputs, parts: Sequence[PartSummary]
+    trainer: Trainer,
+    first_step: int,
+    inputs: setup.Inputs,
+    parts: Sequence[PartSummary],
+    kernels: KernelChoice,
 ) -> Trainer:
     """Let a trainer begin at its first step, and record that."""
     trainer.session.hold(trainer.callbacks.close)
     trainer.session.hold(trainer.sample_log.close)
     trainer.budget = inputs.budget
     trainer.begin_at(first_step)
-    write_start(trainer, inputs.target, parts)
+    write_start(trainer, inputs.target, parts, kernels)
     return trainer
 
 

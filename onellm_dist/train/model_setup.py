@@ -9,6 +9,8 @@ from onellm_dist.config.schema import RunConfig
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.lazy_weights import InitialWeights
 from onellm_dist.model.lora import AdapterWeights, add_adapters
+from onellm_dist.model.modality_tokens import find_idle_passes
+from onellm_dist.model.model_kernels import KernelChoice, set_kernels
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.engine.base import Engine, WeightSource
 from onellm_dist.train.engine.select import get_engine
@@ -31,15 +33,19 @@ class PreparedModel:
     """What trains, and how."""
     parts: list[PartSummary]
     """The same, part by part."""
+    kernels: KernelChoice
 
 
-def prepare_model(config: RunConfig, *, inputs: Inputs, weights: InitialWeights) -> PreparedModel:
-    """Add adapters, freeze what does not train, copy image's parts, set loss and recomputation.
+def prepare_model(
+    config: RunConfig, *, inputs: Inputs, weights: InitialWeights, device_type: str
+) -> PreparedModel:
+    """Add adapters, freeze what does not train, copy image's parts; set loss and kernels.
 
     Args:
         config: the recipe.
         inputs: what this start has read; its model is changed.
         weights: where the weights of the model come from.
+        device_type: type of the device that computes.
 
     Raises:
         UsageError: a rule matches nothing, nothing would train, or the recipe names a modality or
@@ -56,11 +62,13 @@ def prepare_model(config: RunConfig, *, inputs: Inputs, weights: InitialWeights)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         source = AdapterWeights(weights, shapes, config.run.seed)
     parameters = prepare_parameters(model, train, config.optim, inputs.modalities)
+    model.idle_passes = find_idle_passes(model, inputs.all_modalities)
     model.set_loss(train.loss)
+    kernels = set_kernels(model, train.kernels, device_type)
     enable_activation_checkpointing(model, train.activation_checkpointing)
     model.train()
     parts = summarize_parts(model, config.optim, parameters)
-    return PreparedModel(model, source, parameters, parts)
+    return PreparedModel(model, source, parameters, parts, kernels)
 
 
 def shard_model(

@@ -77,6 +77,14 @@ class Inputs:
         return {name for spans in self.plan.corpus.spans for name in spans}
 
     @property
+    def all_modalities(self) -> set[str]:
+        """The modalities of the mixture and of the validation set."""
+        if self.validation_plan is None:
+            return self.modalities
+        spans = self.validation_plan.corpus.spans
+        return self.modalities | {name for names in spans for name in names}
+
+    @property
     def plan_changed(self) -> bool:
         """Whether a checkpoint of 0.1.0, which has no data phases, was written with other data."""
         manifest = self.manifest

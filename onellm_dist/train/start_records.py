@@ -16,11 +16,13 @@ from onellm_dist.common.secrets import mask_text
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.epochs import describe_length
 from onellm_dist.data.phases import DataPhase
+from onellm_dist.model.model_kernels import KernelChoice
 from onellm_dist.train.callbacks.preemption import grace_period_seconds
 from onellm_dist.train.checkpoint.folder import get_steps_done, recover_checkpoints
 from onellm_dist.train.checkpoint.inherit import apply_resume
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.distributed import name_device
+from onellm_dist.train.kernel_record import record_kernels
 from onellm_dist.train.optim.part_summary import PartSummary, format_parts, to_json
 from onellm_dist.train.optim.rules import ParameterRate
 from onellm_dist.train.pack_budget import write_budget
@@ -98,14 +100,19 @@ def _to_absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).resolve())
 
 
-def write_start(trainer: Trainer, target: ResumeTarget, parts: Sequence[PartSummary]) -> None:
+def write_start(
+    trainer: Trainer, target: ResumeTarget, parts: Sequence[PartSummary], kernels: KernelChoice
+) -> None:
     """Write the event `start`.
 
     Args:
         trainer: the trainer, which has begun at its first step.
         target: what this start resumes.
         parts: what trains, part by part of the model.
+        kernels: what the model runs beside attention.
     """
+    if not trainer.dist.is_rank_zero:
+        return
     state, dist, config = trainer.state, trainer.dist, trainer.config
     trainable = sum(part.trained for part in parts)
     table = "\n".join(f"  {line}" for line in format_parts(parts))
@@ -127,6 +134,7 @@ def write_start(trainer: Trainer, target: ResumeTarget, parts: Sequence[PartSumm
         trainable=trainable,
         parameters=to_json(parts),
         length=length,
+        kernels=record_kernels(trainer.model, kernels, dist.device, trainer.engine.compute_dtype),
         threads=torch.get_num_threads(),
         onellm_dist=__version__,
         nodes=dist.world_size // dist.local_world_size,

@@ -98,6 +98,12 @@ def select_backend() -> tuple[str, str]:
     return "sdpa", "; ".join(reasons)
 
 
+def forget_backend() -> None:
+    """Choose anew at the next call: the environment or the machine has changed."""
+    select_backend.cache_clear()
+    _select_name.cache_clear()
+
+
 def _find_obstacle(name: str) -> str | None:
     """Why a kernel cannot run on the current CUDA device; None: it can."""
     major = torch.cuda.get_device_capability()[0]

@@ -33,6 +33,7 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
             "trainable",
             "parameters",
             "length",
+            "kernels",
             "threads",
             "onellm_dist",
             "nodes",

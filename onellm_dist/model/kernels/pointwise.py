@@ -1,0 +1,108 @@
+"""Fused elementwise operations: one kernel in place of several, and less is kept for backward.
+
+Each is an operation of torch's own registry (`onellm::name`), so that selective recomputation and
+the planner, which counts on the meta device, see one operation. Forward and backward are written in
+plain torch: on a GPU inductor compiles each of them to one kernel, for all shapes at once;
+elsewhere, and where it cannot (no C compiler), they run as they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from onellm_dist.common.logging import get_logger
+
+log = get_logger(__name__)
+NAMESPACE = "onellm"
+COMPILED_DEVICES = {"cuda"}
+"""Types of the devices on which the operations are compiled."""
+Body = Callable[..., Any]
+
+
+class CompiledBody:
+    """A function of tensors that inductor compiles on a GPU.
+
+    Args:
+        body: the function; elementwise, without side effects.
+    """
+
+    failure: str | None = None
+    """Why the functions cannot be compiled here; None: nothing has failed."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._compiled: Body | None = None
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        """Run the function, without gradients."""
+        if CompiledBody.failure is None and _is_compiled_for(tensors[0]):
+            return self._run_compiled(*tensors)
+        return self._body(*tensors)
+
+    def _run_compiled(self, *tensors: torch.Tensor) -> Any:
+        from torch._dynamo.exc import TorchDynamoException  # its import takes a second
+
+        if self._compiled is None:
+            self._compiled = torch.compile(self._body, dynamic=True, fullgraph=True)
+        try:
+            with torch.no_grad():
+                return self._compiled(*(tensor.detach() for tensor in tensors))
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            CompiledBody.failure = f"{type(error).__name__}: {reason}"
+            log.warning("fused kernels are not compiled here, and run unfused: %s", reason)
+            return self._body(*tensors)
+
+
+def _is_compiled_for(tensor: torch.Tensor) -> bool:
+    # Sizes 0 and 1 would be compiled apart from all others, and are not worth it.
+    return tensor.device.type in COMPILED_DEVICES and min(tensor.shape[-2:], default=0) > 1
+
+
+def define_operation(
+    name: str,
+    schema: str,
+    *,
+    forward: Body,
+    forward_shapes: Body,
+    backward: Body,
+    backward_shapes: Body,
+    backward_schema: str,
+    keep: Callable[[Any, Any, Any], None],
+) -> None:
+    """Register an operation and its backward.
+
+    Args:
+        name: it becomes `onellm::name`, with `onellm::name_backward`.
+        schema: arguments and results.
+        forward: computes it.
+        forward_shapes: gives empty results.
+        backward: computes the gradients from those of the results and what was kept.
+        backward_shapes: gives empty gradients.
+        backward_schema: arguments and results of the backward.
+        keep: (ctx, inputs, output): keeps what `backward` takes, by `save_for_backward`.
+    """
+    for own, own_schema, body, shapes in (
+        (name, schema, forward, forward_shapes),
+        (f"{name}_backward", backward_schema, backward, backward_shapes),
+    ):
+        qualified = f"{NAMESPACE}::{own}"
+        torch.library.define(qualified, own_schema)
+        torch.library.impl(qualified, ("cpu", "cuda"), body)
+        torch.library.register_fake(qualified, shapes)
+    run_backward = getattr(torch.ops.onellm, f"{name}_backward")
+
+    def differentiate(ctx: Any, *gradients: Any) -> Any:
+        found = run_backward(*gradients[: ctx.results], *ctx.saved_tensors)
+        found = found if isinstance(found, tuple) else (found,)
+        return (*found, *[None] * (ctx.inputs - len(found)))
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.inputs = len(inputs)
+        ctx.results = len(output) if isinstance(output, tuple) else 1
+        keep(ctx, inputs, output)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", differentiate, setup_context=setup)

@@ -1,0 +1,194 @@
+"""Every fused kernel against its plain twin: values, gradients, what is kept, what is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from onellm_dist.model.kernels import cross_entropy, pointwise
+from onellm_dist.model.kernels.activations import compute_quick_gelu, compute_silu_product
+from onellm_dist.model.kernels.cross_entropy import compute_chunked_cross_entropy
+from onellm_dist.model.kernels.pointwise import CompiledBody
+from onellm_dist.model.kernels.rms_norm import compute_rms_norm
+from onellm_dist.model.kernels.rotary import rotate
+
+Pair = tuple[Callable[..., Any], Callable[..., Any], list[torch.Tensor]]
+FP32 = 1e-6
+BF16 = 2.0**-6
+"""Four units in the last place: both round, at different places."""
+
+
+def gate(fused: bool) -> Callable[..., torch.Tensor]:
+    return lambda a, b: compute_silu_product(a, b, fused=fused)
+
+
+def quick(fused: bool) -> Callable[..., torch.Tensor]:
+    return lambda x: compute_quick_gelu(x, fused=fused)
+
+
+def norm(fused: bool) -> Callable[..., torch.Tensor]:
+    return lambda x, weight: compute_rms_norm(x, weight, 1e-5, fused=fused)
+
+
+def turn(function: Callable[..., Any], angles: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def run(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        out = function(q.transpose(1, 2), k.transpose(1, 2), *angles)
+        return torch.cat([x.flatten() for x in out])
+
+    return run
+
+
+def make_case(name: str, rows: int, width: int, dtype: torch.dtype) -> Pair:
+    """(fused, plain, inputs)."""
+    generator = torch.Generator().manual_seed(rows * 1000 + width)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul_(2).to(dtype)
+
+    if name == "swiglu":
+        return gate(True), gate(False), [draw(rows, width), draw(rows, width)]
+    if name == "quick_gelu":
+        return quick(True), quick(False), [draw(rows, width)]
+    if name == "rms_norm":
+        return norm(True), norm(False), [draw(1, rows, width), draw(width)]
+    angle = torch.rand((1, rows, width), generator=generator) * 6.3
+    angles = [angle.cos().to(dtype), angle.sin().to(dtype)]
+    heads = draw(1, rows, 4, 2 * width)[..., :width], draw(1, rows, 2, width)
+    return turn(rotate, angles), turn(apply_rotary_pos_emb, angles), list(heads)
+
+
+def run_both(pair: Pair) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Values and gradients of the two, by pairs."""
+    fused, plain, inputs = pair
+    results = []
+    for function in (fused, plain):
+        own = [x.clone().requires_grad_() for x in inputs]
+        out = function(*own)
+        upstream = torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype)
+        results.append([out.detach(), *torch.autograd.grad(out, own, upstream)])
+    yield from zip(*results, strict=True)
+
+
+def check_close(pair: Pair, bound: float) -> None:
+    for found, expected in run_both(pair):
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        if expected.numel():
+            largest = expected.abs().max().clamp_min(1e-3).float()
+            assert (found - expected).abs().max().float() <= bound * largest
+
+
+@pytest.mark.parametrize("name", ["swiglu", "quick_gelu", "rms_norm", "rotary"])
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(0, 40), half=st.integers(1, 24))
+def test_fused_equals_plain(name: str, rows: int, half: int) -> None:
+    check_close(make_case(name, rows, 2 * half, torch.float32), FP32)
+    check_close(make_case(name, rows, 2 * half, torch.bfloat16), BF16)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(0, 30), words=st.integers(2, 60), chunk=st.integers(1, 200))
+def test_cross_entropy_in_chunks_equals_torch_s(rows: int, words: int, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    targets = torch.randint(-1, words, (rows,), generator=generator)
+    targets[targets < 0] = -100  # rows without a loss
+    logits = torch.randn((rows, words), generator=generator) * 8
+    before, cross_entropy.CHUNK_ELEMENTS = cross_entropy.CHUNK_ELEMENTS, chunk
+    try:
+        for dtype, bound in ((torch.float32, FP32), (torch.bfloat16, 2.0**-8)):
+            check_close(
+                (
+                    lambda x: compute_chunked_cross_entropy(x, targets),
+                    lambda x: F.cross_entropy(x.float(), targets, reduction="none"),
+                    [logits.to(dtype)],
+                ),
+                bound,
+            )
+    finally:
+        cross_entropy.CHUNK_ELEMENTS = before
+
+
+def test_extreme_logits_have_finite_losses_and_a_nan_stays_one() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [torch.nan, 0.0, 0.0]], requires_grad=True)
+    nll = compute_chunked_cross_entropy(logits, torch.tensor([1, 1]))
+    expected = F.cross_entropy(logits, torch.tensor([1, 1]), reduction="none")
+    assert torch.equal(nll[:1], expected[:1]) and nll[0] == 2e4 and nll[1].isnan()
+
+
+def count_kept(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> int:
+    """Bytes of what forward keeps for backward, inputs included."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    own = [x.clone().requires_grad_() for x in inputs]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function(*own)
+    total = sum(kept.values())
+    del out
+    return total
+
+
+@pytest.mark.parametrize("name", ["swiglu", "quick_gelu"])
+def test_fused_keeps_its_inputs_alone(name: str) -> None:
+    fused, plain, inputs = make_case(name, 64, 32, torch.bfloat16)
+    assert count_kept(fused, inputs) == sum(x.nbytes for x in inputs)
+    assert count_kept(plain, inputs) > sum(x.nbytes for x in inputs)
+
+
+def test_cross_entropy_keeps_no_wide_copy_of_the_logits() -> None:
+    logits, targets = torch.randn(64, 500).bfloat16(), torch.arange(64)
+    kept = count_kept(lambda x: compute_chunked_cross_entropy(x, targets), [logits])
+    plain = count_kept(lambda x: F.cross_entropy(x.float(), targets, reduction="none"), [logits])
+    assert kept < 1.05 * logits.nbytes < 0.55 * plain
+
+
+@pytest.fixture
+def compiled_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Bodies are compiled on the CPU too, and anew."""
+    monkeypatch.setattr(pointwise, "COMPILED_DEVICES", {"cpu"})
+    monkeypatch.setattr(CompiledBody, "failure", None)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiled_here")
+def test_what_cannot_be_compiled_runs_as_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        def run(*_: torch.Tensor) -> Any:
+            raise torch._dynamo.exc.TorchDynamoException("no C compiler\nat all")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    x = torch.randn(4, 6)
+    found = [CompiledBody(torch.neg)(x) for _ in range(2)]
+    assert all(torch.equal(y, -x) for y in found)
+    assert CompiledBody.failure == "TorchDynamoException: no C compiler"
+    assert caplog.text.count("no C compiler") == 1
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("compiled_here")
+@pytest.mark.parametrize("name", ["swiglu", "quick_gelu", "rotary"])
+def test_compiled_kernels_equal_plain_and_are_not_compiled_for_new_shapes(name: str) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    for rows in range(3, 53):
+        check_close(make_case(name, rows, 2 * (rows % 7 + 4), torch.float32), FP32)
+    assert CompiledBody.failure is None
+    # Forward and backward; the strides of queries that are views may ask for another one each.
+    assert 2 <= counters["stats"]["unique_graphs"] <= 4
