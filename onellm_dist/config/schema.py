@@ -181,6 +181,11 @@ class EngineSection(Section):
     config: LocalPath | None = None
     """`deepspeed` only: a DeepSpeed JSON, as a path or as a name in `ds_configs/`. Default:
     `zero3`."""
+    frozen: Literal["auto", "sharded", "resident"] = "auto"
+    """Where weights that do not train lie. `sharded`: over the ranks like all others; they are
+    gathered in every micro-batch. `resident`: whole on every rank, without that traffic. `auto`: as
+    the planner decides by memory and speed (`onellm plan --search` writes `resident` into the
+    recipe where it fits and is faster); what has not been planned is `sharded`."""
     shard_ranks: PositiveInt | None = None
     """`fsdp` only: number of neighbouring ranks (usually those of a node) that share one copy of
     the model; each such group holds a complete copy. Default: all ranks share one copy."""

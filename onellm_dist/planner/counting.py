@@ -245,7 +245,9 @@ def count_uses(model: nn.Module, calls: dict[str, int]) -> Iterator[dict[str, fl
     """
     uses = dict.fromkeys(WeightUses.__dataclass_fields__, 0.0)
     inside = {id(p) for unit in list_units(model) for p in unit.parameters()}
-    uses["loose"] = float(sum(p.numel() for p in model.parameters() if id(p) not in inside))
+    outside = [p for p in model.parameters() if id(p) not in inside]
+    uses["loose"] = float(sum(p.numel() for p in outside))
+    uses["loose_trained"] = float(sum(p.numel() for p in outside if p.requires_grad))
 
     def add(module: nn.Module, _: Any, output: Any) -> None:
         phase = get_phase()
@@ -258,6 +260,7 @@ def count_uses(model: nn.Module, calls: dict[str, int]) -> Iterator[dict[str, fl
                 uses[f"{owner}_{kind}"] += parameter.numel()
                 if kind != "recomputed" and id(parameter) not in inside:
                     uses["loose_reads"] += parameter.numel()
+                    uses["loose_trained_reads"] += parameter.numel() * parameter.requires_grad
 
     with ExitStack() as stack:
         for module in model.modules():

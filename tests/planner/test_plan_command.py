@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from plain_counts import make_config, write_recipe
 from stage_setup import freeze_for_stage
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
-from onellm_dist.planner.command import PlanOptions, make_cluster, make_planner, run_plan
+from onellm_dist.planner.command import (
+    PlanOptions,
+    make_cluster,
+    make_planner,
+    run_plan,
+    suggest_resident,
+)
 from onellm_dist.planner.hardware import all_gpu_kinds, find_gpus_here, get_gpu_kind
 from onellm_dist.planner.run_plan import build_model
 
@@ -72,6 +79,21 @@ def test_a_run_that_does_not_fit_says_what_it_needs(
         monkeypatch.setattr("onellm_dist.planner.command.get_gpu_kind", lambda _, s=small: s)
         assert run_plan(recipe, [], H100) == EXIT_FAILED
         assert "does not fit" in (text := capsys.readouterr().out) and words in text
+
+
+@pytest.mark.slow
+def test_frozen_weights_are_resident_where_that_fits_and_is_faster(recipe: Path) -> None:
+    slow = PlanOptions(gpu="h100", nodes=2, gpus_per_node=2, network_gb_s=0.1)
+    for keys in (["engine.config=zero3"], ["engine.name=fsdp"]):
+        planner = make_planner(recipe, keys, slow)
+        assert "engine.frozen=resident fits too" in str(suggest_resident(planner, planner.config))
+        small = planner.cluster.gpu.model_copy(update={"memory_gb": 0.1})
+        planner.cluster = replace(planner.cluster, gpu=small)
+        assert suggest_resident(planner, planner.config) is None
+    # Nothing is gathered that could stay, or the recipe says where weights lie.
+    for keys in (["engine.config=zero2"], ["engine.name=fsdp", "engine.frozen=sharded"]):
+        planner = make_planner(recipe, keys, slow)
+        assert suggest_resident(planner, planner.config) is None
 
 
 def test_wrong_recipes_are_refused_as_by_train(recipe: Path) -> None:

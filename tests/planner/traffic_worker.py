@@ -51,7 +51,10 @@ class CollectiveBytes(TorchDispatchMode):
 
 
 def measure(dist: Distributed, section: EngineSection, mode: str) -> dict[str, int]:
-    """Bytes of each kind of collective in the second step (the first traces)."""
+    """Bytes of each kind of collective in the third step.
+
+    ZeRO-3 traces in the first, and gathers in the second what it keeps.
+    """
     model: Any = build_empty_model(make_config())
     freeze_for_stage(model, "align", NAMES)
     enable_activation_checkpointing(model, mode)
@@ -64,6 +67,7 @@ def measure(dist: Distributed, section: EngineSection, mode: str) -> dict[str, i
         optimizer=make_optimizer(OptimSection(lr=1e-4)),
         grad_clip=0.0,
         options=engine_kind.read_options(section, world_size=dist.world_size),
+        frozen_resident=section.frozen == "resident",
     )
     engine = engine_kind.load().wrap(
         model,
@@ -78,7 +82,7 @@ def measure(dist: Distributed, section: EngineSection, mode: str) -> dict[str, i
     batch = PackedBatch(
         pack.input_ids, pack.labels, pack.text_token_counts, pack.modalities, own, pack.weights
     )
-    for _ in range(2):
+    for _ in range(3):
         with CollectiveBytes() as counter:
             for number in range(MICRO_BATCHES):
                 loss, _, _ = engine.forward(batch, last=number == MICRO_BATCHES - 1)

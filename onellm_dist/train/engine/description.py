@@ -53,6 +53,10 @@ class WeightUses:
     """Weights outside of transformer blocks, embedding and head."""
     loose_reads: float = 0.0
     """How many of the weights that are read in forward and backward are such ones."""
+    loose_trained: float = 0.0
+    """Trainable ones of `loose`."""
+    loose_trained_reads: float = 0.0
+    """Trainable ones of `loose_reads`."""
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,18 @@ class ParameterOwners:
             module._parameters[leaf] = parameter
 
 
+def list_indivisible(model: nn.Module) -> set[str]:
+    """Names of the classes that the model and its parts call indivisible: transformer blocks.
+
+    They are transformers' `_no_split_modules`.
+    """
+    return {
+        name
+        for module in model.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
+
+
 def list_persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the buffers that belong to the weights, by name."""
     transient = {

@@ -27,6 +27,8 @@ class EngineSettings:
     """Largest global gradient norm; 0 turns clipping off."""
     options: Any
     """What the engine's own description read from the recipe (`EngineDescription.read_options`)."""
+    frozen_resident: bool = False
+    """Whether every rank holds all weights that do not train (`engine.frozen`)."""
     parts: Mapping[str, str] = field(default_factory=dict)
     """Parameter name to the part of the model whose gradient norm it counts towards; other
     parameters count towards none."""
@@ -60,5 +62,6 @@ def make_settings(
         optimizer=make_optimizer(config.optim),
         grad_clip=config.optim.grad_clip,
         options=description.read_options(config.engine, world_size=world_size),
+        frozen_resident=config.engine.frozen == "resident",
         parts=parts or {},
     )

@@ -127,6 +127,7 @@ def train_sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State,
         optimizer=make_optimizer(variant.optim),
         grad_clip=CLIP,
         options=FsdpOptions(**job["fsdp"]) if "fsdp" in job else config,
+        frozen_resident=job.get("resident", False),
     )
     kind = get_engine("fsdp" if "fsdp" in job else "deepspeed").load()
     engine = kind.wrap(model, variant.torch_groups, settings, weights)

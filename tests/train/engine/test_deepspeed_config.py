@@ -24,6 +24,7 @@ def test_every_shipped_deepspeed_configuration_loads() -> None:
         "zero1": 1,
         "zero2": 2,
         "zero3": 3,
+        "zero3_leaves": 3,
         "zero3_offload": 3,
         "zero3_hpz": 3,
         "cpu": 3,

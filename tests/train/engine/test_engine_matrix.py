@@ -22,18 +22,23 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "matrix_worker.py"
 ZERO3: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 500}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+LEAVES = {"leaf_module": {"classes": ["EncoderBlock", "UPMBlock", "LlamaDecoderLayer"]}}
 ENGINES: dict[str, dict[str, Any]] = {
     "zero1": {"config": "zero1"},
     "zero2": {"config": "zero2"},
     "zero3": {"config": {"zero_optimization": ZERO3}},
     "offload": {"config": {"zero_optimization": {**ZERO3, **OFFLOAD}}},
     "fsdp": {"fsdp": {}},
+    "zero3_leaves": {"config": {"zero_optimization": {**ZERO3, **LEAVES}}},
+    "zero3_resident": {"config": {"zero_optimization": ZERO3}, "resident": True},
+    "fsdp_resident": {"fsdp": {}, "resident": True},
     "fsdp_once": {"fsdp": {"reduce_every_micro_batch": False}},
     "zero3_hpz": {"config": {"zero_optimization": {**ZERO3, "zero_hpz_partition_size": 2}}},
     "fsdp_hybrid": {"fsdp": {"shard_ranks": 2}},
     "fsdp_hybrid_once": {"fsdp": {"shard_ranks": 2, "reduce_every_micro_batch": False}},
 }
 BASIC = ("zero1", "zero2", "zero3", "offload", "fsdp", "fsdp_once")
+KEPT = ("zero3_leaves", "zero3_resident", "fsdp_resident")
 WIDE = ("zero3_hpz", "fsdp_hybrid", "fsdp_hybrid_once")
 """Four ranks as 2 x 2."""
 
@@ -70,6 +75,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
         *(job(engine, 2, bf16=True) for engine in ("zero1", "zero3", "fsdp")),
         job("zero3", 2, stage="lora"),
         job("fsdp", 2, stage="joint", optimizer="lion"),
+        *(job(engine, 2) for engine in KEPT),
     ],
     3: [*(job(engine, 2) for engine in ("zero1", "zero3", "fsdp")), job("fsdp", 1, bf16=True)],
     4: [
@@ -87,6 +93,10 @@ SOAK_JOBS = {
         ),
         *(job(engine, 2, 32, stage) for engine in BASIC for stage in ("align", "tune")),
         *(job(engine, 2, bf16=True) for engine in BASIC),
+        *(job(engine, n) for engine in KEPT for n in (1, 4, None)),
+        *(job(e, 2, stage=s) for e in KEPT for s in ("tune", "joint", "encoder", "lora", "dora")),
+        *(job(e, 2, stage="align", recompute=r) for e in KEPT for r in ("selective", "full")),
+        *(job(engine, 2, bf16=True) for engine in KEPT),
         *(
             job(e, 2, stage=s, recompute=r)
             for e in ("zero3", "fsdp")

@@ -37,6 +37,8 @@ HOST_COSTS = {0: HostCosts(0, 0), 1: HostCosts(0, 6.5), 2: HostCosts(0, 6.5)}
 45 + 38 ms alone, 45 + 47 ms under ZeRO-2, 293 + 145 ms under ZeRO-3 (one CPU rank, torch 2.15,
 DeepSpeed 0.19.8, 2026-11-28)."""
 HOST_COSTS_ZERO3 = HostCosts(180, 77)
+HOST_COSTS_LEAVES = HostCosts(72, 39)
+"""With transformer blocks as leaf modules: 145 + 92 ms (as above)."""
 
 
 class DeepSpeedDescription(EngineDescription):
@@ -65,7 +67,9 @@ class DeepSpeedDescription(EngineDescription):
                 "engine.reduce_every=micro_batch; DeepSpeed's own key for hybrid sharding is "
                 "zero_hpz_partition_size.",
             )
-        complete_config(load_ds_config(section.config), bf16=bf16, grad_clip=0.0)
+        config = load_ds_config(section.config)
+        check_frozen(section, config)
+        complete_config(config, bf16=bf16, grad_clip=0.0)
 
     def read_options(self, section: EngineSection, *, world_size: int) -> dict[str, Any]:
         """Read the DeepSpeed JSON."""
@@ -82,15 +86,19 @@ class DeepSpeedDescription(EngineDescription):
         config = load_ds_config(section.config)
         stage = get_zero_stage(config)
         weight = compute_bytes / (world_size if stage == 3 else 1)
+        # ZeRO-3 keeps its shard beside the whole weight.
+        whole = compute_bytes if stage == 3 and section.frozen == "resident" else 0
         gradient = GRADIENT_BYTES / (world_size if stage >= 2 else 1)
         state = state_bytes / (world_size if stage >= 1 else 1)
         if is_optimizer_offloaded(config):
-            return ParameterBytes(weight, weight, gradient + state)
-        return ParameterBytes(weight, weight + gradient + state)
+            return ParameterBytes(weight + whole, weight, gradient + state)
+        return ParameterBytes(weight + whole, weight + gradient + state)
 
     def describe(self, section: EngineSection) -> str:
         config = load_ds_config(section.config)
         name = f"DeepSpeed ZeRO-{get_zero_stage(config)}"
+        if get_zero_stage(config) == 3 and section.frozen == "resident":
+            name += ", frozen weights resident"
         return f"{name}, optimizer offloaded" if is_optimizer_offloaded(config) else name
 
     def traffic(
@@ -122,14 +130,9 @@ class DeepSpeedDescription(EngineDescription):
         # Each module's weights are gathered in forward, again where it is recomputed, and again in
         # backward. Weights that are read again within `stage3_max_reuse_distance` are not, which
         # saves up to a twentieth at 7B; a model smaller than that is gathered once.
-        read = (
-            uses.frozen_forward
-            + uses.frozen_recomputed
-            + uses.frozen_backward
-            + uses.trained_forward
-            + uses.trained_recomputed
-            + uses.trained_backward
-        )
+        read = uses.trained_forward + uses.trained_recomputed + uses.trained_backward
+        if section.frozen != "resident":
+            read += uses.frozen_forward + uses.frozen_recomputed + uses.frozen_backward
         return StepTraffic(
             gather_micro_batch=compute_bytes * read,
             reduce_micro_batch=gradients,
@@ -161,8 +164,10 @@ class DeepSpeedDescription(EngineDescription):
         return float(reduce + gathered)
 
     def host_costs(self, section: EngineSection) -> HostCosts:
-        stage = get_zero_stage(load_ds_config(section.config))
-        return HOST_COSTS.get(stage, HOST_COSTS_ZERO3)
+        config = load_ds_config(section.config)
+        if config.get("zero_optimization", {}).get("leaf_module"):
+            return HOST_COSTS_LEAVES
+        return HOST_COSTS.get(get_zero_stage(config), HOST_COSTS_ZERO3)
 
     def find_untimed(self, section: EngineSection) -> str | None:
         config = load_ds_config(section.config)
@@ -174,7 +179,36 @@ class DeepSpeedDescription(EngineDescription):
         return None
 
     def list_choices(self, *, world_size: int, gpus_per_node: int) -> list[dict[str, Any]]:
-        return [{"name": self.name, "config": f"zero{stage}"} for stage in (1, 2, 3)]
+        names = ("zero1", "zero2", "zero3", "zero3_leaves")
+        choices = [{"name": self.name, "config": name} for name in names]
+        return [*choices, {"name": self.name, "config": "zero3_leaves", "frozen": "resident"}]
+
+
+def check_frozen(section: EngineSection, config: dict[str, Any]) -> None:
+    """Refuse an `engine.frozen` that a DeepSpeed JSON contradicts.
+
+    Raises:
+        UsageError: weights cannot lie where it says.
+    """
+    zero = config.get("zero_optimization", {})
+    if section.frozen == "sharded" and get_zero_stage(config) < 3:
+        raise UsageError(
+            f"engine.frozen=sharded with ZeRO stage {get_zero_stage(config)}",
+            "below stage 3, every rank holds all weights.",
+            "set engine.config=zero3, or engine.frozen=auto.",
+        )
+    if section.frozen != "resident":
+        return
+    for key, contradicts in (
+        ("offload_param", _is_offloaded(zero.get("offload_param"))),
+        ("zero_hpz_partition_size", get_hpz(zero) is not None),
+    ):
+        if contradicts:
+            raise UsageError(
+                f"engine.frozen=resident with {key} in the DeepSpeed JSON",
+                "both say where whole weights lie between their uses.",
+                f"remove {key} from the JSON, or set engine.frozen=auto.",
+            )
 
 
 def get_hpz(zero: Mapping[str, Any]) -> int | None:

@@ -73,7 +73,8 @@ class FsdpDescription(EngineDescription):
         gradient_ranks = ranks if section.reduce_every == "micro_batch" else 1
         # The fp32 weight is the weight itself: it is cast only while it is gathered.
         trainable = state_bytes / ranks + GRADIENT_BYTES / gradient_ranks
-        return ParameterBytes(compute_bytes / ranks, trainable)
+        frozen = compute_bytes / (1 if section.frozen == "resident" else ranks)
+        return ParameterBytes(frozen, trainable)
 
     def describe(self, section: EngineSection) -> str:
         parts = ["FSDP2"]
@@ -81,6 +82,8 @@ class FsdpDescription(EngineDescription):
             parts.append(f"groups of {section.shard_ranks} ranks")
         if section.reduce_every == "step":
             parts.append("gradients reduced once a step")
+        if section.frozen == "resident":
+            parts.append("frozen weights resident")
         return ", ".join(parts)
 
     def traffic(
@@ -95,15 +98,17 @@ class FsdpDescription(EngineDescription):
         ranks = section.shard_ranks or world_size
         gradients = GRADIENT_BYTES * trainable
         each = section.reduce_every == "micro_batch"
-        # A block that is recomputed in backward is gathered there already.
-        read = (
-            uses.frozen_forward
-            + uses.frozen_backward
-            + uses.trained_forward
-            + uses.trained_backward
-        )
-        # What belongs to no block is gathered with the root: as a whole, in forward and backward.
-        read += 2 * uses.loose - uses.loose_reads
+        # A block that is recomputed in backward is gathered there already. What belongs to no block
+        # is gathered with the root: as a whole, in forward and backward.
+        read = uses.trained_forward + uses.trained_backward
+        read += 2 * uses.loose_trained - uses.loose_trained_reads
+        if section.frozen != "resident":
+            read += uses.frozen_forward + uses.frozen_backward
+            loose, reads = (
+                uses.loose - uses.loose_trained,
+                uses.loose_reads - uses.loose_trained_reads,
+            )
+            read += 2 * loose - reads
         # Groups of ranks meet once a step, with their shards of the gradients.
         between = gradients / ranks if ranks < world_size else 0
         return StepTraffic(
@@ -129,6 +134,8 @@ class FsdpDescription(EngineDescription):
         choices: list[dict[str, Any]] = [
             {"name": self.name},
             {"name": self.name, "reduce_every": "step"},
+            {"name": self.name, "frozen": "resident"},
+            {"name": self.name, "frozen": "resident", "reduce_every": "step"},
         ]
         return choices
 

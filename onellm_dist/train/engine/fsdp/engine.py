@@ -3,14 +3,14 @@
 It has the interface and the numbers of the DeepSpeed engine, without its JSON.
 
 Trained weights are fp32 shards that are cast when they are gathered; gradients are reduced and kept
-in fp32. Frozen weights are sharded in the dtype that the model computes in and have no optimizer
-state.
+in fp32. Frozen weights are in the dtype that the model computes in and have no optimizer state, and
+they are sharded, or whole on every rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from onellm_dist.train.engine.grad_norms import PartNorms
 from onellm_dist.train.engine.parameters import (
     ParameterOwners,
     fill_groups,
+    list_indivisible,
     list_persistent_buffers,
     name_groups,
     set_learning_rates,
@@ -81,11 +82,14 @@ class FsdpEngine(Engine):
     ) -> FsdpEngine:
         names = name_groups(model, groups)
         dtype = settings.compute_dtype
+        resident = find_resident(model, settings)
         for parameter in model.parameters():
             # Master weights start from the rounded ones, as under ZeRO.
             parameter.data = parameter.data.to(dtype).to(
                 torch.float32 if parameter.requires_grad else dtype
             )
+            if parameter in resident and not parameter.is_meta:
+                parameter.data = parameter.data.to(settings.device)
         mesh = make_mesh(settings)
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -93,9 +97,13 @@ class FsdpEngine(Engine):
         module = PackedLoss(model)
         # The root is resharded too: if it stayed gathered after a forward pass without backward
         # (validation), training would continue with old weights.
-        for unit in (*find_units(model), module):
+        for unit in (*find_units(model, resident), module):
             sharded: Any = fully_shard(
-                unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True
+                unit,
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=True,
+                ignored_params=resident,
             )
             # The sum over ranks, not the mean. gloo has no scaled sum, which the factor alone would
             # ask for.
@@ -193,7 +201,9 @@ class FsdpEngine(Engine):
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         is_rank_zero = dist.get_rank() == 0
         for name, parameter in self._module.model.named_parameters():
-            full = parameter.detach().to(self.compute_dtype).full_tensor()
+            full: Any = parameter.detach().to(self.compute_dtype)
+            if isinstance(full, DTensor):
+                full = full.full_tensor()
             yield name, full.cpu() if is_rank_zero else torch.empty_like(full, device="meta")
         for name, buffer in list_persistent_buffers(self._module.model):
             yield (
@@ -225,24 +235,33 @@ def find_replica(mesh: DeviceMesh) -> Replica:
     return Replica(mesh.get_local_rank(REPLICATE), mesh.size(0), mesh.get_group(REPLICATE))
 
 
-def find_units(model: Any) -> list[nn.Module]:
+def find_resident(model: nn.Module, settings: EngineSettings) -> set[nn.Parameter]:
+    """The parameters that every rank holds whole: those that do not train, if the recipe says so.
+
+    FSDP2 leaves them alone, so that they lie where and in the dtype that they are given.
+    """
+    if not settings.frozen_resident:
+        return set()
+    return {parameter for parameter in model.parameters() if not parameter.requires_grad}
+
+
+def find_units(model: Any, resident: Collection[nn.Parameter] = ()) -> list[nn.Module]:
     """Return the modules that are gathered and freed together, inner ones first.
 
-    These are the modules that the model and its parts call indivisible (transformers'
-    `_no_split_modules`), and embedding and head if their weights are not tied. The rest is gathered
-    with the root.
+    These are the modules that the model and its parts call indivisible, and embedding and head if
+    their weights are not tied. The rest is gathered with the root.
+
+    Args:
+        model: the model.
+        resident: parameters that are not sharded; modules that have no others are left out.
     """
-    indivisible = {
-        name
-        for module in model.modules()
-        for name in getattr(module, "_no_split_modules", None) or ()
-    }
+    indivisible = list_indivisible(model)
     found = [module for module in model.modules() if type(module).__name__ in indivisible]
     if hasattr(model, "get_input_embeddings"):
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         if ends[0].weight is not ends[1].weight:
             found += ends
-    return found
+    return [unit for unit in found if any(p not in resident for p in unit.parameters())]
 
 
 def find_first_row(parameter: DTensor, mesh: DeviceMesh) -> int:
@@ -268,6 +287,9 @@ def fill_shards(
     owners = ParameterOwners(model)
     for name, parameter in list(model.named_parameters()):
         held: Any = parameter
+        if not isinstance(held, DTensor):
+            owners.replace(name, _fill_whole(name, held, weights, device))
+            continue
         first = find_first_row(held, mesh)
         local = torch.empty(held._local_tensor.shape, dtype=held.dtype, device=device)
         if local.numel():
@@ -281,3 +303,13 @@ def fill_shards(
             stride=held.stride(),
         )
         owners.replace(name, nn.Parameter(sharded, requires_grad=held.requires_grad))
+
+
+def _fill_whole(
+    name: str, parameter: nn.Parameter, weights: WeightSource, device: torch.device
+) -> nn.Parameter:
+    """A parameter that is not sharded, with its weights."""
+    values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    if values.numel():
+        values.copy_(weights.rows(name, 0, parameter.shape[0] if parameter.ndim else 0))
+    return nn.Parameter(values, requires_grad=parameter.requires_grad)
