@@ -52,7 +52,7 @@ def test_every_section_runs_and_is_compared_with_the_plan(tmp_path: Path) -> Non
     assert {"encoder", "upm", "llm"} <= set(
         found["kernels by part (forward; backward is `outside`), ms"]
     )
-    assert sum(name.startswith("engine ") for name in found) == 6
+    assert sum(name.startswith("engine ") for name in found) == 5
     assert sum(name.startswith("with: ") for name in found) == 4
     for name in ("stage I", "stage II", "tune, recompute selective"):
         beside = found[f"predicted and measured: {name}"]

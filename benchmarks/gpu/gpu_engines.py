@@ -40,10 +40,6 @@ def list_engines(folder: Path) -> dict[str, dict[str, Any]]:
             "ZeRO-2": {"config": "zero2"},
             "ZeRO-3": {"config": "zero3"},
             "ZeRO-3, blocks as leaves": {"config": str(leaves)},
-            "ZeRO-3, blocks as leaves, frozen weights resident": {
-                "config": str(leaves),
-                "frozen": "resident",
-            },
         }
     return found
 

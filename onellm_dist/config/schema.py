@@ -183,7 +183,8 @@ class EngineSection(Section):
     `zero3`."""
     frozen: Literal["auto", "sharded", "resident"] = "auto"
     """Where weights that do not train lie. `sharded`: over the ranks like all others; they are
-    gathered in every micro-batch. `resident`: whole on every rank, without that traffic. `auto`: as
+    gathered in every micro-batch. `resident`: whole on every rank, without that traffic (FSDP2;
+    ZeRO-1 and 2 always do so, ZeRO-3 never). `auto`: as
     the planner decides by memory and speed (`onellm plan --search` writes `resident` into the
     recipe where it fits and is faster); what has not been planned is `sharded`."""
     shard_ranks: PositiveInt | None = None

@@ -38,7 +38,6 @@ CHOICES: dict[str, tuple[dict[str, Any], str]] = {
     "zero2": ({"config": "zero2"}, "none"),
     "zero3": ({"config": "ZERO3"}, "none"),
     "zero3_full": ({"config": "ZERO3"}, "full"),
-    "zero3_resident": ({"config": "ZERO3", "frozen": "resident"}, "none"),
     "fsdp_resident": ({"name": "fsdp", "frozen": "resident"}, "full"),
     "fsdp": ({"name": "fsdp"}, "none"),
     "fsdp_full": ({"name": "fsdp"}, "full"),

@@ -51,10 +51,7 @@ class CollectiveBytes(TorchDispatchMode):
 
 
 def measure(dist: Distributed, section: EngineSection, mode: str) -> dict[str, int]:
-    """Bytes of each kind of collective in the third step.
-
-    ZeRO-3 traces in the first, and gathers in the second what it keeps.
-    """
+    """Bytes of each kind of collective in the second step (the first traces)."""
     model: Any = build_empty_model(make_config())
     freeze_for_stage(model, "align", NAMES)
     enable_activation_checkpointing(model, mode)
@@ -82,7 +79,7 @@ def measure(dist: Distributed, section: EngineSection, mode: str) -> dict[str, i
     batch = PackedBatch(
         pack.input_ids, pack.labels, pack.text_token_counts, pack.modalities, own, pack.weights
     )
-    for _ in range(3):
+    for _ in range(2):
         with CollectiveBytes() as counter:
             for number in range(MICRO_BATCHES):
                 loss, _, _ = engine.forward(batch, last=number == MICRO_BATCHES - 1)

@@ -30,7 +30,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "offload": {"config": {"zero_optimization": {**ZERO3, **OFFLOAD}}},
     "fsdp": {"fsdp": {}},
     "zero3_leaves": {"config": {"zero_optimization": {**ZERO3, **LEAVES}}},
-    "zero3_resident": {"config": {"zero_optimization": ZERO3}, "resident": True},
     "fsdp_resident": {"fsdp": {}, "resident": True},
     "fsdp_once": {"fsdp": {"reduce_every_micro_batch": False}},
     "zero3_hpz": {"config": {"zero_optimization": {**ZERO3, "zero_hpz_partition_size": 2}}},
@@ -38,7 +37,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp_hybrid_once": {"fsdp": {"shard_ranks": 2, "reduce_every_micro_batch": False}},
 }
 BASIC = ("zero1", "zero2", "zero3", "offload", "fsdp", "fsdp_once")
-KEPT = ("zero3_leaves", "zero3_resident", "fsdp_resident")
+KEPT = ("zero3_leaves", "fsdp_resident")
 WIDE = ("zero3_hpz", "fsdp_hybrid", "fsdp_hybrid_once")
 """Four ranks as 2 x 2."""
 

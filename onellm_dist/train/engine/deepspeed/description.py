@@ -86,19 +86,15 @@ class DeepSpeedDescription(EngineDescription):
         config = load_ds_config(section.config)
         stage = get_zero_stage(config)
         weight = compute_bytes / (world_size if stage == 3 else 1)
-        # ZeRO-3 keeps its shard beside the whole weight.
-        whole = compute_bytes if stage == 3 and section.frozen == "resident" else 0
         gradient = GRADIENT_BYTES / (world_size if stage >= 2 else 1)
         state = state_bytes / (world_size if stage >= 1 else 1)
         if is_optimizer_offloaded(config):
-            return ParameterBytes(weight + whole, weight, gradient + state)
-        return ParameterBytes(weight + whole, weight + gradient + state)
+            return ParameterBytes(weight, weight, gradient + state)
+        return ParameterBytes(weight, weight + gradient + state)
 
     def describe(self, section: EngineSection) -> str:
         config = load_ds_config(section.config)
         name = f"DeepSpeed ZeRO-{get_zero_stage(config)}"
-        if get_zero_stage(config) == 3 and section.frozen == "resident":
-            name += ", frozen weights resident"
         return f"{name}, optimizer offloaded" if is_optimizer_offloaded(config) else name
 
     def traffic(
@@ -130,9 +126,14 @@ class DeepSpeedDescription(EngineDescription):
         # Each module's weights are gathered in forward, again where it is recomputed, and again in
         # backward. Weights that are read again within `stage3_max_reuse_distance` are not, which
         # saves up to a twentieth at 7B; a model smaller than that is gathered once.
-        read = uses.trained_forward + uses.trained_recomputed + uses.trained_backward
-        if section.frozen != "resident":
-            read += uses.frozen_forward + uses.frozen_recomputed + uses.frozen_backward
+        read = (
+            uses.frozen_forward
+            + uses.frozen_recomputed
+            + uses.frozen_backward
+            + uses.trained_forward
+            + uses.trained_recomputed
+            + uses.trained_backward
+        )
         return StepTraffic(
             gather_micro_batch=compute_bytes * read,
             reduce_micro_batch=gradients,
@@ -180,35 +181,28 @@ class DeepSpeedDescription(EngineDescription):
 
     def list_choices(self, *, world_size: int, gpus_per_node: int) -> list[dict[str, Any]]:
         names = ("zero1", "zero2", "zero3", "zero3_leaves")
-        choices = [{"name": self.name, "config": name} for name in names]
-        return [*choices, {"name": self.name, "config": "zero3_leaves", "frozen": "resident"}]
+        return [{"name": self.name, "config": name} for name in names]
 
 
 def check_frozen(section: EngineSection, config: dict[str, Any]) -> None:
     """Refuse an `engine.frozen` that a DeepSpeed JSON contradicts.
 
     Raises:
-        UsageError: weights cannot lie where it says.
+        UsageError: weights do not lie where it says.
     """
-    zero = config.get("zero_optimization", {})
-    if section.frozen == "sharded" and get_zero_stage(config) < 3:
+    stage = get_zero_stage(config)
+    if section.frozen == "sharded" and stage < 3:
         raise UsageError(
-            f"engine.frozen=sharded with ZeRO stage {get_zero_stage(config)}",
+            f"engine.frozen=sharded with ZeRO stage {stage}",
             "below stage 3, every rank holds all weights.",
             "set engine.config=zero3, or engine.frozen=auto.",
         )
-    if section.frozen != "resident":
-        return
-    for key, contradicts in (
-        ("offload_param", _is_offloaded(zero.get("offload_param"))),
-        ("zero_hpz_partition_size", get_hpz(zero) is not None),
-    ):
-        if contradicts:
-            raise UsageError(
-                f"engine.frozen=resident with {key} in the DeepSpeed JSON",
-                "both say where whole weights lie between their uses.",
-                f"remove {key} from the JSON, or set engine.frozen=auto.",
-            )
+    if section.frozen == "resident" and stage == 3:
+        raise UsageError(
+            "engine.frozen=resident with ZeRO stage 3",
+            "it shards all weights alike.",
+            "set engine.config=zero2, which keeps all weights, or engine.name=fsdp.",
+        )
 
 
 def get_hpz(zero: Mapping[str, Any]) -> int | None:

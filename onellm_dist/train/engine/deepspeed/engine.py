@@ -18,12 +18,8 @@ from onellm_dist.model.lora import list_foreign_reads
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.engine.base import Engine, GradNorms, LocalRange, PackedLoss, WeightSource
 from onellm_dist.train.engine.deepspeed.config import complete_config, get_zero_stage
+from onellm_dist.train.engine.deepspeed.leaves import name_leaves
 from onellm_dist.train.engine.deepspeed.library_check import check_with_deepspeed
-from onellm_dist.train.engine.deepspeed.live_weights import (
-    allow_live_parameters,
-    keep_frozen,
-    name_leaves,
-)
 from onellm_dist.train.engine.deepspeed.process_groups import forget_process_groups
 from onellm_dist.train.engine.deepspeed.ranges import (
     add_optimizer_state,
@@ -93,10 +89,6 @@ class DeepSpeedEngine(Engine):
         deepspeed = import_deepspeed()
         config = complete_config(settings.options, bf16=settings.bf16, grad_clip=settings.grad_clip)
         check_with_deepspeed(config)
-        is_resident = settings.frozen_resident and get_zero_stage(config) == 3
-        if is_resident:
-            frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-            config = allow_live_parameters(config, frozen)
         config = name_leaves(config, model)
         if weights is not None:
             names = name_groups(model, groups)
@@ -112,8 +104,6 @@ class DeepSpeedEngine(Engine):
         module = PackedLoss(model)
         optimizer = settings.optimizer.build(groups)
         engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        if is_resident:
-            keep_frozen(module)
         return cls(engine, module, optimizer, settings)
 
     @staticmethod
