@@ -13,8 +13,8 @@ from gpu_workload import Setting, Workload
 from torch.nn import functional
 
 from onellm_dist.model.attention import packed_attention
+from onellm_dist.model.kernel_trace import trace_attention
 from onellm_dist.model.kernels.select import BACKEND_VARIABLE, forget_backend, select_backend
-from onellm_dist.model.kernels.trace import trace_attention
 from onellm_dist.model.model_kernels import try_fused_kernels
 from onellm_dist.model.sequence_lengths import SequenceLengths
 from onellm_dist.packed import PackedBatch

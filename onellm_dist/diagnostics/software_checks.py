@@ -114,8 +114,8 @@ def check_attention() -> CheckResult:
     """The attention backend for packed sequences, why it was chosen, and the kernel that ran."""
     import torch
 
+    from onellm_dist.model.kernel_trace import trace_attention
     from onellm_dist.model.kernels.select import select_backend
-    from onellm_dist.model.kernels.trace import trace_attention
 
     try:
         name, reason = select_backend()

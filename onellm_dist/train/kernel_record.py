@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from onellm_dist.model.kernels.trace import trace_attention
+from onellm_dist.model.kernel_trace import trace_attention
 from onellm_dist.model.llm_attention import ATTENTION_NAME
 from onellm_dist.model.model_kernels import KernelChoice, try_fused_kernels
 

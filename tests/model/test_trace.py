@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from onellm_dist.diagnostics.software_checks import check_attention, check_kernels
-from onellm_dist.model.kernels.trace import PRODUCTS, find_innermost, record, trace_attention
+from onellm_dist.model.kernel_trace import PRODUCTS, find_innermost, record, trace_attention
 from onellm_dist.model.model_kernels import KernelChoice
 from onellm_dist.train.kernel_record import record_kernels
 
