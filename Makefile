@@ -8,12 +8,13 @@ SLURM := $(VENV)/.slurm
 PYTEST := $(BIN)/python -m pytest
 DEMO_OUT ?= demo_run
 INTEGRATION_OUT ?= integration_run
+ABLATIONS_OUT ?= ablations_run
 # Four processes on two cores: many tests wait for others. tests/conftest.py orders the files.
 PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 SLOW_REPORT := --durations=10
 COVERAGE := --cov=onellm_dist --cov-report=term:skip-covered --cov-report=xml
 
-.PHONY: help setup slurm demo demo-full test test-fast soak lint format types integration bounds docs constraints clean
+.PHONY: help setup slurm demo demo-full test test-fast soak lint format types integration bounds docs constraints ablations clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -35,6 +36,9 @@ demo: $(STAMP)  ## shards, toy towers, align, tune, captions and an HTML report 
 
 demo-full: $(STAMP)  ## the same with three times the training (about an hour on 2 cores)
 	$(BIN)/onellm demo --full --out $(DEMO_OUT)_full
+
+ablations: $(STAMP)  ## the paper's ablations on the toy world: ten variants, three seeds, a table and a page (hours)
+	$(BIN)/onellm ablate --out $(ABLATIONS_OUT)
 
 test: $(STAMP) $(SLURM)  ## every check except the long random ones, with coverage
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint types docs
@@ -78,5 +82,5 @@ constraints: $(STAMP)  ## resolve constraints.txt anew
 	mv constraints.new constraints.txt
 
 clean:  ## remove what demo and tests left (not .venv, and not runs/, where the recipes write)
-	rm -rf $(DEMO_OUT) $(DEMO_OUT)_full $(INTEGRATION_OUT) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	rm -rf $(DEMO_OUT) $(DEMO_OUT)_full $(INTEGRATION_OUT) $(ABLATIONS_OUT) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	  .import_linter_cache .coverage coverage.xml .nox

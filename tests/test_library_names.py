@@ -29,7 +29,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "fsspec": ("shards/storage/",),
     "av": ("modalities/io/", "shards/", "testing/integration/"),
     "soundfile": ("modalities/", "shards/sources/", "testing/integration/"),
-    "scipy": ("modalities/", "shards/sources/readers/"),
+    "scipy": ("modalities/", "shards/sources/readers/", "testing/ablations/"),
     "open_clip": ("convert/",),
     "gguf": ("convert/",),
     "accelerate": ("model/", "train/callbacks/"),

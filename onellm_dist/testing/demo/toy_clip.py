@@ -28,7 +28,7 @@ from onellm_dist.model.encoder import Encoder
 from onellm_dist.model.sequence_lengths import SequenceLengths
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.shards.sources.toyworld.render import render_sample
-from onellm_dist.testing.demo.toy_llm import compute_cosine_rate
+from onellm_dist.testing.demo.tower_optimizers import make_optimizers, set_rates
 
 MODALITY = "image"
 PATCH = 14
@@ -222,11 +222,38 @@ def encode_patches(
         picked = np.argpartition(-wanted, kept - 1, axis=1)[:, :kept]
         pixels = np.take_along_axis(pixels, picked[..., None], axis=1)
         chosen = torch.from_numpy(picked)
+    return encode_patch_values(encoder, normalize_pixels(pixels), chosen)
+
+
+def normalize_pixels(patches: np.ndarray) -> torch.Tensor:
+    """Patches [..., 588] uint8 -> fp32, normalised as CLIP's pictures are."""
     mean, std = (torch.tensor(v).repeat_interleave(PATCH * PATCH) for v in (CLIP_MEAN, CLIP_STD))
-    values = (torch.from_numpy(pixels).float() / 255 - mean) / std
+    return (torch.from_numpy(patches).float() / 255 - mean) / std
+
+
+def encode_patch_values(
+    encoder: Encoder,
+    values: torch.Tensor,
+    chosen: torch.Tensor,
+    masked: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Encode some patches of each image.
+
+    Args:
+        encoder: the encoder.
+        values: [B, N, 588] normalised patches.
+        chosen: [B, N], their places in the image.
+        masked: [B, N] which patches are hidden, and [D] what stands in their place; None: none.
+
+    Returns:
+        [B, N + 1, D] features.
+    """
     positions = encoder.positions.weight
-    embedded = F.linear(values, encoder.patches.weight.flatten(1)) + positions[1:][chosen]
-    first = (encoder.class_token.weight + positions[0]).expand(len(rows), 1, -1)
+    embedded = F.linear(values, encoder.patches.weight.flatten(1))
+    if masked is not None:
+        embedded = torch.where(masked[0][..., None], masked[1], embedded)
+    embedded = embedded + positions[1:][chosen]
+    first = (encoder.class_token.weight + positions[0]).expand(len(values), 1, -1)
     x = torch.cat([first, embedded], dim=1)
     n, length, width = x.shape
     lengths = SequenceLengths.from_lengths((length,) * n, device=x.device)
@@ -263,15 +290,13 @@ def pretrain_clip(
     prepare_encoder(encoder, torch.Generator().manual_seed(recipe.seed))
     encoder.requires_grad_(True)
     head = ContrastiveHead(encoder.class_token.weight.shape[0], len(tokenizer))
-    optimizers = _make_optimizers(encoder, head, recipe)
+    optimizers = make_optimizers(encoder, head, recipe.lr, recipe.muon_lr)
     parameters = [*encoder.parameters(), *head.parameters()]
     texts = tokenize_captions(tokenizer, bank.captions)
     steps, losses = recipe.steps, []
     encoder.train()
     for step, rows in zip(range(steps), bank.draw_hard_batches(recipe.batch, rng), strict=False):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * compute_cosine_rate(step, steps, recipe.warmup)
+        set_rates(optimizers, step, steps, recipe.warmup)
         kept = recipe.kept if step < steps * (1 - recipe.whole) else None
         features = encode_patches(encoder, bank, rows, kept, rng)
         logits = head.compute_logits(features, texts[rows])
@@ -287,26 +312,6 @@ def pretrain_clip(
             on_step(step + 1, losses[-1])
     encoder.requires_grad_(False)
     return head, losses
-
-
-def _make_optimizers(
-    encoder: Encoder, head: nn.Module, recipe: ClipPretraining
-) -> list[torch.optim.Optimizer]:
-    matrices = [
-        p for name, p in encoder.named_parameters() if name.startswith("blocks.") and p.ndim == 2
-    ]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in [*encoder.parameters(), *head.parameters()] if id(p) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.05),
-        torch.optim.Muon(
-            matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        ),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
 
 
 @torch.inference_mode()

@@ -1,0 +1,60 @@
+"""How much an ablation trains: the whole, and one that only shows that everything works."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+WEIGHTS = {"image": 3, "video": 4, "audio": 5}
+"""Shares of the joint training, as in the demo."""
+
+
+@dataclass(frozen=True)
+class AblationSize:
+    """Sizes of the datasets, the towers and the runs."""
+
+    name: str
+    train: Mapping[str, int]
+    """Training samples of each modality."""
+    test: int
+    """Samples of each modality in each of the two test splits."""
+    clip: tuple[str, ...]
+    """Keys of the toy CLIP's pretraining."""
+    dino: tuple[str, ...]
+    """Keys of the pretraining of the encoder that sees no captions."""
+    llm: tuple[str, ...]
+    """Keys of the toy LLM's pretraining."""
+    image_steps: int
+    """Steps of the alignment with images."""
+    joint_steps: int
+    """Steps of the joint training behind it; a multiple of the sum of WEIGHTS."""
+    least_quality: bool = True
+    """Whether towers that are too weak to learn from end the ablation."""
+
+    def get_share(self, modality: str) -> int:
+        """Steps of the joint training that a modality takes part in, were it alone in them."""
+        return self.joint_steps * WEIGHTS[modality] // sum(WEIGHTS.values())
+
+
+FULL = AblationSize(
+    "full",
+    train={"image": 4000, "video": 2500, "audio": 3000},
+    test=200,
+    clip=("images=36000",),
+    dino=("images=36000",),
+    llm=("steps=120",),
+    image_steps=160,
+    joint_steps=240,
+)
+TINY = AblationSize(
+    "tiny",
+    train={"image": 64, "video": 48, "audio": 48},
+    test=4,
+    clip=("images=128", "bank=64", "batch=32"),
+    dino=("images=128", "bank=64", "batch=32"),
+    llm=("steps=2",),
+    image_steps=2,
+    joint_steps=12,
+    least_quality=False,
+)
+SIZES = {size.name: size for size in (FULL, TINY)}
