@@ -2,6 +2,7 @@
 
 OUT/results.json           scores in the form of lm-evaluation-harness
 /report.html            the page
+/mmvet/grades.jsonl     scores that another model gave (grader.py)
 /gqa/samples.jsonl      every question with its answer and its own scores
 /vqav2/vqav2.json       the file that the benchmark's server takes
 """
@@ -25,6 +26,7 @@ from onellm_dist.evaluation.answer_folder import (
     read_questions,
     read_settings,
 )
+from onellm_dist.evaluation.grades import measure_grades
 from onellm_dist.evaluation.questions import BenchmarkQuestion, GivenAnswer
 from onellm_dist.evaluation.scorers.coco_captions import NotComputedError
 from onellm_dist.evaluation.scorers.measure import Measure
@@ -116,7 +118,7 @@ def score_task(folder: Path, *, partial: bool = False, without: Collection[str] 
     names = set(without)
     kept = [q for q in questions if q.id not in names and f"{task.name}/{q.id}" not in names]
     given = [GivenAnswer(q, answers[q.id].answer) for q in kept if q.id in answers]
-    measures, missing = _measure(task, given)
+    measures, missing = _measure(task, folder, given)
     return TaskScore(
         task,
         folder,
@@ -129,15 +131,21 @@ def score_task(folder: Path, *, partial: bool = False, without: Collection[str] 
     )
 
 
-def _measure(task: Task, given: Sequence[GivenAnswer]) -> tuple[list[Measure], dict[str, str]]:
+def _measure(
+    task: Task, folder: Path, given: Sequence[GivenAnswer]
+) -> tuple[list[Measure], dict[str, str]]:
     missing = dict(task.missing())
     scored = [answer for answer in given if answer.question.answers]
     if not scored:
         return [], {**missing, "scores": "the references of this split are hidden, or none is left"}
     try:
-        return task.measure(scored), missing
+        measures = task.measure(scored)
     except NotComputedError as error:
         return [], {**missing, "scores": str(error)}
+    if task.grading is not None:
+        graded, lacking = measure_grades(task.grading, folder, scored)
+        return [*measures, *graded], {**missing, **lacking}
+    return measures, missing
 
 
 def write_scores(out: Path, scores: Sequence[TaskScore]) -> list[Path]:

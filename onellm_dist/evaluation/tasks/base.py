@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from onellm_dist.common.errors import UsageError
 from onellm_dist.evaluation.questions import BenchmarkQuestion, GivenAnswer
 from onellm_dist.evaluation.scorers.measure import Measure
+from onellm_dist.evaluation.tasks.grading import Grading
 
 PromptBuilder = Callable[[BenchmarkQuestion], str]
 AnswerFiles = Callable[[Sequence[GivenAnswer]], Mapping[str, bytes]]
@@ -57,6 +58,8 @@ class Task:
     """Makes the files that a server takes."""
     check_file: FormatCheck | None = None
     """Checks such a file against the server's rules."""
+    grading: Grading | None = None
+    """How another model scores the answers, besides `measure`."""
     note: str = ""
     """How a score differs from the official program's; the page shows it."""
     missing: Callable[[], Mapping[str, str]] = dict

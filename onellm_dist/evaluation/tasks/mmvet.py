@@ -5,6 +5,7 @@ from __future__ import annotations
 from onellm_dist.evaluation.scorers.exact import measure_nothing
 from onellm_dist.evaluation.tasks.answer_files import check_map, make_map_file
 from onellm_dist.evaluation.tasks.base import Task
+from onellm_dist.evaluation.tasks.grading import MMVET
 from onellm_dist.evaluation.tasks.prompts import ask_as_written
 
 TASK = Task(
@@ -20,5 +21,6 @@ TASK = Task(
     paper={"GPT-4 score": 29.1},
     answer_files=make_map_file("mmvet.json", "key"),
     check_file=check_map,
-    missing=lambda: {"GPT-4 score": "upload mmvet.json to the official evaluator"},
+    grading=MMVET,
+    note="The official evaluator takes mmvet.json; its model is GPT-4 of June 2023.",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onellm_dist.evaluation.scorers.exact import measure_nothing
 from onellm_dist.evaluation.tasks.base import Task
+from onellm_dist.evaluation.tasks.grading import OBJECTS
 from onellm_dist.evaluation.tasks.objaverse_file import check_results, write_results
 from onellm_dist.evaluation.tasks.prompts import ask_always
 
@@ -21,5 +22,6 @@ TASK = Task(
     paper={"GPT-4 accuracy": 44.5},
     answer_files=write_results,
     check_file=check_results,
-    missing=lambda: {"GPT-4 accuracy": "score objaverse.json with PointLLM's program"},
+    grading=OBJECTS,
+    note="PointLLM's own program scores objaverse.json.",
 )
