@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from onellm_dist.cli import cluster, convert, evaluate, plan, runs, shards
+from onellm_dist.cli import ablate, cluster, convert, evaluate, evaluate_run, plan, runs, shards
 from onellm_dist.cli.generate import add_modality_options, generate
 from onellm_dist.cli.overlap import overlap
 from onellm_dist.cli.serve import serve
@@ -21,7 +21,7 @@ from onellm_dist.common.logging import configure_logging
 
 app = typer.Typer(name="onellm", no_args_is_help=True, pretty_exceptions_enable=False)
 
-for _commands in (runs, cluster, plan, evaluate):
+for _commands in (runs, cluster, plan, evaluate, evaluate_run, ablate):
     app.add_typer(_commands.app)
 shards.app.command("overlap")(overlap)
 app.add_typer(shards.app, name="shards")

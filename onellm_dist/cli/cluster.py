@@ -116,11 +116,15 @@ def doctor(
         "onellm launch stage1_image --to kubernetes --nodes 2 --container IMAGE "
         "--volume shared:/data --set run.dir=/data/stage1 --set data.root=/data/shards "
         "--out stage1.yaml",
+        "onellm launch --evaluate --nodes 2 --submit -- runs/tune/model gqa mme --data shards "
+        "--out evaluation",
     )
 )
 def launch(
     context: typer.Context,
-    recipe: options.Recipe,
+    recipe: options.RecipeOrModel,
+    arguments: options.EvaluateArguments = None,
+    evaluate: options.Evaluate = False,
     to: options.Target = "slurm",
     nodes: options.Nodes = "1",
     gpus_per_node: options.GpusPerNode = 8,
@@ -153,10 +157,14 @@ def launch(
     The job requeues itself after a preemption or a failure, and the run resumes.
     With --array it is one job for each combination of values, each with a run
     directory of its own below `run.dir`. With --to it is a manifest for Kubernetes
-    (a JobSet) or a task for SkyPilot, to read, keep and apply.
+    (a JobSet) or a task for SkyPilot, to read, keep and apply. With --evaluate it
+    is an evaluation: what stands behind `--` is what `onellm evaluate` takes.
     """
     launch_targets.check_options(context, to)
-    if to == launch_targets.SLURM:
+    launch_targets.check_evaluation(context.params)
+    if evaluate:
+        _write_job(launch_targets.make_evaluation(context.params), out, submit=submit)
+    elif to == launch_targets.SLURM:
         job = launch_targets.make_slurm_job(context.params)
         _warn_by_plan(job, gpu)
         _write_job(job, out, submit=submit)
@@ -202,11 +210,26 @@ def _write_job(job: SlurmJob, out: Path | None, *, submit: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     print(f"written: {path}")
+    if job.evaluates:
+        _write_kept_jobs(job)
     if submit:
         history = job.run_dir / ("*" if job.sweep else "") / run_files.ATTEMPTS
         print(f"submitted: job {submit_script(path)}; its history goes to {history}")
     else:
         print(f"submit it: sbatch {shlex.quote(str(path))}")
+
+
+def _write_kept_jobs(job: SlurmJob) -> None:
+    """Write the jobs that the job script submits for checkpoints that are kept."""
+    from onellm_dist.common import run_files
+    from onellm_dist.launch.slurm.script import render
+    from onellm_dist.launch.slurm.submit import make_kept_job
+
+    for run_dir in [task.run_dir for task in job.sweep] or [job.run_dir]:
+        path = run_dir / run_files.EVALUATION_SCRIPT
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(render(make_kept_job(job, run_dir)), encoding="utf-8")
+        print(f"written: {path}")
 
 
 @app.command(epilog=format_examples("onellm rehearse stage1_image --nodes 2 --ranks-per-node 2"))

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onellm_dist.common.errors import EXIT_CODES, EXIT_PREEMPTED, OneLLMError, UsageError
+
+if TYPE_CHECKING:
+    from onellm_dist.launch.ranks import Ranks
+
 app = typer.Typer()
+STARTED = time.time()
+"""When this process began, in seconds since 1970."""
 
 
 def _list_tasks(wanted: bool) -> None:
@@ -78,7 +89,31 @@ def evaluate(
         as_reference=as_reference,
         batch=batch,
     )
-    typer.echo(evaluate_folder(model, tasks, data, out, options, found))
+    with recording_failures(out, found):
+        typer.echo(evaluate_folder(model, tasks, data, out, options, found))
+
+
+@contextmanager
+def recording_failures(out: Path, ranks: Ranks | None) -> Iterator[None]:
+    """Tell the job script, where one began this evaluation, why a rank gave up."""
+    from onellm_dist.common.refusals import append_refusal, describe_start
+    from onellm_dist.common.run_files import ATTEMPTS
+
+    try:
+        yield
+    except OneLLMError as error:
+        status = {code: name for name, code in EXIT_CODES.items()}[error.exit_code]
+        if (out / ATTEMPTS).is_file() and error.exit_code != EXIT_PREEMPTED:
+            append_refusal(
+                out,
+                status=status,
+                exit_code=error.exit_code,
+                reason=str(error),
+                rank=0 if ranks is None else ranks.rank,
+                start=describe_start(ranks.address, ranks.port, os.environ) if ranks else "",
+                since=STARTED,
+            )
+        raise
 
 
 def _start_ranks(ranks: int, out: Path) -> None:
@@ -107,6 +142,14 @@ def score(
         Path | None,
         typer.Option(help="A list of question ids, one a line, that are left out."),
     ] = None,
+    grader: Annotated[
+        str | None,
+        typer.Option(help="Base URL of an OpenAI-compatible API whose model scores open answers."),
+    ] = None,
+    grader_model: Annotated[str | None, typer.Option(help="The model there.")] = None,
+    grader_key: Annotated[
+        str, typer.Option(help="Environment variable with the API's key.")
+    ] = "OPENAI_API_KEY",
     compare: Annotated[
         bool, typer.Option("--compare", help="Compare two evaluations by the paired bootstrap.")
     ] = False,
@@ -115,7 +158,6 @@ def score(
 
     Example: onellm score evaluation
     """
-    from onellm_dist.common.errors import UsageError
     from onellm_dist.evaluation.compare import compare_scores
     from onellm_dist.evaluation.score import read_ids, score_folder, write_scores
     from onellm_dist.evaluation.score_page import (
@@ -130,6 +172,8 @@ def score(
             "one evaluation is scored, two are compared.",
             "see onellm score --help.",
         )
+    if grader is not None:
+        _grade(out, task or (), grader, grader_model, grader_key)
     left_out = read_ids(without) if without is not None else frozenset[str]()
     scores = [
         score_folder(folder, partial=partial, without=left_out, tasks=task or ()) for folder in out
@@ -144,3 +188,22 @@ def score(
         return
     for path in (*write_scores(out[0], scores[0]), write_score_page(out[0], scores[0])):
         typer.echo(str(path))
+
+
+def _grade(
+    out: Sequence[Path], tasks: Sequence[str], url: str, model: str | None, key: str
+) -> None:
+    """Let another model grade the answers that it has not graded yet."""
+    from onellm_dist.evaluation.answer_folder import list_task_folders
+    from onellm_dist.evaluation.grader import Grader, grade_task
+
+    if model is None:
+        raise UsageError(
+            "--grader without --grader-model",
+            "scores of different models cannot be compared.",
+            "name the model.",
+        )
+    for folder in out:
+        for place in list_task_folders(folder):
+            if not tasks or place.name in tasks:
+                grade_task(place, Grader(url, model, key))

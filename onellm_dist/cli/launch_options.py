@@ -10,6 +10,22 @@ import typer
 Recipe = Annotated[
     Path, typer.Argument(help="A recipe file, or the name of one that ships (stage1_image).")
 ]
+RecipeOrModel = Annotated[
+    Path,
+    typer.Argument(
+        help="A recipe file, or the name of one that ships (stage1_image); with --evaluate, the "
+        "folder of a model."
+    ),
+]
+EvaluateArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="With --evaluate: the tasks and options of `onellm evaluate`, behind `--`."
+    ),
+]
+Evaluate = Annotated[
+    bool, typer.Option("--evaluate", help="A job that answers benchmarks instead of a run.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

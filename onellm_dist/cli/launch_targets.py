@@ -66,26 +66,79 @@ def check_options(context: typer.Context, target: str) -> None:
         )
 
 
+def check_evaluation(params: Mapping[str, Any]) -> None:
+    """Refuse options of recipes beside --evaluate, and arguments of evaluations without it.
+
+    Raises:
+        UsageError: there are some.
+    """
+    if not params["evaluate"]:
+        if params["arguments"]:
+            raise UsageError(
+                f"unexpected: {' '.join(params['arguments'])}",
+                "a job trains one recipe.",
+                "change keys with --set KEY=VALUE; for an evaluation, add --evaluate.",
+            )
+        return
+    given = {"--set": params["settings"], "--array": params["array"], "--gpu": params["gpu"]}
+    given[f"--to {params['to']}"] = params["to"] != SLURM
+    if unused := [option for option, value in given.items() if value]:
+        raise UsageError(
+            f"--evaluate with {unused[0]}",
+            "an evaluation has no recipe, and is a Slurm job.",
+            "write what `onellm evaluate` takes behind `--`.",
+        )
+
+
+def make_evaluation(params: Mapping[str, Any]) -> SlurmJob:
+    """Make the job of `onellm launch --evaluate` from its options."""
+    from onellm_dist.cli.launch_evaluation import make_job_of_evaluation
+
+    arguments = [str(params["recipe"]), *(params["arguments"] or [])]
+    return make_job_of_evaluation(arguments, params["nodes"], _list_slurm_fields(params))
+
+
 def make_slurm_job(params: Mapping[str, Any]) -> SlurmJob:
     """Make the job of `onellm launch --to slurm` from its options."""
     from onellm_dist.launch.slurm.submit import make_job
 
+    recipe, settings = params["recipe"], params["settings"] or []
+    fields = _list_slurm_fields(params)
+    array = params["array"] or []
+    job = make_job(recipe, settings, nodes=params["nodes"], array=array, **fields)
+    if job.evaluates:
+        _check_tasks(recipe, settings)
+    return job
+
+
+def _list_slurm_fields(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a Slurm job that the options set."""
     same = (
         "gpus_per_node", "ranks_per_node", "starter", "time", "partition", "account", "qos",
         "exclude", "cpus_per_rank", "container", "container_runtime", "max_requeues", "python",
         "preflight",
     )  # fmt: skip
-    return make_job(
-        params["recipe"],
-        params["settings"] or [],
-        nodes=params["nodes"],
-        array=params["array"] or [],
-        grace_period_s=params["grace_period"],
-        name=params["job_name"],
-        mounts=params["mount"] or [],
-        command=_get_command(),
+    return {
+        "grace_period_s": params["grace_period"],
+        "name": params["job_name"],
+        "mounts": params["mount"] or [],
+        "command": _get_command(),
         **{name: params[name] for name in same},
-    )
+    }
+
+
+def _check_tasks(recipe: Path, settings: list[str]) -> None:
+    """Check the names in `data.validation.tasks`; their datasets may be built later.
+
+    Raises:
+        UsageError: one is unknown.
+    """
+    from onellm_dist.config.load import load_config
+    from onellm_dist.evaluation.tasks import get_task
+
+    section = load_config(recipe, settings).data.validation
+    for name in section.tasks if section is not None else ():
+        get_task(name)
 
 
 def write_cloud_file(params: Mapping[str, Any], target: str, out: Path | None) -> None:

@@ -95,9 +95,29 @@ def train(
         )
     if show:
         raise typer.Exit(_show(recipe, overrides or []))
-    from onellm_dist.train.run import main as train_main
+    raise typer.Exit(_train(recipe, overrides or []))
 
-    raise typer.Exit(train_main(recipe, overrides or []))
+
+def _train(recipe: Path, overrides: list[str]) -> int:
+    """Train; after local ranks, let the checkpoints answer `data.validation.tasks`."""
+    from onellm_dist.common.errors import EXIT_DONE
+    from onellm_dist.config.load import load_config
+    from onellm_dist.launch.ranks import discover_ranks
+    from onellm_dist.train.run import main
+
+    try:
+        config = None if discover_ranks() is not None else load_config(recipe, overrides)
+    except UsageError:
+        return main(recipe, overrides)  # which records the refusal
+    section = None if config is None else config.data.validation
+    if config is None or section is None or not section.tasks:
+        return main(recipe, overrides)
+    from onellm_dist.cli.evaluate_run import answer_kept
+    from onellm_dist.evaluation.kept_checkpoints import find_data
+
+    find_data(config, section)
+    code = main(recipe, overrides)
+    return answer_kept(config.run.dir, config.launch.ranks) if code == EXIT_DONE else code
 
 
 def _show(recipe: Path, overrides: list[str]) -> int:

@@ -36,8 +36,10 @@ from onellm_dist.evaluation.benchmark_data import (
     list_media,
     read_media,
 )
+from onellm_dist.evaluation.datasets import find_dataset
 from onellm_dist.evaluation.question_format import QuestionFormat
 from onellm_dist.evaluation.questions import BenchmarkQuestion
+from onellm_dist.evaluation.stop_request import StopRequest
 from onellm_dist.evaluation.tasks import Task, get_task
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.modalities import get_modality
@@ -95,23 +97,6 @@ class _Asked:
     prompt: Prompt
 
 
-def find_dataset(data: Path, task: Task) -> Path:
-    """The dataset of a task below a folder: `gqa-eval`, `gqa`, or the folder itself.
-
-    Raises:
-        UsageError: there is none.
-    """
-    names = (f"{task.name}-eval", task.name, "")
-    for name in names:
-        if (data / name / "manifest.json").is_file():
-            return data / name
-    raise UsageError(
-        f"{data}: there is no {task.name}-eval",
-        f"the questions of {task.title} are a dataset of shards.",
-        f"build it: onellm shards build {task.name}-eval IN {data / f'{task.name}-eval'}",
-    )
-
-
 def evaluate_model(
     model: Any,
     tokenizer: Any,
@@ -121,6 +106,7 @@ def evaluate_model(
     options: EvaluationOptions,
     *,
     identity: str,
+    stop: StopRequest | None = None,
 ) -> BatchStatistics:
     """Answer this rank's questions of some tasks.
 
@@ -132,13 +118,15 @@ def evaluate_model(
         out: the output folder.
         options: how they are asked.
         identity: what the answers depend on of the model (`identify_model`).
+        stop: notices a request to stop; default: one made from now on.
 
     Raises:
+        StoppedError: the evaluation was asked to stop.
         UsageError: an unknown task, prompt, format or split; a dataset that is not there or not
             complete; or an output folder with answers of another evaluation.
         SampleError: a medium cannot be read.
     """
-    statistics = BatchStatistics()
+    statistics, stop = BatchStatistics(), stop or StopRequest(out)
     model.eval()
     form = QuestionFormat(tokenizer, options.format)
     opened = [(task, open_dataset(find_dataset(data, task))) for task in map(get_task, tasks)]
@@ -150,7 +138,7 @@ def evaluate_model(
                 "leave the task out, or use a model that was trained on it.",
             )
     for task, dataset in opened:
-        _evaluate_task(model, form, task, dataset, out, options, statistics, identity)
+        _evaluate_task(model, form, task, dataset, out, options, statistics, identity, stop)
     return statistics
 
 
@@ -173,13 +161,17 @@ def evaluate_folder(
         ranks: this process's place among the ranks; None: there is one.
 
     Raises:
+        StoppedError: the evaluation was asked to stop.
         UsageError: as `evaluate_model`, or there is no model.
     """
+    stop = StopRequest(out)
     model, tokenizer = load_for_evaluation(folder, 0 if ranks is None else ranks.local_rank)
     if ranks is not None:
         options = replace(options, rank=ranks.rank, world_size=ranks.world_size)
     identity = identify_model(folder)
-    found = evaluate_model(model, tokenizer, tasks, data, out, options, identity=identity)
+    found = evaluate_model(
+        model, tokenizer, tasks, data, out, options, identity=identity, stop=stop
+    )
     return (
         f"rank {options.rank}: {found.prompts:,} questions answered, {found.new_tokens:,} tokens, "
         f"{found.padding_share:.0%} padding"
@@ -195,6 +187,7 @@ def _evaluate_task(
     options: EvaluationOptions,
     statistics: BatchStatistics,
     identity: str,
+    stop: StopRequest,
 ) -> None:
     split = options.split or task.split
     prompt_name, build = task.get_prompt(options.prompt)
@@ -233,6 +226,7 @@ def _evaluate_task(
             for written in _answer(model, form, window, options, cache, statistics):
                 writer.write(written)
                 bar.advance(len(written))
+                stop.check()
             window.clear()
 
         with closing(read_media(dataset, mine, drawn, spans)) as found:

@@ -58,6 +58,7 @@ def problem_of(command: Any, words: list[str]) -> str | None:
     known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
     if command.context_settings.get("ignore_unknown_options"):
         return None
+    words = words[: words.index("--")] if "--" in words else words  # arguments of another command
     given = [word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)]
     unknown = [word for word in given if word not in known]
     return f"no option {unknown[0]}" if unknown else None

@@ -22,7 +22,9 @@ from onellm_dist.evaluation.answer_folder import (
     read_answers,
 )
 from onellm_dist.evaluation.assignment import assign
+from onellm_dist.evaluation.datasets import find_dataset
 from onellm_dist.evaluation.evaluate import EvaluationOptions, evaluate_model
+from onellm_dist.evaluation.stop_request import StoppedError
 from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.model.batched_generation import BatchStatistics
 
@@ -93,6 +95,29 @@ def test_answers_do_not_depend_on_ranks_batches_or_reuse(
     assert read(tmp_path) == expected
     assert len(list((tmp_path / TASK / ANSWERS).glob("*.jsonl"))) == world
     assert ask(tmp_path).prompts == 0  # nothing is left
+
+
+def test_a_request_to_stop_ends_it_after_a_batch_and_an_older_one_does_not(
+    ask: Ask,
+    expected: dict[str, WrittenAnswer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write, request = AnswerWriter.write, tmp_path / "stop"
+
+    def write_and_ask(writer: AnswerWriter, answers: Any) -> None:
+        write(writer, answers)
+        request.touch()
+        os.utime(request, (time.time() + 1,) * 2)
+
+    monkeypatch.setattr(AnswerWriter, "write", write_and_ask)
+    with pytest.raises(StoppedError) as stopped:
+        ask(tmp_path, batch=4)
+    assert stopped.value.exit_code == 75 and len(read(tmp_path)) == 4
+    monkeypatch.setattr(AnswerWriter, "write", write)
+    os.utime(request, (time.time() - 60,) * 2)
+    ask(tmp_path, batch=4)
+    assert read(tmp_path) == expected
 
 
 def start(ask: Ask, out: Path, rank: int, world: int) -> int:
@@ -214,7 +239,7 @@ def test_wrong_names_are_refused(ask: Ask, benchmark_data: DataOf, tmp_path: Pat
         with pytest.raises(UsageError, match=message):
             ask(tmp_path, **options)
     with pytest.raises(UsageError, match=r"there is no mme-eval"):
-        evaluate.find_dataset(tmp_path, get_task(TASK))
+        find_dataset(tmp_path, get_task(TASK))
 
 
 def test_a_writer_never_appends_to_a_file_of_another_one(tmp_path: Path) -> None:

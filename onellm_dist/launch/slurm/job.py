@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.launch.slurm.programs import TRAINING, Program
 
 Starter = Literal["srun", "torchrun", "deepspeed"]
 ContainerRuntime = Literal["pyxis", "apptainer"]
@@ -28,19 +29,28 @@ class SweepTask:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A run as a Slurm job, or several as an array."""
+    """A run as a Slurm job, or several as an array; or an evaluation."""
 
     recipe: str
-    """A recipe file, or the name of one that ships; empty for a script that takes any recipe."""
+    """A recipe file, or the name of one that ships; empty for a script that takes any recipe. Of an
+    evaluation: the model's folder."""
     run_dir: Path
-    """The run directory; of a sweep, the folder of all its run directories."""
+    """The run directory; of a sweep, the folder of all its run directories; of an evaluation, the
+    folder of its answers."""
     nodes: tuple[int, int]
     """Fewest and most nodes. At each start Slurm gives as many as it can."""
     gpus_per_node: int
     """GPUs of each node; 0 on nodes without GPUs."""
     ranks_per_node: int
     overrides: tuple[str, ...] = ()
-    """key=value of the recipe, with `run.dir` if it is not the recipe's."""
+    """key=value of the recipe, with `run.dir` if it is not the recipe's. Of an evaluation: the
+    arguments of `onellm evaluate` behind the model."""
+    program: Program = TRAINING
+    """What the ranks run."""
+    evaluates: bool = False
+    """Whether kept checkpoints answer `data.validation.tasks` in a job of their own."""
+    end_arguments: tuple[str, ...] = ()
+    """Further arguments of what decides after a start."""
     sweep: tuple[SweepTask, ...] = ()
     """The runs of an array; none for a job of one run."""
     starter: Starter = "srun"

@@ -85,7 +85,7 @@ def choose_action(
     earlier_failure = _find_same_failure(ended, earlier)
     if earlier_failure is not None:
         return _halt(_describe_crash_loop(ended, earlier_failure, run_dir))
-    return _retry(ended, 1 + _count_failures_in_a_row(ended, earlier), max_requeues)
+    return _retry(ended, 1 + count_failures_in_a_row(ended, earlier), max_requeues)
 
 
 def _halt(message: str, exit_code: int = EXIT_FAILED) -> NextAction:
@@ -101,12 +101,18 @@ def _retry(ended: Attempt, failures: int, max_requeues: int) -> NextAction:
             f"{max_requeues}.\nThe last one, {at}: {ended.reason}\n"
             "Fix the cause and submit the job again: it resumes from the latest checkpoint."
         )
-    delay = min(FIRST_DELAY_S * 2 ** (failures - 1), LONGEST_DELAY_S)
+    delay = compute_delay(failures)
     message = (
         f"failed {at}: {ended.reason}\n"
         f"requeued in {delay} s (failure {failures} of {max_requeues} in a row)"
     )
     return NextAction("requeue", delay, EXIT_FAILED, message)
+
+
+def compute_delay(failures: int) -> int:
+    """Seconds to wait before the next start, doubled with each failure in a row."""
+    delay: int = FIRST_DELAY_S * 2 ** (failures - 1)
+    return min(delay, LONGEST_DELAY_S)
 
 
 def _format_step(step: int | None) -> str:
@@ -137,7 +143,7 @@ def _find_same_failure(ended: Attempt, earlier: Sequence[Attempt]) -> Attempt | 
     return None
 
 
-def _count_failures_in_a_row(ended: Attempt, earlier: Sequence[Attempt]) -> int:
+def count_failures_in_a_row(ended: Attempt, earlier: Sequence[Attempt]) -> int:
     """Failed and lost attempts directly before `ended` that had the same newest checkpoint."""
     count = 0
     for attempt in _drop_lowerings(earlier):

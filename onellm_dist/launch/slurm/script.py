@@ -12,6 +12,7 @@ from onellm_dist.launch.slurm.script_text import (
     BEGIN,
     END,
     END_REMAINING_RANKS,
+    EVALUATE,
     EXCLUDE_BAD_NODES,
     STOP_HANDLER,
     TASKS,
@@ -27,18 +28,23 @@ from onellm_dist.launch.slurm.start_commands import (
 def render(job: SlurmJob) -> str:
     """Render the whole script; the same job gives the same text."""
     enter = "in_container " if job.container else ""
-    after = f"{enter}{shlex.quote(job.python)} -m onellm_dist.launch.slurm.after"
+    after = f"{enter}{shlex.quote(job.python)} -m {job.program.after}"
     begin = BEGIN.format(
-        after=after, ranks_per_node=job.ranks_per_node, grace_period_s=job.grace_period_s
+        comment=job.program.begin,
+        export=job.program.export.format(grace_period_s=job.grace_period_s),
+        after=after,
+        ranks_per_node=job.ranks_per_node,
+        grace_period_s=job.grace_period_s,
     )
     parts = [
         _format_header(job),
         _format_run_dir(job),
-        STOP_HANDLER,
+        STOP_HANDLER.format(comment=job.program.stop),
         format_container_function(job),
         begin,
         format_preflight(job) if job.preflight else "",
         _format_ranks(job),
+        _format_evaluation(job, enter) if job.evaluates else "",
         _format_end(job, after),
     ]
     return "\n".join(filter(None, parts))
@@ -49,7 +55,7 @@ def _format_header(job: SlurmJob) -> str:
     nodes = str(fewest) if fewest == most else f"{fewest}-{most}"
     ranks = f"{job.ranks_per_node} rank{'s' if job.ranks_per_node > 1 else ''}"
     where = f"{nodes} nodes with {ranks} each" if nodes != "1" else f"1 node with {ranks}"
-    what = f"Recipe {job.recipe}" if job.recipe else "Any recipe"
+    what = f"{job.program.subject} {job.recipe}" if job.recipe else "Any recipe"
     if job.sweep:
         what = f"{len(job.sweep)} runs of recipe {job.recipe}, each"
     lines = [
@@ -100,11 +106,11 @@ def _list_options(job: SlurmJob, nodes: str) -> list[tuple[str, str]]:
             options.append((f"--{option}={value}", ""))
     return [
         *options,
-        ("--requeue", "a lost node or a preemption requeues the job; the run resumes"),
+        ("--requeue", f"a lost node or a preemption requeues the job; {job.program.resumes}"),
         ("--open-mode=append", "a requeued job appends to the same log"),
         (
             f"--signal=B:USR1@{job.grace_period_s}",
-            "seconds before the time limit: the last checkpoint must fit in",
+            f"seconds before the time limit: {job.program.grace}",
         ),
         (f"--output=%x-{'%A_%a' if job.sweep else '%j'}.log", ""),
     ]
@@ -149,17 +155,27 @@ def _format_ranks(job: SlurmJob) -> str:
     )
 
 
+def _format_evaluation(job: SlurmJob, enter: str) -> str:
+    python = shlex.quote(job.python)
+    return EVALUATE.format(enter=enter, python=python, script=run_files.EVALUATION_SCRIPT)
+
+
 def _format_end(job: SlurmJob, after: str) -> str:
     job_id = "array_task" if job.sweep else "SLURM_JOB_ID"
-    more = ""
+    more = f" \\\n    {shlex.join(job.end_arguments)}" if job.end_arguments else ""
     exclude = ""
     if job.preflight:
-        more = ' \\\n    --preflight-status "$preflight"'
+        more += ' \\\n    --preflight-status "$preflight"'
         exclude = EXCLUDE_BAD_NODES.format(
             bad_nodes=run_files.BAD_NODES,
             exclude=f",{job.exclude}" if job.exclude else "",
             job_id=job_id,
         )
     return END.format(
-        after=after, max_requeues=job.max_requeues, more=more, exclude=exclude, job_id=job_id
+        comment=job.program.end,
+        after=after,
+        max_requeues=job.max_requeues,
+        more=more,
+        exclude=exclude,
+        job_id=job_id,
     )

@@ -19,25 +19,19 @@ array_task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID # SLURM_JOB_ID may stand
 
 STOP_HANDLER = """\
 # Asked to stop (USR1 ahead of the time limit; USR1 or TERM at a preemption). The deepspeed runner
-# and torchrun do not pass signals on, so the request is the file `stop`, which works with every
-# launcher. All ranks see it at the end of a step, write a checkpoint and leave. It is created here
-# because a TERM that reaches launcher and script alike leaves no time for the loop below.
-stop_asked=0
-request_stop() {
+{comment}stop_asked=0
+request_stop() {{
     [ "$stop_asked" != 0 ] || stop_asked=$(date +%s)
     touch "$run_dir/stop"
     echo "$(date +%FT%T) asked to stop: $run_dir/stop"
-}
+}}
 trap request_stop USR1 TERM
 """
 
 BEGIN = """\
-# Record this start in the history of the run and remove the exit.json of the one before. Warn if
-# the last checkpoint would barely fit into the grace period.
-{after} begin "$run_dir" \\
+{comment}{after} begin "$run_dir" \\
     --ranks-per-node {ranks_per_node} --grace-period {grace_period_s} || exit 1
-export ONELLM_GRACE_PERIOD_S={grace_period_s} # the ranks warn of each checkpoint that takes longer
-"""
+{export}"""
 
 WAIT = """\
 # Not a plain `wait`: the trap must run while the ranks do. The file is touched until they are gone,
@@ -99,11 +93,16 @@ if on_nodes pgrep | grep -q .; then
 fi
 """
 
+EVALUATE = """\
+# Checkpoints that are kept answer data.validation.tasks in a job of their own, one job at a time.
+if [ -e "$run_dir/{script}" ] &&
+    {enter}{python} -m onellm_dist.cli evaluate-run --check "$run_dir"; then
+    sbatch --dependency=singleton "$run_dir/{script}"
+fi
+"""
+
 END = """\
-# Launchers do not pass exit codes on reliably. What follows is decided from $run_dir/exit.json and
-# the history in $run_dir/attempts.jsonl. done: the job ends. preempted: requeue. failed: requeue
-# with a back-off, up to a limit, and never twice at the same step. wrong usage: halt.
-read -r action delay code < <({after} end "$run_dir" \\
+{comment}read -r action delay code < <({after} end "$run_dir" \\
     --launcher-status "$status" --stop-asked "$stop_asked" --max-requeues {max_requeues}{more})
 if [ "${{action:-}}" = requeue ]; then
     # RUNNING: the job is still ours. It is not after scancel, and a preemption by REQUEUE has

@@ -9,6 +9,7 @@ from onellm_dist.common import run_files
 from onellm_dist.launch.arguments import encode_argument
 from onellm_dist.launch.slurm.environment import FIRST_PORT, PORT_STRIDE, PORTS
 from onellm_dist.launch.slurm.job import SlurmJob
+from onellm_dist.launch.slurm.programs import TRAINING
 from onellm_dist.launch.slurm.script_text import PREFLIGHT_WAIT, WAIT_FOR_SSH
 
 PREFLIGHT_S = 3600
@@ -25,12 +26,14 @@ def format_start(job: SlurmJob) -> str:
 
 
 def _start_with_srun(job: SlurmJob) -> str:
+    together = job.program.ends_together
+    failed = "If a rank fails, Slurm ends the others." if together else "Ranks end on their own."
     return (
         "# One process per rank, straight from Slurm: rank, world size and the address of rank 0\n"
-        "# are read from its variables. If a rank fails, Slurm ends the others. Ranks are not\n"
+        f"# are read from its variables. {failed} Ranks are not\n"
         "# bound to cores, because their loader workers need cores too.\n"
-        + _format_srun(job, job.ranks_per_node, kill_on_bad_exit=True)
-        + f"    {_format_apptainer(job)}{shlex.quote(job.python)} -u -m {_format_training(job)} "
+        + _format_srun(job, job.ranks_per_node, kill_on_bad_exit=together)
+        + f"    {_format_apptainer(job)}{shlex.quote(job.python)} -u -m {_format_program(job)} "
         "&\nranks=$!\n"
     )
 
@@ -44,7 +47,7 @@ def _start_with_torchrun(job: SlurmJob) -> str:
         f'    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks_per_node} \\\n'
         '    --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \\\n'
         '    --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \\\n'
-        f"    --module {_format_training(job)} &\nranks=$!\n"
+        f"    --module {_format_program(job)} &\nranks=$!\n"
     )
 
 
@@ -67,7 +70,7 @@ def _start_with_deepspeed(job: SlurmJob) -> str:
         + WAIT_FOR_SSH
         + f"{{ nodes_answer && exec {runner} --hostfile {hostfile} --launcher pdsh \\\n"
         '    --master_addr "$first" --master_port "$port" --no_ssh_check \\\n'
-        f"    --module {_format_encoded_training(job)}; }} &\nranks=$!\n"
+        f"    --module {_format_encoded_program(job)}; }} &\nranks=$!\n"
     )
 
 
@@ -95,16 +98,17 @@ def _format_encoding(job: SlurmJob) -> str:
     )
 
 
-def _format_encoded_training(job: SlurmJob) -> str:
+def _format_encoded_program(job: SlurmJob) -> str:
     if not job.recipe:
-        return 'onellm_dist.train "${arguments[@]}"'
+        return f'{job.program.module} "${{arguments[@]}}"'
     arguments = shlex.join(map(encode_argument, [job.recipe, *job.overrides]))
     varied = ' "${encoded[@]}"' if job.sweep else ""
-    return f"onellm_dist.train {arguments}{varied}"
+    return f"{job.program.module} {arguments}{varied}"
 
 
 def format_preflight(job: SlurmJob) -> str:
     """Format the commands that check every node and set `$preflight` to the exit code."""
+    recipe = f" --recipe {_format_arguments(job)}" if job.program is TRAINING else ""
     return (
         "# Before GPU time is spent, every node is checked (GPUs, links, clocks, versions,\n"
         "# memory, disks). Bad nodes are listed in a file, and avoided at the next start.\n"
@@ -113,7 +117,7 @@ def format_preflight(job: SlurmJob) -> str:
         + _format_srun(job, job.ranks_per_node, kill_on_bad_exit=False)
         + f"    {_format_apptainer(job)}{shlex.quote(job.python)} "
         "-u -m onellm_dist.cli doctor --distributed \\\n"
-        f'    --exclude-file "$bad_nodes" --recipe {_format_arguments(job)} &\n' + PREFLIGHT_WAIT
+        f'    --exclude-file "$bad_nodes"{recipe} &\n' + PREFLIGHT_WAIT
     )
 
 
@@ -158,13 +162,13 @@ def _format_meeting_point() -> str:
     )
 
 
-def _format_training(job: SlurmJob) -> str:
+def _format_program(job: SlurmJob) -> str:
     arguments = _format_arguments(job) if job.recipe else '"${@:2}" run.dir="$run_dir"'
-    if job.starter == "srun" and job.ranks_per_node == 1:
+    if job.program is TRAINING and job.starter == "srun" and job.ranks_per_node == 1:
         # A step of one task looks like an interactive shell, in which `onellm train` would start
         # local ranks.
         arguments += " launch.ranks=1"
-    return f"onellm_dist.train {arguments}"
+    return f"{job.program.module} {arguments}"
 
 
 def _format_arguments(job: SlurmJob) -> str:

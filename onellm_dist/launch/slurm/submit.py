@@ -8,14 +8,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common import run_files
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.config.load import load_config
 from onellm_dist.config.recipe_files import find_recipe
 from onellm_dist.launch.slurm.job import SlurmJob, check_job, parse_nodes
+from onellm_dist.launch.slurm.programs import EVALUATION, KEPT_CHECKPOINTS
 from onellm_dist.launch.slurm.sweep import make_sweep
 
 COMMAND_S = 60
@@ -43,29 +46,103 @@ def make_job(
         UsageError: the recipe, an override or an option is wrong.
     """
     config = load_config(recipe, overrides)
-    given = {key: value for key, value in options.items() if value is not None}
-    gpus = int(given.pop("gpus_per_node", DEFAULT_GPUS))
-    folders = [*given.pop("mounts", ()), config.run.dir, config.data.root]
-    mounts = dict.fromkeys(
-        str(path) for path in folders if isinstance(path, str) or path.is_absolute()
-    )
-    defaults: dict[str, Any] = {
-        "ranks_per_node": gpus,
-        "name": re.sub(r"[^\w.+-]+", "_", find_recipe(recipe).stem),
-        "python": "python" if given.get("container") else find_python(),
-    }
-    job = SlurmJob(
+    section = config.data.validation
+    return _build_job(
+        options,
+        folders=[config.run.dir, config.data.root],
+        evaluates=section is not None and bool(section.tasks),
         recipe=str(recipe),
         overrides=tuple(overrides),
         run_dir=config.run.dir,
         sweep=tuple(make_sweep(recipe, overrides, array)),
         nodes=parse_nodes(nodes),
-        gpus_per_node=gpus,
-        mounts=tuple(mounts) if given.get("container") else (),
-        **(defaults | given),
+        name=_make_name(find_recipe(recipe).stem),
     )
+
+
+def make_evaluation_job(
+    model: Path,
+    arguments: Sequence[str],
+    *,
+    tasks: Sequence[str],
+    data: Path,
+    out: Path,
+    nodes: str,
+    **options: Any,
+) -> SlurmJob:
+    """Make the job of an evaluation and check it.
+
+    Args:
+        model: the model's folder.
+        arguments: what `onellm evaluate` is given behind the model.
+        tasks: the tasks among them.
+        data: the folder of datasets among them.
+        out: the folder of answers among them.
+        nodes: number of nodes, as `parse_nodes` takes it.
+        options: fields of `SlurmJob`; None leaves a field at its default.
+
+    Raises:
+        UsageError: an option is wrong.
+    """
+    return _build_job(
+        options,
+        folders=[model, data, out],
+        recipe=str(model),
+        overrides=tuple(arguments),
+        program=EVALUATION,
+        end_arguments=("--tasks", *tasks),
+        run_dir=out,
+        nodes=parse_nodes(nodes),
+        name=_make_name(f"evaluate-{out.name}"),
+    )
+
+
+def make_kept_job(job: SlurmJob, run_dir: Path) -> SlurmJob:
+    """The job in which the kept checkpoints of a run answer `data.validation.tasks`.
+
+    It takes one node like those of the run, on which one process starts the ranks.
+
+    Args:
+        job: the job of the run.
+        run_dir: the run directory.
+    """
+    return replace(
+        job,
+        program=KEPT_CHECKPOINTS,
+        recipe=str(run_dir),
+        overrides=("--ranks", str(job.ranks_per_node)),
+        run_dir=run_dir / run_files.EVALUATION,
+        nodes=(1, 1),
+        ranks_per_node=1,
+        cpus_per_rank=job.cpus_per_rank * job.ranks_per_node,
+        starter="srun",
+        sweep=(),
+        evaluates=False,
+        preflight=False,
+        name=_make_name(f"evaluate-{run_dir.name}"),
+    )
+
+
+def _build_job(options: Mapping[str, Any], folders: Sequence[Path | str], **own: Any) -> SlurmJob:
+    """Make a job of options (None: the default) and of fields, which an option may replace."""
+    given = {key: value for key, value in options.items() if value is not None}
+    gpus = int(given.pop("gpus_per_node", DEFAULT_GPUS))
+    seen = [*given.pop("mounts", ()), *folders]
+    mounts = dict.fromkeys(
+        str(path) for path in seen if isinstance(path, str) or path.is_absolute()
+    )
+    defaults: dict[str, Any] = {
+        "ranks_per_node": gpus,
+        "python": "python" if given.get("container") else find_python(),
+        "mounts": tuple(mounts) if given.get("container") else (),
+    }
+    job = SlurmJob(gpus_per_node=gpus, **(defaults | own | given))
     check_job(job)
     return job
+
+
+def _make_name(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 def find_python() -> str:
