@@ -80,6 +80,14 @@ class ValidationSection(Section):
     are written to `validation_samples.jsonl`. Default: none."""
     new_tokens: PositiveInt = 32
     """Maximum length of a generated answer, in tokens."""
+    tasks: tuple[str, ...] = ()
+    """Benchmarks (`onellm evaluate --list`) for the checkpoints that are kept forever, and for the
+    last one. They answer after the training of local ranks, or in a Slurm job of their own that the
+    run's job script submits. Scores are written to `validation.jsonl`. Default: none."""
+    tasks_data: LocalPath | None = None
+    """Folder of their datasets (`gqa-eval/` and so on). Default: `data.root`."""
+    tasks_limit: PositiveInt | None = None
+    """Only the first questions of each of them. Default: all."""
 
 
 class DataSection(Section):

@@ -9,6 +9,7 @@ import yaml
 
 from onellm_dist.common.html.page import build_html_page
 from onellm_dist.common.progress import format_seconds
+from onellm_dist.report.benchmark_scores import draw_benchmarks
 from onellm_dist.report.curves import draw_loss, draw_rates, draw_router_load
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.findings.finding import Finding
@@ -76,6 +77,7 @@ def _draw_sections(
         )
     yield "<h2>Loss</h2>"
     yield draw_loss(facts)
+    yield from draw_benchmarks(facts.records.validation)
     yield "<h2>Optimizer and throughput</h2>"
     yield draw_rates(facts)
     yield from draw_router_load(facts.records.steps)

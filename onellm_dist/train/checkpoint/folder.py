@@ -130,6 +130,23 @@ def prune(
     found = list_checkpoints(checkpoints)
     newest = list(islice((f for f in reversed(found) if read_manifest(f) is not None), keep))
     oldest = parse_name(newest[-1]) if newest else 0
+    permanent = select_permanent(found, keep_every, keep_every_hours)
+    for folder in found:
+        if parse_name(folder) < oldest and folder not in permanent:
+            shutil.rmtree(folder, ignore_errors=True)
+    _remove_partial(checkpoints)
+
+
+def select_permanent(
+    found: Sequence[Path], keep_every: int | None, keep_every_hours: float | None
+) -> set[Path]:
+    """Which checkpoints stay for ever.
+
+    Args:
+        found: checkpoints, the oldest first.
+        keep_every: see `prune`.
+        keep_every_hours: see `prune`.
+    """
     permanent = {
         folder
         for folder in found
@@ -137,10 +154,7 @@ def prune(
     }
     if keep_every_hours is not None:
         permanent |= _select_by_hours(found, keep_every_hours)
-    for folder in found:
-        if parse_name(folder) < oldest and folder not in permanent:
-            shutil.rmtree(folder, ignore_errors=True)
-    _remove_partial(checkpoints)
+    return permanent
 
 
 def _select_by_hours(found: Sequence[Path], hours: float) -> set[Path]:

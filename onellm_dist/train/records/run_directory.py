@@ -21,6 +21,7 @@ from onellm_dist.common.run_files import (
     CHECKPOINTS,
     CONFIG,
     CONFIG_HISTORY,
+    EVALUATION,
     EVENTS,
     HANGS,
     LOCK,
@@ -53,6 +54,7 @@ KEPT_TOGETHER = (
     ADAPTER,
     BEST,
     CONFIG_HISTORY,
+    EVALUATION,
 )
 """What a run that starts from nothing moves aside together."""
 
