@@ -72,8 +72,8 @@ nodes_answer() {
 
 END_REMAINING_RANKS = """
 # The runner may end before its ranks. They run under ssh, where Slurm neither signals nor ends
-# them, and would keep the run locked. After a stop they have the grace period for their
-# checkpoint. Then, or if the runner failed, their launchers get a TERM and end them within 30 s.
+# them, and would keep the run locked. After a stop they have the grace period to leave.
+# Then, or if the runner failed, their launchers get a TERM and end them within 30 s.
 on_nodes() {{ # on_nodes pgrep|pkill: the launchers of this start
     local pattern="[d]eepspeed.launcher.launch .*--master_port=$port "
     timeout 30 pdsh -R ssh -w "$hosts" "$1 -u $(id -u) -f '$pattern'" 2>/dev/null

@@ -274,6 +274,7 @@ def test_targets_use_every_prototype() -> None:
     assert float(shares.sum(0).min()) > 4 and float(logits.argmax(1).unique().numel()) < 5
 
 
+@pytest.mark.slow
 def test_pretraining_without_captions_learns_and_does_not_collapse(bank: ImageBank) -> None:
     model: Any = load_model(path=None, preset="toy", seed=1)[0]
     recipe = DinoPretraining(images=16 * 24, batch=16, kept=48, warmup=4)
