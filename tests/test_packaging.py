@@ -21,6 +21,7 @@ OPTIONAL = {
     "flash_attn": "the extra flash, or a build of the user's own",
     "flash_attn_interface": "FlashAttention-3, which is not on PyPI",
     "gguf": "the extra gguf",
+    "lmms_eval": "it asks for an older PyAV, so it has an environment of its own",
     "megatron": "Energon's reader is only compared with",
 }
 MODULES = {
