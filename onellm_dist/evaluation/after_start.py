@@ -99,7 +99,7 @@ def record_end(
             out, started, end.preflight_status, stop_asked=end.stop_asked
         )
     else:
-        ended = _describe_end(out, started, tasks, end)
+        ended = _describe_end(out, started, tasks, end, env)
     action = _choose_action(ended, earlier, max_requeues)
     append_attempt(out, replace(ended, action=action.action, delay_s=action.delay_s))
     return action
@@ -124,13 +124,15 @@ def count_missing(out: Path, tasks: Sequence[str]) -> dict[str, int | None]:
     return missing
 
 
-def _describe_end(out: Path, started: Attempt, tasks: Sequence[str], end: End) -> Attempt:
+def _describe_end(
+    out: Path, started: Attempt, tasks: Sequence[str], end: End, env: Mapping[str, str]
+) -> Attempt:
     """Complete an attempt from the answers, else from what a rank said, else from the exit code."""
     missing = count_missing(out, tasks)
     if end.launcher_status == EXIT_DONE and not missing:
         return replace(started, status="done", reason=f"{started.steps_done:,} answers")
     job = f"{started.job_id}.{started.restart_count}"
-    said = find_refusal(out, job, start=name_meeting_point(started), since=started.start)
+    said = find_refusal(out, job, start=name_meeting_point(started, env), since=started.start)
     if said is not None and said.get("status") == "usage":
         return replace(started, status="usage", reason=str(said.get("reason", "")))
     if end.stop_asked:
