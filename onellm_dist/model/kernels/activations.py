@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from onellm_dist.model.kernels.pointwise import CompiledBody, define_operation
+from onellm_dist.model.kernels.pointwise import OPERATIONS, CompiledBody, define_operation
 
 QUICK = 1.702
 """Slope of CLIP's approximation of GELU."""
@@ -20,7 +20,7 @@ def compute_silu_product(gate: torch.Tensor, up: torch.Tensor, *, fused: bool) -
     """
     if not fused or gate.dtype != up.dtype or gate.shape != up.shape:
         return F.silu(gate) * up
-    out: torch.Tensor = torch.ops.onellm.silu_product(gate, up)
+    out: torch.Tensor = OPERATIONS.silu_product(gate, up)
     return out
 
 
@@ -28,7 +28,7 @@ def compute_quick_gelu(x: torch.Tensor, *, fused: bool) -> torch.Tensor:
     """X * sigmoid(1.702 x), elementwise. Fused, it keeps its input alone for backward."""
     if not fused:
         return x * torch.sigmoid(QUICK * x)
-    out: torch.Tensor = torch.ops.onellm.quick_gelu(x)
+    out: torch.Tensor = OPERATIONS.quick_gelu(x)
     return out
 
 

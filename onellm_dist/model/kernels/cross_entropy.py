@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from onellm_dist.model.kernels.pointwise import define_operation
+from onellm_dist.model.kernels.pointwise import OPERATIONS, define_operation
 
 CHUNK_ELEMENTS = 2**24
 """Logits of a chunk: 64 MiB in fp32."""
@@ -21,7 +21,7 @@ IGNORED = -100
 
 def compute_chunked_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in fp32: logits [N, V], targets [N] -> [N]."""
-    nll: torch.Tensor = torch.ops.onellm.chunked_cross_entropy(logits, targets)[0]
+    nll: torch.Tensor = OPERATIONS.chunked_cross_entropy(logits, targets)[0]
     return nll
 
 

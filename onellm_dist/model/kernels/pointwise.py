@@ -8,6 +8,7 @@ elsewhere, and where it cannot (no C compiler), they run as they are written.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,14 @@ import torch
 from onellm_dist.common.logging import get_logger
 
 log = get_logger(__name__)
-NAMESPACE = "onellm"
+PACKAGE = "onellm_dist."
+NAMESPACE = (
+    "onellm"
+    if __name__.startswith(PACKAGE)
+    else f"onellm_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
+)
+"""Of the operations. A name is taken once: copies of this code in model folders have their own."""
+OPERATIONS: Any = getattr(torch.ops, NAMESPACE)
 COMPILED_DEVICES = {"cuda"}
 """Types of the devices on which the operations are compiled."""
 Body = Callable[..., Any]
@@ -93,7 +101,7 @@ def define_operation(
         torch.library.define(qualified, own_schema)
         torch.library.impl(qualified, ("cpu", "cuda"), body)
         torch.library.register_fake(qualified, shapes)
-    run_backward = getattr(torch.ops.onellm, f"{name}_backward")
+    run_backward = getattr(OPERATIONS, f"{name}_backward")
 
     def differentiate(ctx: Any, *gradients: Any) -> Any:
         found = run_backward(*gradients[: ctx.results], *ctx.saved_tensors)

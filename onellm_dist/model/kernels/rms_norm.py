@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from onellm_dist.model.kernels.pointwise import NAMESPACE
+from onellm_dist.model.kernels.pointwise import NAMESPACE, OPERATIONS
 
 
 def compute_rms_norm(
@@ -29,7 +29,7 @@ def compute_rms_norm(
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (wide * scale).to(x.dtype) * weight
     if x.is_meta:  # where torch would take its kernel apart
-        out: torch.Tensor = torch.ops.onellm.counted_rms_norm(x, weight)[0]
+        out: torch.Tensor = OPERATIONS.counted_rms_norm(x, weight)[0]
         return out
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
@@ -50,7 +50,7 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _run_backward(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
-    return torch.ops.onellm.counted_rms_norm_backward(gradient, *ctx.saved_tensors)
+    return OPERATIONS.counted_rms_norm_backward(gradient, *ctx.saved_tensors)
 
 
 _NAME = f"{NAMESPACE}::counted_rms_norm"

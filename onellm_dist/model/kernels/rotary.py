@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from onellm_dist.model.kernels.pointwise import CompiledBody, define_operation
+from onellm_dist.model.kernels.pointwise import OPERATIONS, CompiledBody, define_operation
 
 
 def rotate(
@@ -38,7 +38,7 @@ def rotate(
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     if not q.dtype == k.dtype == cos.dtype == sin.dtype:
         return _turn(q, cos, sin), _turn(k, cos, sin)
-    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.onellm.rotary(q, k, cos, sin)
+    found: tuple[torch.Tensor, torch.Tensor] = OPERATIONS.rotary(q, k, cos, sin)
     return found
 
 
