@@ -247,6 +247,11 @@ def test_a_text_is_a_text_for_every_reader_of_yaml(text: str) -> None:
         }  # fmt: skip
 
 
+def test_a_list_that_is_used_twice_is_written_twice() -> None:
+    shared = ["a"]
+    assert format_yaml([{"one": shared, "other": shared}], []).count("- a") == 2
+
+
 @pytest.mark.parametrize(
     ("target", "fields", "word"),
     [

@@ -23,6 +23,10 @@ class _QuotingDumper(yaml.SafeDumper):
         """Indent the items of lists, as Kubernetes' own files do."""
         super().increase_indent(flow, False)
 
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write a list that is used twice twice: `*id001` is nothing to read."""
+        return True
+
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style: str | None = '"'
