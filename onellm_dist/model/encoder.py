@@ -187,9 +187,6 @@ class EncoderBlock(GradientCheckpointingLayer):
         config: config of the encoder.
     """
 
-    runs_repeatedly = True
-    """Whether a forward pass may run it more than once: for frames, and for tokenizers' tokens."""
-
     def __init__(self, config: OneLLMVisionConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width, eps=config.norm_eps)

@@ -8,7 +8,7 @@ it: autograd, or a recomputation's cache.
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -233,6 +233,19 @@ def list_units(model: Any) -> list[nn.Module]:
     """Transformer blocks, embedding and head: what engines gather as one."""
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     return [*blocks, model.get_input_embeddings(), model.get_output_embeddings()]
+
+
+def measure_frozen_blocks(model: Any) -> float:
+    """Share of the modules in transformer blocks whose class has no block that trains."""
+    modules, trained = Counter[type](), set[type]()
+    for block in model.modules():
+        if not isinstance(block, GradientCheckpointingLayer):
+            continue
+        modules[type(block)] += sum(1 for _ in block.modules())
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            trained.add(type(block))
+    frozen = sum(count for kind, count in modules.items() if kind not in trained)
+    return frozen / max(1, modules.total())
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.presets import build_config
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.planner.cost_model import PackCostModel, build_cost_model
-from onellm_dist.planner.counting import PackCount, count_pack
+from onellm_dist.planner.counting import PackCount, count_pack, measure_frozen_blocks
 from onellm_dist.planner.hardware import GIGA, load_assumptions
 from onellm_dist.planner.memory import (
     PRECISION_BYTES,
@@ -158,7 +158,8 @@ class Planner:
             prepare_parameters(model, train, self.config.optim, present)
             model.idle_passes = find_idle_passes(model, present)
             model.set_loss(train.loss)
-            set_kernels(model, train.kernels, "cuda")
+            # What has `shared` constants are processors.
+            set_kernels(model, train.kernels, "cpu" if self.cluster.gpu.shared else "cuda")
             enable_activation_checkpointing(model, mode)
             self._models[mode] = model.train()
         return self._models[mode]
@@ -270,7 +271,9 @@ class Planner:
             DeviceTime(max(t.forward for t in column), max(t.backward for t in column))
             for column in zip(*times, strict=True)
         ]
-        hooks = get_engine(config.engine.name).host_costs(config.engine)
+        hooks = get_engine(config.engine.name).host_costs(
+            config.engine, frozen_blocks=measure_frozen_blocks(self.get_model(mode))
+        )
         state = self.compute_state(config)
         return compute_step(
             slowest,

@@ -209,8 +209,13 @@ class EngineDescription(ABC):
         """
 
     @abstractmethod
-    def host_costs(self, section: EngineSection) -> HostCosts:
+    def host_costs(self, section: EngineSection, *, frozen_blocks: float) -> HostCosts:
         """What the engine's hooks cost on the host.
+
+        Args:
+            section: the recipe's `engine` section.
+            frozen_blocks: share of the modules in transformer blocks whose class has no block that
+                trains.
 
         Raises:
             UsageError: the section is wrong.

@@ -26,6 +26,11 @@ STAGES: dict[str, dict[str, Any]] = {
     "encoder": {"stage": "align", "encoder": "trainable"},
     "joint": {"stage": "joint", "parameters": RULES},
     "lora": {"stage": "joint", "lora": LoraSection(rank=4, alpha=8.0, targets=EVERYWHERE)},
+    "lora_llm": {
+        "stage": "tune",
+        "lora": LoraSection(rank=4, alpha=8.0, targets=("llm.*",)),
+        "parameters": (ParameterRule(match="*.lora_B.*", lr=4 * LR),),
+    },
     "dora": {
         "stage": "tune",
         "lora": LoraSection(rank=4, alpha=8.0, rslora=True, dora=True, targets=EVERYWHERE),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.resources import ds_configs_dir
+from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+from onellm_dist.model.presets import build_config
 from onellm_dist.train.engine.deepspeed.config import (
     complete_config,
     get_zero_stage,
     load_ds_config,
 )
+from onellm_dist.train.engine.deepspeed.leaves import name_leaves
 
 
 def test_every_shipped_deepspeed_configuration_loads() -> None:
@@ -30,6 +35,35 @@ def test_every_shipped_deepspeed_configuration_loads() -> None:
         "cpu": 3,
         "cpu_small": 3,
     }
+
+
+def name_classes(model: Any, *given: str) -> list[str]:
+    zero = {"stage": 3, "leaf_module": {"classes": list(given)}}
+    config = name_leaves({"zero_optimization": zero}, model)
+    found: list[str] = config["zero_optimization"]["leaf_module"]["classes"]
+    return found
+
+
+def test_only_classes_of_frozen_blocks_are_leaves() -> None:
+    """DeepSpeed would reduce the first trained block's gradients before they are there."""
+    given = load_ds_config(Path("zero3_leaves"))["zero_optimization"]["leaf_module"]["classes"]
+    assert given == ["EncoderBlock", "UPMBlock", "LlamaDecoderLayer"]
+    with torch.device("meta"):
+        model: Any = OneLLMForConditionalGeneration(build_config("toy"))
+    model.requires_grad_(False)
+    assert name_classes(model, *given) == sorted(given)
+    model.upm.requires_grad_(True)
+    assert name_classes(model, *given) == ["EncoderBlock", "LlamaDecoderLayer"]
+    # One weight of the last block is enough; the class has other names too.
+    layer = model.llm.model.layers[-1]
+    layer.input_layernorm.requires_grad_(True)
+    qualified = f"{type(layer).__module__}.LlamaDecoderLayer"
+    assert name_classes(model, *given, qualified, "LlamaMLP") == ["EncoderBlock", "LlamaMLP"]
+    layer.mlp.down_proj.requires_grad_(True)
+    assert name_classes(model, *given, "LlamaMLP") == ["EncoderBlock"]
+    # Blocks of an LLM that the JSON does not name.
+    model.requires_grad_(False)
+    assert name_classes(model, "EncoderBlock") == sorted(given)
 
 
 def test_gradients_accumulate_in_fp32() -> None:
@@ -63,6 +97,19 @@ def test_deepspeed_does_not_time_each_forward_unless_asked() -> None:
             '{"zero_optimization": {"stage": 3, '
             '"offload_optimizer": {"device": "cpu", "ratio": 0.3}}}',
             "ratio 0.3",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "leaf_module": {"names": ["llm.model.layers.0"], '
+            '"name_suffixes": "mlp"}}}',
+            "leaf_module.names and leaf_module.name_suffixes",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 100000}}',
+            "has stage3_module_granularity_threshold",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "leaf_module": ["EncoderBlock"]}}',
+            "zero_optimization.leaf_module",
         ),
     ],
 )

@@ -85,6 +85,18 @@ def test_resident_weights_are_named_and_searched_for() -> None:
         assert "frozen weights resident" in engine.describe(section)
 
 
+def test_leaf_modules_save_host_time_where_blocks_are_frozen() -> None:
+    engine = get_engine("deepspeed")
+
+    def cost(config: str, frozen: float) -> tuple[float, float]:
+        found = engine.host_costs(EngineSection(config=Path(config)), frozen_blocks=frozen)
+        return found.forward_us, found.backward_us
+
+    assert cost("zero3_leaves", 0) == cost("zero3", 0) == cost("zero3", 1)
+    half, whole = cost("zero3_leaves", 0.5), cost("zero3_leaves", 1)
+    assert all(w < h < z for w, h, z in zip(whole, half, cost("zero3", 0), strict=True))
+
+
 def test_groups_of_ranks_must_fit_the_world_size() -> None:
     section = EngineSection(name="fsdp", shard_ranks=3)
     assert get_engine("fsdp").read_options(section, world_size=6) == FsdpOptions(3)

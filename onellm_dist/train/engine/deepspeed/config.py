@@ -16,6 +16,8 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.common.resources import ds_configs_dir
 
 DEFAULT = "zero3"
+GRANULARITY = "stage3_module_granularity_threshold"
+"""With it DeepSpeed chooses leaf modules by their size."""
 SHOWN = 5
 """Problems that a message names."""
 RECIPE_KEYS = {
@@ -42,8 +44,15 @@ class _Offload(_Checked):
     ratio: float = 1.0
 
 
+class _Leaves(_Checked):
+    classes: str | list[str] = []
+    names: str | list[str] = []
+    name_suffixes: str | list[str] = []
+
+
 class _Zero(_Checked):
     stage: int = Field(0, ge=0, le=3)
+    leaf_module: _Leaves | None = None
     offload_param: _Offload | None = None
     offload_optimizer: _Offload | None = None
 
@@ -66,8 +75,8 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no such file, it is not a JSON object or has a key twice, a value has
-            the wrong type, it sets a key that the recipe decides, or it offloads state to where
-            checkpoints cannot read it.
+            the wrong type, it sets a key that the recipe decides, it offloads state to where
+            checkpoints cannot read it, or it names leaf modules other than by class.
     """
     path = _find_config(Path(DEFAULT) if name is None else name)
     try:
@@ -93,7 +102,9 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
             "remove these keys from the JSON.",
         )
     _check_values(path, config)
-    _check_offload(path, config.get("zero_optimization", {}))
+    zero = config.get("zero_optimization", {})
+    _check_offload(path, zero)
+    _check_leaves(path, zero)
     return config
 
 
@@ -144,6 +155,21 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
                 "DeepSpeed steps the rest with a second optimizer, which checkpoints would miss.",
                 'remove "ratio": the whole optimizer is offloaded.',
             )
+
+
+def _check_leaves(path: Path, zero: dict[str, Any]) -> None:
+    """Refuse leaf modules that are not named by class: `name_leaves` checks classes alone."""
+    leaves = zero.get("leaf_module") or {}
+    keys = [f"leaf_module.{key}" for key in ("names", "name_suffixes") if leaves.get(key)]
+    if zero.get(GRANULARITY):
+        keys.append(GRANULARITY)
+    if keys:
+        raise UsageError(
+            f"{path}: zero_optimization has {' and '.join(keys)}",
+            "DeepSpeed may lose gradients of a leaf module that trains, and only those that are "
+            "named by their class are left out where they do.",
+            "name the blocks in leaf_module.classes.",
+        )
 
 
 def get_zero_stage(config: dict[str, Any]) -> int:

@@ -38,7 +38,7 @@ HOST_COSTS = {0: HostCosts(0, 0), 1: HostCosts(0, 6.5), 2: HostCosts(0, 6.5)}
 DeepSpeed 0.19.8, 2026-11-28)."""
 HOST_COSTS_ZERO3 = HostCosts(180, 77)
 HOST_COSTS_LEAVES = HostCosts(72, 39)
-"""With transformer blocks as leaf modules: 145 + 92 ms (as above)."""
+"""With all transformer blocks as leaf modules: 145 + 92 ms (as above)."""
 
 
 class DeepSpeedDescription(EngineDescription):
@@ -164,11 +164,17 @@ class DeepSpeedDescription(EngineDescription):
         gathered = compute_bytes * max(largest_unit + prefetch, live)
         return float(reduce + gathered)
 
-    def host_costs(self, section: EngineSection) -> HostCosts:
+    def host_costs(self, section: EngineSection, *, frozen_blocks: float) -> HostCosts:
         config = load_ds_config(section.config)
-        if config.get("zero_optimization", {}).get("leaf_module"):
-            return HOST_COSTS_LEAVES
-        return HOST_COSTS.get(get_zero_stage(config), HOST_COSTS_ZERO3)
+        whole = HOST_COSTS.get(get_zero_stage(config), HOST_COSTS_ZERO3)
+        leaves = config.get("zero_optimization", {}).get("leaf_module") or {}
+        if get_zero_stage(config) < 3 or not leaves.get("classes"):
+            return whole
+        # Blocks that train are no leaves (`leaves.name_leaves`).
+        return HostCosts(
+            whole.forward_us + frozen_blocks * (HOST_COSTS_LEAVES.forward_us - whole.forward_us),
+            whole.backward_us + frozen_blocks * (HOST_COSTS_LEAVES.backward_us - whole.backward_us),
+        )
 
     def find_untimed(self, section: EngineSection) -> str | None:
         config = load_ds_config(section.config)

@@ -12,8 +12,14 @@ from onellm_dist.train.engine.parameters import list_indivisible
 def name_leaves(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return `config` with the model's own transformer blocks as leaf modules, if it names any.
 
-    The JSON may name the blocks of another LLM. Blocks that train and may run more than once in a
-    forward pass are left out: DeepSpeed would reduce the gradients of such a leaf at each run.
+    The JSON may name the blocks of another LLM. Classes with a block in which anything trains are
+    left out: DeepSpeed reduces the gradients of a leaf in a backward hook of the module, which
+    torch runs before they are there if no input of the block requires a gradient, as of the first
+    block that trains, and once for each run of a block that runs several times.
+
+    Args:
+        config: the DeepSpeed JSON.
+        model: prepared for its stage, so that its parameters say what trains.
     """
     zero = config.get("zero_optimization", {})
     leaves = zero.get("leaf_module")
@@ -22,11 +28,15 @@ def name_leaves(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     given = leaves["classes"]
     classes = {given} if isinstance(given, str) else set(given)
     classes |= list_indivisible(model)
-    classes -= {
-        type(module).__name__
-        for module in model.modules()
-        if getattr(module, "runs_repeatedly", False)
-        and any(parameter.requires_grad for parameter in module.parameters())
-    }
+    for module in model.modules():
+        names = _list_names(module) & classes
+        if names and any(parameter.requires_grad for parameter in module.parameters()):
+            classes -= names
     leaves = {**leaves, "classes": sorted(classes)}
     return {**config, "zero_optimization": {**zero, "leaf_module": leaves}}
+
+
+def _list_names(module: nn.Module) -> set[str]:
+    """The names by which DeepSpeed knows a module's class."""
+    kind = type(module)
+    return {kind.__name__, f"{kind.__module__}.{kind.__qualname__}"}

@@ -127,7 +127,7 @@ class FsdpDescription(EngineDescription):
         # The unit at work and the next one, gathered, and the fp32 input of a reduction.
         return float(largest_unit * (2 * compute_bytes + GRADIENT_BYTES))
 
-    def host_costs(self, section: EngineSection) -> HostCosts:
+    def host_costs(self, section: EngineSection, *, frozen_blocks: float) -> HostCosts:
         return HOST_COSTS
 
     def list_choices(self, *, world_size: int, gpus_per_node: int) -> list[dict[str, Any]]:
