@@ -16,9 +16,10 @@ def _check(value: Any) -> Any:
         return value
     try:
         number = None if isinstance(value, bool) else int(value)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or number <= 0 or number != float(value):
+        is_whole = number is not None and number == float(value)
+    except (TypeError, ValueError, OverflowError):  # OverflowError: infinity, and 10**400
+        number, is_whole = None, False
+    if number is None or not is_whole or number <= 0:
         raise ValueError("give a number of tokens above 0, or auto")
     return number
 

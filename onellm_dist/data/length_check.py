@@ -17,7 +17,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.micro_batch import SampleRef, SampleTable
-from onellm_dist.data.token_budget import read_budget
+from onellm_dist.data.token_budget import UNLIMITED, read_budget
 from onellm_dist.data.token_counts import UNREADABLE
 from onellm_dist.modalities.base import SPAN_TOKENS
 
@@ -111,6 +111,8 @@ def _find_too_large_varied(
     Sizes of media are read of those samples alone that might be too large.
     """
     config = corpus.config
+    if positions is None and read_budget(config) == UNLIMITED:
+        return
     limit = Limit("data.pack_llm_tokens", read_budget(config).llm, "raise data.pack_llm_tokens")
     if positions is not None and positions < limit.positions:
         limit = _limit_positions(positions)

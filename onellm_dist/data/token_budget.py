@@ -13,8 +13,6 @@ from onellm_dist.modalities.base import SPAN_TOKENS
 
 UNLIMITED = TokenBudget(1 << 40, 1 << 40)
 """Stands in for budgets that are found after the data was opened."""
-CENSUS_SHARDS = 100
-"""Shards of a dataset whose samples are measured where they differ in media or spans."""
 
 
 def read_budget(data: DataSection) -> TokenBudget:
@@ -44,7 +42,8 @@ def set_budget(data: DataSection, budget: TokenBudget) -> DataSection:
 def find_smallest_budget(corpus: Corpus) -> TokenBudget:
     """The budgets that hold each sample of a corpus alone: a start refuses smaller ones.
 
-    Where samples differ in media or spans, those of the first shards are measured.
+    Where samples differ in media or spans, the sizes of media are read of those alone that may be
+    larger than all before.
     """
     text = corpus.config.max_text_tokens
     llm, encoder = text, 1
@@ -62,11 +61,15 @@ def _measure_varied(corpus: Corpus, number: int) -> tuple[int, int]:
     """Most spans and most encoder tokens of a sample of a dataset whose samples differ."""
     per_span = np.array([m.encoder_tokens for m in corpus.modalities.values()], dtype=np.int64)
     most = tokens = 0
-    for shard, info in enumerate(corpus.shards[number][:CENSUS_SHARDS]):
+    for shard, info in enumerate(corpus.shards[number]):
         rows = np.arange(info.samples, dtype=np.int64)
+        bound = corpus.media.count_at_most(number, shard, rows)
+        rows = rows[(bound.sum(1) > most) | (bound @ per_span > tokens)]
+        if not len(rows):
+            continue
         zeros = np.zeros_like(rows)
         table = SampleTable(zeros + number, zeros + shard, rows, zeros, zeros, zeros)
-        spans = corpus.media.count(table, rows)
+        spans = corpus.media.count(table, np.arange(len(rows)))
         most = max(most, int(spans.sum(1).max(initial=0)))
         tokens = max(tokens, int((spans @ per_span).max(initial=0)))
     return most, tokens

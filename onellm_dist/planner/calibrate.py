@@ -37,8 +37,8 @@ SECONDS = 3.0
 """Seconds of each measurement; there are about a dozen."""
 MICRO = 1e6
 TERA = 1e12
-PROCESSORS = "cpu"
-"""Kind of the processors of a machine."""
+MEBI = 1 << 20
+"""Bytes of a MiB, in which `nvidia-smi` counts memory."""
 TINY = (SampleShape((), 8, 7),)
 """A micro-batch that computes next to nothing: what it takes, the host takes."""
 
@@ -96,6 +96,8 @@ def calibrate(device: torch.device, *, seconds: float, meter: DeviceMeter | None
         Its kind. What is not measured is that of the shipped or earlier file of the same device.
     """
     context = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Before this process has a context, all that is in use is that of others.
+    others = ask_board(device, "memory.used") if device.type == "cuda" else None
     meter = meter or DeviceMeter(device, seconds=seconds)
     name = name_device(device)
     base = find_kind(name)
@@ -109,11 +111,14 @@ def calibrate(device: torch.device, *, seconds: float, meter: DeviceMeter | None
     if base is not None:  # of what is not measured
         found["sources"] += base.sources[1:] if base.measured else base.sources
     measured = _measure_memory(device, context)
-    measured |= _measure_rates(meter, base if device.type == "cuda" else None)
+    measured |= _measure_rates(meter, find_data_sheet(device, base))
     measured |= _measure_links(meter)
     measured["host"] = measure_host(meter)
     if device.type == "cuda":
-        measured["context_gb"] = _measure_context(device, base)
+        shipped = find_kind(name, shipped_only=True)
+        least = 0.0 if shipped is None else shipped.context_gb
+        in_use = measure_own_memory(device, MEBI * (others or 0.0))
+        measured["context_gb"] = max(in_use / GIGA, least)  # the file counts NCCL's buffers too
     kept = _assume_links(measured) if base is None else base.model_dump()
     names = tuple(name for name in measured if name != "power_source")
     return GpuKind.model_validate(
@@ -122,9 +127,9 @@ def calibrate(device: torch.device, *, seconds: float, meter: DeviceMeter | None
 
 
 def _name_kind(device: torch.device, name: str) -> str:
-    if device.type == "cpu":
-        return PROCESSORS
-    return re.sub(r"[^a-z0-9]+", "-", name.removeprefix("NVIDIA ").lower()).strip("-")
+    """Processors are as different as GPUs are, and a home may be that of many machines."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.removeprefix("NVIDIA ").lower()).strip("-")
+    return slug or device.type
 
 
 def _measure_memory(device: torch.device, context: float) -> dict[str, Any]:
@@ -138,18 +143,24 @@ def _measure_memory(device: torch.device, context: float) -> dict[str, Any]:
     found: dict[str, Any] = {
         "memory_gb": torch.cuda.get_device_properties(device).total_memory / GIGA
     }
-    watts = read_power_limit(device.index or 0)
+    watts = ask_board(device, "power.limit")
     if watts is not None:
         found |= {"board_watts": watts, "power_source": "nvidia-smi: the board's power limit"}
     return found
 
 
-def read_power_limit(index: int) -> float | None:
-    """Watts that a GPU may draw by `nvidia-smi`; None where it does not say."""
+def ask_board(device: torch.device, field: str) -> float | None:
+    """A number that `nvidia-smi` says of a GPU; None where it does not.
+
+    Args:
+        device: the GPU. Its UUID names it, since CUDA_VISIBLE_DEVICES numbers GPUs anew.
+        field: watts that it may draw (`power.limit`), or MiB in use (`memory.used`).
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    query = [f"--id={index}", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = [f"--id=GPU-{uuid}", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
             [program, *query], capture_output=True, text=True, timeout=30, check=False
@@ -157,6 +168,16 @@ def read_power_limit(index: int) -> float | None:
         return float(done.stdout.strip()) or None
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
+
+
+def find_data_sheet(device: torch.device, base: GpuKind | None) -> GpuKind | None:
+    """The constants of a device if their peaks are those of a data sheet; else None.
+
+    Peaks that an earlier calibration measured are no bound of what the next one measures.
+    """
+    if device.type == "cpu" or base is None or "peak_tflops" in base.measured:
+        return None
+    return base
 
 
 def _measure_rates(meter: DeviceMeter, base: GpuKind | None) -> dict[str, Any]:
@@ -210,11 +231,15 @@ def _assume_links(measured: dict[str, Any]) -> dict[str, Any]:
     return {"node_bus_gb_s": bus, "node_network_gb_s": bus, "network_share": 1.0}
 
 
-def _measure_context(device: torch.device, base: GpuKind | None) -> float:
-    """Gigabytes of a GPU that are in use and not torch's, at least those of NCCL's buffers too."""
+def measure_own_memory(device: torch.device, others: float) -> float:
+    """Bytes of a GPU that this process has beside those of torch's allocator.
+
+    Args:
+        device: the GPU.
+        others: bytes that were in use before this process had a context there.
+    """
     free, total = torch.cuda.mem_get_info(device)
-    own = (total - free - torch.cuda.memory_reserved(device)) / GIGA
-    return max(own, 0.0 if base is None else base.context_gb)
+    return max(0.0, total - free - torch.cuda.memory_reserved(device) - others)
 
 
 def measure_host(meter: DeviceMeter) -> HostAssumption:

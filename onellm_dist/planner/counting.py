@@ -237,7 +237,7 @@ def list_units(model: Any) -> list[nn.Module]:
 
 def measure_frozen_blocks(model: Any) -> float:
     """Share of the modules in transformer blocks whose class has no block that trains."""
-    modules, trained = Counter[type](), set[type]()
+    modules, trained = Counter[type[Any]](), set[type[Any]]()
     for block in model.modules():
         if not isinstance(block, GradientCheckpointingLayer):
             continue

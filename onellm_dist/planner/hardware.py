@@ -155,13 +155,17 @@ def _read_kind(path: Path, _: int) -> GpuKind:
         ) from None
 
 
-def all_gpu_kinds() -> dict[str, GpuKind]:
+def all_gpu_kinds(*, shipped_only: bool = False) -> dict[str, GpuKind]:
     """Name to every kind of device with a calibration file; the user's own come before ours.
+
+    Args:
+        shipped_only: without the user's own.
 
     Raises:
         UsageError: a file of the user is damaged.
     """
-    folders = [CALIBRATION, *filter(None, [get_user_folder()])]
+    own = None if shipped_only else get_user_folder()
+    folders = [CALIBRATION, *filter(None, [own])]
     paths = [path for folder in folders for path in sorted(folder.glob("*.yaml"))]
     kinds = (_read_kind(path, path.stat().st_mtime_ns) for path in paths)
     return {kind.kind: kind for kind in kinds}
@@ -185,14 +189,15 @@ def get_gpu_kind(name: str) -> GpuKind:
     )
 
 
-def find_kind(device_name: str) -> GpuKind | None:
+def find_kind(device_name: str, *, shipped_only: bool = False) -> GpuKind | None:
     """The kind of a device by the name that it gives itself; None: it has no constants.
 
     Args:
         device_name: as `name_device` says it.
+        shipped_only: as of `all_gpu_kinds`.
     """
     own = device_name.removeprefix("NVIDIA ")  # not its PCIe, NVL, Grace or MIG kin
-    kinds = all_gpu_kinds().values()
+    kinds = all_gpu_kinds(shipped_only=shipped_only).values()
     return next((kind for kind in kinds if own in kind.device_names), None)
 
 

@@ -44,11 +44,26 @@ FINDER = "onellm_dist.planner.budgets:find_budget"
 """The planner knows training, so training knows it by this name alone."""
 LOWER = 0.8
 """Budgets after an out-of-memory over what the fullest micro-batch of the step held."""
-MEMORY_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+MEMORY_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",  # what CUDA allocates beside torch's allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",  # NCCL
+    "Cuda failure 'out of memory'",  # older ones of NCCL
+)
 """Parts of other errors that mean a lack of memory (torch 2.15)."""
 PARTS = {
     "data": ("global_batch", "max_text_tokens", "mixture", "spans", "text_format"),
-    "train": ("activation_checkpointing", "lora", "loss", "parameters", "precision", "stage"),
+    "train": (
+        "activation_checkpointing",
+        "kernels",
+        "lora",
+        "loss",
+        "parameters",
+        "precision",
+        "stage",
+    ),
 }
 """Keys on which budgets depend, beside the sections `model`, `engine` and `optim`."""
 
@@ -108,7 +123,7 @@ def _find(config: RunConfig, plans: list[Plan], dist: Distributed, names: list[s
 
     What an out-of-memory taught about the devices holds for any number of ranks.
     """
-    identity = _hash_recipe(config, names)
+    identity = hash_recipe(config, names)
     smallest = _join(max, [find_smallest_budget(plan.corpus) for plan in plans])
     record = read_budget_record(config.run.dir)
     if record is None or record.identity != identity:
@@ -138,7 +153,13 @@ def _join(choose: Callable[..., int], budgets: list[TokenBudget]) -> TokenBudget
     return TokenBudget(choose(b.llm for b in budgets), choose(b.encoder for b in budgets))
 
 
-def _hash_recipe(config: RunConfig, names: list[str]) -> str:
+def hash_recipe(config: RunConfig, names: list[str]) -> str:
+    """What of a recipe and its devices decides which budgets fit.
+
+    Args:
+        config: the recipe.
+        names: the devices' names.
+    """
     values = config.model_dump(mode="json")
     parts = {
         section: {key: values[section][key] for key in keys} for section, keys in PARTS.items()

@@ -49,7 +49,7 @@ def test_token_budgets_are_numbers_or_auto(tmp_path: Path) -> None:
     assert (given.pack_llm_tokens, given.finds_budgets) == (5000, False)
     with pytest.raises(UsageError, match="both are auto, or both are numbers"):
         load_config(recipe, both[:1])
-    for wrong in ("0", "-3", "2.5", "many", "true", "null"):
+    for wrong in ("0", "-3", "2.5", "many", "true", "null", ".inf", "-.inf", ".nan", "9" * 400):
         with pytest.raises(UsageError, match="1 problem in") as caught:
             load_config(recipe, [f"data.pack_llm_tokens={wrong}"])
         words = "data.pack_llm_tokens: give a number of tokens above 0, or auto"

@@ -16,10 +16,12 @@ from media_worlds import MODALITIES, make_sample, wav, write_media, write_wide
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.data.length_check import check_corpus
+from onellm_dist.data.media import CorpusMedia
+from onellm_dist.data.micro_batch import SampleTable
 from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
-from onellm_dist.data.token_budget import find_smallest_budget
+from onellm_dist.data.token_budget import UNLIMITED, find_smallest_budget
 from onellm_dist.modalities import SPAN_TOKENS, get_modality
 from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.format.media import LISTED
@@ -208,6 +210,43 @@ def test_the_smallest_budget_holds_every_sample_alone(root: Path) -> None:
     plan.set_budget(TokenBudget(smallest.llm, smallest.encoder - 1))
     with pytest.raises(UsageError, match=f"{smallest.encoder} encoder tokens"):
         check_corpus(plan.corpus)
+
+
+def test_the_largest_sample_counts_in_whichever_shard_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes of media are read of samples that may be larger than all before."""
+    rng = np.random.default_rng(0)
+    with DatasetWriter(
+        tmp_path / "late", name="late", modalities=MODALITIES, attributes=LISTED, max_samples=1
+    ) as writer:
+        for number in range(102):
+            names = ["image", "image", "fmri"] if number == 101 else ["imu"]
+            writer.add("train", f"{number:03d}", make_sample(names, "what", rng))
+    corpus = open_plan(tmp_path, {"late": 1.0}, text_format="conversation").corpus
+    assert len(corpus.shards[0]) == 102
+    measured, count = list[int](), CorpusMedia.count
+
+    def keep(self: CorpusMedia, table: SampleTable, members: Any) -> Any:
+        measured.append(len(members))
+        return count(self, table, members)
+
+    monkeypatch.setattr(CorpusMedia, "count", keep)
+    tokens = sum(corpus.modalities[name].encoder_tokens for name in ("image", "image", "fmri"))
+    llm = corpus.config.max_text_tokens + 3 * SPAN_TOKENS
+    assert find_smallest_budget(corpus) == TokenBudget(llm, tokens)
+    assert measured == [1, 1]
+
+
+def test_budgets_without_a_limit_need_no_look_at_the_media(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets = {"pack_llm_tokens": UNLIMITED.llm, "pack_encoder_tokens": UNLIMITED.encoder}
+    plan = _open(root, **budgets)
+    with pytest.raises(UsageError, match="the LLM's context"):
+        check_corpus(plan.corpus, positions=40)
+    monkeypatch.delattr(CorpusMedia, "count_at_most")
+    check_corpus(plan.corpus)
 
 
 def test_budgets_that_nobody_has_found_are_refused(root: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,13 @@ from onellm_dist.data.token_budget import read_budget
 from onellm_dist.planner import measure
 from onellm_dist.planner.brief import describe_briefly
 from onellm_dist.planner.budgets import find_budget
-from onellm_dist.planner.calibrate import run_calibration
+from onellm_dist.planner.calibrate import (
+    ask_board,
+    find_data_sheet,
+    format_kind,
+    measure_own_memory,
+    run_calibration,
+)
 from onellm_dist.planner.command import (
     PlanOptions,
     load_planned_config,
@@ -73,8 +81,11 @@ def test_processors_are_measured_and_planned_for(
     said = capsys.readouterr().out
     assert name_processors() in said and "matmul_share" in said and "written: " in said
     kind, count = find_gpus_here()
-    assert (kind.kind, count, kind.shared) == ("cpu", 1, True)
-    assert kind == get_gpu_kind("cpu") == find_kind(name_processors())
+    assert (count, kind.shared) == (1, True)
+    # Named as the processors are: a home directory may be that of many machines.
+    assert kind.kind == "-".join(re.findall("[a-z0-9]+", name_processors().lower()))
+    assert kind == get_gpu_kind(kind.kind) == find_kind(name_processors())
+    assert [path.stem for path in (cache / "calibration").iterdir()] == [kind.kind]
     assert {"peak_tflops", "attention_share", "bandwidth_gb_s", "host", "memory_gb"} <= set(
         kind.measured
     )
@@ -89,7 +100,7 @@ def test_processors_are_measured_and_planned_for(
     # Measured again, the sources stay as many as they were.
     assert run_calibration(seconds=0.01) == EXIT_DONE
     assert "(before: " in capsys.readouterr().out
-    assert len(get_gpu_kind("cpu").sources) == 1
+    assert len(get_gpu_kind(kind.kind).sources) == 1
 
 
 @pytest.mark.gpu
@@ -104,6 +115,44 @@ def test_a_gpu_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert 0.3 < kind.matmul_share <= 1 and 0.3 < kind.bandwidth_share <= 1
     assert 0.05 < kind.attention_share <= 1 and 0.1 < kind.launch_us < 50
+
+
+def test_an_earlier_calibration_bounds_no_later_one(cache: Path) -> None:
+    """Neither peaks that were measured nor a context that other processes made large."""
+    cuda, name = torch.device("cuda", 0), "NVIDIA H100 80GB HBM3"
+    shipped = find_kind(name)
+    assert shipped is not None and find_data_sheet(cuda, shipped) == shipped
+    rates = shipped.model_copy(update={"measured": ("matmul_share",), "context_gb": 33.0})
+    assert find_data_sheet(cuda, rates) == rates  # its peaks are still those of the data sheet
+    (cache / "calibration").mkdir(parents=True)
+    (cache / "calibration" / f"{shipped.kind}.yaml").write_text(format_kind(rates, name))
+    own = find_kind(name)
+    assert own is not None and own.context_gb == 33
+    assert find_kind(name, shipped_only=True) == shipped
+    peaks = shipped.model_copy(update={"measured": ("peak_tflops", "matmul_share")})
+    assert find_data_sheet(cuda, peaks) is None
+    assert find_data_sheet(torch.device("cpu"), shipped) is None
+
+
+def test_memory_of_other_processes_is_not_that_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, gib = torch.device("cuda", 0), 1 << 30
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (50 * gib, 80 * gib))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 9 * gib)
+    assert measure_own_memory(device, 20 * gib) == 1 * gib
+    assert measure_own_memory(device, 40 * gib) == 0  # another one has ended meanwhile
+    # Which GPU it is: number 0 of this process may be another one of the machine.
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="ab-1"))
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho 20480\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert ask_board(device, "memory.used") == 20480
+    asked = (tmp_path / "asked").read_text()
+    assert asked.startswith("--id=GPU-ab-1 --query-gpu=memory.used ")
+    program.write_text("#!/bin/sh\necho '[N/A]'\n")
+    assert ask_board(device, "memory.used") is None
 
 
 def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,15 @@ def test_state_is_that_of_the_model_s_parameters(recipe: Path) -> None:
     assert planner.parameters.total == trained + frozen
 
 
+def test_processors_are_planned_with_the_kernels_that_they_run(recipe: Path) -> None:
+    planner = make_planner(recipe, [], H100)
+    processors = planner.cluster.gpu.model_copy(update={"shared": True})
+    here = replace(planner, cluster=replace(planner.cluster, gpu=processors), _models={})
+    for own, fused in ((planner, True), (here, False)):
+        model = own.get_model("none")
+        assert any(getattr(module, "fused", False) for module in model.modules()) is fused
+
+
 @pytest.mark.slow
 def test_a_plan_is_printed_and_is_json(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_plan(recipe, [], H100) == EXIT_DONE

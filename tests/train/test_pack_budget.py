@@ -16,7 +16,8 @@ from small_memory import write_constants
 from toy_runs import Runs
 from zygote import get_zygote
 
-from onellm_dist.train.pack_budget import is_out_of_memory
+from onellm_dist.config.load import load_config
+from onellm_dist.train.pack_budget import hash_recipe, is_out_of_memory
 from onellm_dist.train.records.budget_file import read_budget_record
 
 AUTO = ("data.pack_llm_tokens=auto", "data.pack_encoder_tokens=auto")
@@ -195,9 +196,25 @@ def test_a_device_without_constants_is_refused(runs: BudgetRuns, tmp_path: Path)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("key", ["train.kernels=plain", "train.precision=fp32"])
+def test_what_was_learned_holds_for_the_same_kernels_and_numbers_alone(key: str) -> None:
+    own, other = load_config("toy/align_image", []), load_config("toy/align_image", [key])
+    assert hash_recipe(own, ["Abacus"]) == hash_recipe(own, ["Abacus"])
+    assert hash_recipe(own, ["Abacus"]) != hash_recipe(other, ["Abacus"])
+
+
 def test_errors_that_mean_a_lack_of_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     text = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you"
     assert is_out_of_memory(RuntimeError(text))
+    for text in (
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "NCCL error in: ProcessGroupNCCL.cpp:3356, unhandled cuda error\nLast error:\n"
+        "Cuda failure 2 'out of memory'",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
+        assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(MemoryError())

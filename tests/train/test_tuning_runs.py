@@ -15,6 +15,7 @@ from toy_runs import Runs
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.conversion import convert
+from onellm_dist.evaluation.kept_checkpoints import append_entry, build_entry
 from onellm_dist.model.adapter_folder import BASE, CONFIG, WEIGHTS
 from onellm_dist.model.lazy_weights import open_model
 from onellm_dist.model.presets import load_model
@@ -95,11 +96,16 @@ def test_a_run_that_was_stopped_ends_by_validation_where_it_would_have(runs: Run
     runs.run("undisturbed", 1, **EARLY)
     folder = runs.run("stopped", 1, stop=1, **EARLY)
     assert [line["steps_done"] for line in read_lines(folder / "validation.jsonl")] == [1]
+    # The scores of the kept checkpoint on benchmarks are no validation.
+    kept = max(path.name for path in (folder / "checkpoints").glob("step-*"))
+    append_entry(folder, build_entry(f"{kept}-1a2b3c4d", int(kept[5:]), [], 1.0), alone=True)
+    assert read_lines(folder / "validation.jsonl")[-1]["steps_done"] == 2
     runs.run("stopped", 1, **EARLY)
     losses = {
         name: [
             (line["steps_done"], line["loss"])
             for line in read_lines(runs.root / name / "validation.jsonl")
+            if "loss" in line
         ]
         for name in ("undisturbed", "stopped")
     }

@@ -43,21 +43,28 @@ class CompiledBody:
     def __init__(self, body: Body) -> None:
         self._body = body
         self._compiled: Body | None = None
+        self._is_limited = False
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
         """Run the function, without gradients."""
-        if CompiledBody.failure is None and _is_compiled_for(tensors[0]):
+        if CompiledBody.failure is None and not self._is_limited and _is_compiled_for(tensors[0]):
             return self._run_compiled(*tensors)
         return self._body(*tensors)
 
     def _run_compiled(self, *tensors: torch.Tensor) -> Any:
-        from torch._dynamo.exc import TorchDynamoException  # its import takes a second
+        # Their import takes a second.
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         if self._compiled is None:
             self._compiled = torch.compile(self._body, dynamic=True, fullgraph=True)
         try:
             with torch.no_grad():
                 return self._compiled(*(tensor.detach() for tensor in tensors))
+        except FailOnRecompileLimitHit:  # of this function alone
+            self._is_limited = True
+            name = getattr(self._body, "__name__", "?")
+            log.warning("fused kernel %s: too many kinds of inputs, it runs unfused", name)
+            return self._body(*tensors)
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             CompiledBody.failure = f"{type(error).__name__}: {reason}"

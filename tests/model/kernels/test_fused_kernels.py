@@ -180,6 +180,32 @@ def test_what_cannot_be_compiled_runs_as_it_is_written(
     assert caplog.text.count("no C compiler") == 1
 
 
+@pytest.mark.usefixtures("compiled_here")
+def test_a_function_that_is_compiled_too_often_runs_as_it_is_written_and_others_do_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled, compile_body = [0], torch.compile
+
+    def trace(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        compiled[0] += 1
+        return graph.forward
+
+    def compile_without_c(body: Any, **keys: Any) -> Any:
+        return compile_body(body, backend=trace, **keys)
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    monkeypatch.setattr(torch, "compile", compile_without_c)
+    bodies, x = (CompiledBody(double), CompiledBody(lambda x: x - 1)), torch.randn(4, 6)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32):
+            assert torch.equal(bodies[0](x.to(dtype)), x.to(dtype) * 2)
+        assert compiled == [1] and caplog.text.count("double") == 1
+        assert torch.equal(bodies[1](x), x - 1) and compiled == [2]
+    assert CompiledBody.failure is None
+
+
 @pytest.mark.soak
 @pytest.mark.usefixtures("compiled_here")
 @pytest.mark.parametrize("name", ["swiglu", "quick_gelu", "rotary"])
