@@ -196,7 +196,7 @@ def test_a_device_without_constants_is_refused(runs: BudgetRuns, tmp_path: Path)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("key", ["train.kernels=plain", "train.precision=fp32"])
+@pytest.mark.parametrize("key", ["train.kernels=plain", "train.precision=bf16"])
 def test_what_was_learned_holds_for_the_same_kernels_and_numbers_alone(key: str) -> None:
     own, other = load_config("toy/align_image", []), load_config("toy/align_image", [key])
     assert hash_recipe(own, ["Abacus"]) == hash_recipe(own, ["Abacus"])
