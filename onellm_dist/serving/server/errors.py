@@ -43,7 +43,7 @@ class RequestError(Exception):
     @classmethod
     def from_error(cls, error: OneLLMError) -> RequestError:
         """Say an error of this package in one line, without paths of this machine."""
-        message = " ".join(line for line in (error.what, error.why, error.do) if line)
+        message = "; ".join(line.rstrip(".") for line in (error.what, error.why, error.do) if line)
         if isinstance(error, MachineError):
             return cls(message, status=503, kind="server_error", headers={"Retry-After": "1"})
         return cls(message)
