@@ -36,7 +36,8 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "torch.utils.tensorboard": ("train/",),
     "rich": ("common/", "diagnostics/", "cli/"),
     "typer": ("cli/",),
-    "fastapi": ("serving/server/",),
+    "fastapi": ("serving/server/", "serving/chat/"),
+    "gradio": ("serving/chat/",),
     "uvicorn": ("serving/server/",),
     "prometheus_client": ("serving/server/",),
 }

@@ -13,6 +13,7 @@ from typing import NoReturn
 import typer
 
 from onellm_dist.cli import ablate, cluster, convert, evaluate, evaluate_run, plan, runs, shards
+from onellm_dist.cli.chat import chat
 from onellm_dist.cli.generate import add_modality_options, generate
 from onellm_dist.cli.overlap import overlap
 from onellm_dist.cli.serve import serve
@@ -27,6 +28,7 @@ shards.app.command("overlap")(overlap)
 app.add_typer(shards.app, name="shards")
 app.add_typer(convert.app, name="convert")
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.command("serve")(serve)
 COMPLETION_VARIABLE = "_ONELLM_COMPLETE"
 """Set by the shell that wants a command line completed (click)."""

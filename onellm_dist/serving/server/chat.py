@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -72,14 +72,28 @@ class ChatService:
         Raises:
             RequestError: the request cannot be answered.
         """
+        return await self._prepare(lambda: parse_request(read_json(body)))
+
+    async def prepare_parsed(self, request: ChatRequest) -> RunningChat:
+        """Read the media of a request, whose content parts may hold the bytes of files.
+
+        Args:
+            request: the request.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        return await self._prepare(lambda: request)
+
+    async def _prepare(self, parse: Callable[[], ChatRequest]) -> RunningChat:
         deadline = make_deadline(self.settings.request_seconds)
-        request, prompt = await self.gate.run(self._read_request(body))
+        request, prompt = await self.gate.run(self._read_request(parse))
         return RunningChat(self, request, prompt, deadline)
 
-    async def _read_request(self, body: bytes) -> tuple[ChatRequest, Prompt]:
+    async def _read_request(self, parse: Callable[[], ChatRequest]) -> tuple[ChatRequest, Prompt]:
         try:
             # In a thread: other answers go on while a large request is read.
-            request, text, media = await asyncio.to_thread(self._read, body)
+            request, text, media = await asyncio.to_thread(self._read, parse)
             self._choose_length(request, len(text.ids) + SPAN_TOKENS * len(media))
             spans = await self._read_media(media)
             count = sum(map(len, spans))
@@ -116,9 +130,11 @@ class ChatService:
             )
         ]
 
-    def _read(self, body: bytes) -> tuple[ChatRequest, MediaText, list[HeldMedium]]:
+    def _read(
+        self, parse: Callable[[], ChatRequest]
+    ) -> tuple[ChatRequest, MediaText, list[HeldMedium]]:
         """The request, its text, and its media."""
-        request = parse_request(read_json(body))
+        request = parse()
         if request.model != self.settings.name:
             raise RequestError(
                 f"there is no model {request.model!r}; this server has {self.settings.name!r}",

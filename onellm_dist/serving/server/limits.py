@@ -58,7 +58,7 @@ class RequestLimits:
                 self._metrics.requests.labels(status=error.status).inc()
             await error.to_response()(scope, receive, send)
         else:
-            await self._app(scope, _Replay(body, receive), send)
+            await self._app(scope, ReplayedBody(body, receive), send)
         finally:
             self._held -= held.size
 
@@ -148,7 +148,7 @@ class RequestLimits:
         return found[0]
 
 
-class _Replay:
+class ReplayedBody:
     """A `receive` that gives a body that was read already, then what the client sends next."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:

@@ -159,12 +159,15 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def make_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+def make_config(
+    app: FastAPI, settings: ServerSettings, *, grace: int | None = None
+) -> uvicorn.Config:
     """The configuration of uvicorn, with the limits of the server.
 
     Args:
         app: the application.
         settings: the server's.
+        grace: seconds that open connections have to end once the server ends; None: any.
     """
     return uvicorn.Config(
         app,
@@ -176,10 +179,18 @@ def make_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
         limit_concurrency=settings.connections,
         backlog=2048,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=grace,
     )
 
 
-def run(app: FastAPI, settings: ServerSettings, listening: socket.socket, message: str) -> None:
+def run(
+    app: FastAPI,
+    settings: ServerSettings,
+    listening: socket.socket,
+    message: str,
+    *,
+    grace: int | None = None,
+) -> None:
     """Run an application until a signal; then finish what was accepted.
 
     Args:
@@ -187,6 +198,7 @@ def run(app: FastAPI, settings: ServerSettings, listening: socket.socket, messag
         settings: the server's.
         listening: the socket.
         message: printed once requests are taken.
+        grace: as of `make_config`.
     """
 
     class Announcing(uvicorn.Server):
@@ -197,4 +209,4 @@ def run(app: FastAPI, settings: ServerSettings, listening: socket.socket, messag
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again once it has ended; a proper end is no failure.
         signal.signal(number, lambda *_: None)
-    Announcing(make_config(app, settings)).run(sockets=[listening])
+    Announcing(make_config(app, settings, grace=grace)).run(sockets=[listening])

@@ -1,0 +1,1 @@
+"""A chat with a model in a browser, about media of all its modalities (extra `ui`)."""
