@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 app = typer.Typer()
 STARTED = time.time()
 """When this process began, in seconds since 1970."""
+GraderKey = Annotated[
+    str | None,
+    typer.Option(
+        help="Environment variable with the API's key.",
+        show_default="OPENAI_API_KEY for https://api.openai.com, else none",
+    ),
+]
 
 
 def _list_tasks(wanted: bool) -> None:
@@ -147,9 +154,7 @@ def score(
         typer.Option(help="Base URL of an OpenAI-compatible API whose model scores open answers."),
     ] = None,
     grader_model: Annotated[str | None, typer.Option(help="The model there.")] = None,
-    grader_key: Annotated[
-        str, typer.Option(help="Environment variable with the API's key.")
-    ] = "OPENAI_API_KEY",
+    grader_key: GraderKey = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Compare two evaluations by the paired bootstrap.")
     ] = False,
@@ -191,7 +196,7 @@ def score(
 
 
 def _grade(
-    out: Sequence[Path], tasks: Sequence[str], url: str, model: str | None, key: str
+    out: Sequence[Path], tasks: Sequence[str], url: str, model: str | None, key: str | None
 ) -> None:
     """Let another model grade the answers that it has not graded yet."""
     from onellm_dist.evaluation.answer_folder import list_task_folders

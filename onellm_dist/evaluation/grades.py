@@ -23,8 +23,8 @@ from onellm_dist.evaluation.scorers.measure import Measure
 from onellm_dist.evaluation.tasks.grading import Grading
 
 GRADES = "grades.jsonl"
-_GPT4 = re.compile(r"(?:.*/)?gpt-4(?![\w.])")
-"""gpt-4, gpt-4-0613; not gpt-4o or gpt-4.1, which are other models."""
+_GPT4 = re.compile(r"(?:.*/)?gpt-4(-\d{4})?")
+"""gpt-4, gpt-4-0613; not gpt-4o, gpt-4.1 or gpt-4-turbo, which are other models."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def measure_grades(
     """The scores of every model that graded all answers, and why there is none.
 
     GPT-4 gives the measure its name in the paper; another one gives it its
-    own, because scores of different models cannot be compared.
+    own, because scores of different models cannot be compared. Where several
+    versions of GPT-4 graded, each adds its name to the paper's.
 
     Args:
         grading: how the task is graded.
@@ -121,7 +122,7 @@ def measure_grades(
     grades = read_grades(folder)
     models = dict.fromkeys(model for model, _ in grades)
     digests = {a.question.id: digest_prompt(grading.build(a)) for a in answers}
-    measures, lacking = [], []
+    graded, lacking = dict[str, dict[str, float]](), []
     for model in models:
         own = {
             name: grades[model, digest][name].value
@@ -131,10 +132,15 @@ def measure_grades(
         if len(own) < len(answers):
             lacking.append(f"{model} graded {len(own):,} of {len(answers):,} answers")
             continue
-        name = grading.measure if _GPT4.match(model) else f"{grading.unit} by {model}"
+        graded[model] = own
+    papers = [model for model in graded if _GPT4.fullmatch(model)]
+    measures = []
+    for model, own in graded.items():
+        name = f"{grading.unit} by {model}"
+        if model in papers:
+            name = grading.measure + (f" ({model})" if len(papers) > 1 else "")
         measures.append(Measure.from_values(name, own, collect_labels(answers), graded=True))
     why = (
         "; ".join(lacking) or "another model scores: onellm score --grader URL --grader-model NAME"
     )
-    is_there = any(measure.name == grading.measure for measure in measures)
-    return measures, {} if is_there else {grading.measure: why}
+    return measures, {} if papers else {grading.measure: why}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +31,8 @@ from onellm_dist.evaluation.tasks.grading import (
 )
 
 KEY = "private-key-0123456789"
-Reply = Callable[[dict[str, Any]], tuple[int, str]]
+VARIABLE = "OPENAI_API_KEY"
+Reply = Callable[[dict[str, Any]], tuple[int, Any]]
 
 
 @contextmanager
@@ -44,7 +47,7 @@ def serve(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             status, text = reply(body)
             message = {"role": "assistant", "content": text}
             content: dict[str, Any] = {"error": {"message": text}}
-            if status == 200:
+            if status == 200 and isinstance(text, str):
                 choice = {"index": 0, "finish_reason": "stop", "message": message}
                 content = {
                     "id": "x",
@@ -53,9 +56,11 @@ def serve(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
                     "model": body["model"],
                     "choices": [choice],
                 }
-            data = json.dumps(content).encode()
+            # bytes are all of the response
+            data = text if isinstance(text, bytes) else json.dumps(content).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            kind = "text/html" if data.startswith(b"<") else "application/json"
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -76,7 +81,7 @@ def serve(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv(VARIABLE, KEY)
     questions = [
         BenchmarkQuestion(
             f"v1_{i}",
@@ -114,7 +119,7 @@ def test_every_answer_is_graded_once_and_the_score_needs_no_server(
     before = score_task(folder)
     assert before.measures == [] and "--grader" in before.missing["GPT-4 score"]
     with serve(grade_by_number) as (url, asked):
-        grader = Grader(url, "gpt-4-0613")
+        grader = Grader(url, "gpt-4-0613", VARIABLE)
         assert grade_task(folder, grader) == 6 and len(asked) == 6
         assert grade_task(folder, grader) == 0 and len(asked) == 6
     assert {a["path"] for a in asked} == {"/v1/chat/completions"}
@@ -135,11 +140,21 @@ def test_every_answer_is_graded_once_and_the_score_needs_no_server(
 
 def test_another_model_has_a_score_of_its_own_name(folder: Path) -> None:
     with serve(grade_by_number) as (url, _):
-        for model in ("qwen", "gpt-4o"):
+        others = ["qwen", "gpt-4o", "gpt-4.1", "gpt-4-turbo", "gpt-4-1106-preview", "gpt-45"]
+        for model in others:
             grade_task(folder, Grader(url, model))
+        score = score_task(folder)
+        assert [m.name for m in score.measures] == [f"score by {model}" for model in others]
+        assert "GPT-4 score" in score.missing
+        grade_task(folder, Grader(url, "openai/gpt-4"))
+        assert score_task(folder).measures[-1].name == "GPT-4 score"
+    with serve(lambda body: (200, "1.0")) as (url, _):
+        grade_task(folder, Grader(url, "gpt-4-0613"))
     score = score_task(folder)
-    assert [m.name for m in score.measures] == ["score by qwen", "score by gpt-4o"]
-    assert "GPT-4 score" in score.missing
+    assert not score.missing
+    found = build_results([score])["results"]["mmvet"]
+    assert found["GPT-4 score (openai/gpt-4),none"] == pytest.approx(25.0)
+    assert found["GPT-4 score (gpt-4-0613),none"] == pytest.approx(100.0)
 
 
 def test_a_reply_that_cannot_be_read_is_asked_for_again_and_never_counts_as_zero(
@@ -184,8 +199,8 @@ def test_a_server_that_refuses_keeps_what_was_graded_and_shows_no_key(folder: Pa
         return refuse(body) if "v1_5" in row else (200, "1.0")
 
     with serve(refuse) as (url, _), pytest.raises(OneLLMError) as error:
-        grade_task(folder, Grader(url, "gpt-4"))
-    assert KEY not in str(error.value) and "OPENAI_API_KEY" in str(error.value)
+        grade_task(folder, Grader(url, "gpt-4", VARIABLE))
+    assert KEY not in str(error.value) and VARIABLE in str(error.value)
     with serve(half) as (url, _), pytest.raises(OneLLMError):
         grade_task(folder, Grader(url, "gpt-4"))
     with (folder / GRADES).open("ab") as file:
@@ -196,6 +211,87 @@ def test_a_server_that_refuses_keeps_what_was_graded_and_shows_no_key(folder: Pa
     (folder / GRADES).write_bytes(b"{}\n" + (folder / GRADES).read_bytes())
     with pytest.raises(OneLLMError, match="line 1 is not a grade"):
         score_task(folder)
+
+
+NO_COMPLETIONS = (
+    b"<html>Welcome</html>",
+    b'{"id": "x", "choices": [{"index": 0, "message": null}]}',
+    b'{"id": "x", "choices": {"a": 1}}',
+    b'{"id": "x", "choices": [{"index": 0, "message": {"content": [1]}}]}',
+    b'"text"',
+    b"{",
+)
+
+
+@pytest.mark.parametrize("content", NO_COMPLETIONS)
+def test_a_reply_that_is_no_completion_keeps_what_was_graded(
+    folder: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onellm_dist.evaluation.grader.PARALLEL", 1)
+
+    def half(body: dict[str, Any]) -> tuple[int, Any]:
+        if "v1_2" in str(body["messages"]):
+            return 200, content
+        time.sleep(0.05)
+        return 200, "1.0"
+
+    with serve(half) as (url, asked), pytest.raises(OneLLMError, match="no chat completion"):
+        grade_task(folder, Grader(url, "gpt-4"))
+    assert (folder / GRADES).read_bytes().count(b"\n") == len(asked) - 1 >= 2
+    assert len(asked) < 6, "what waited was asked all the same"
+
+
+def test_an_interruption_asks_nothing_more_and_keeps_what_is_paid_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onellm_dist.evaluation.grader.PARALLEL", 2)
+    heard, once, main = threading.Event(), threading.Lock(), threading.get_ident()
+
+    def stop(*_: Any) -> None:
+        heard.set()
+        raise KeyboardInterrupt
+
+    def reply(body: dict[str, Any]) -> tuple[int, str]:
+        if len(asked) >= 2 and once.acquire(blocking=False):
+            signal.pthread_kill(main, signal.SIGINT)
+        assert heard.wait(20)
+        time.sleep(0.2)
+        return grade_by_number(body)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with serve(reply) as (url, asked), pytest.raises(KeyboardInterrupt):
+            grade_task(folder, Grader(url, "gpt-4"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert 2 <= len(asked) < 6
+    assert (folder / GRADES).read_bytes().count(b"\n") == len(asked)
+
+
+def test_the_key_of_openai_is_sent_to_openai_alone(folder: Path) -> None:
+    official = Grader("https://api.openai.com/v1", "m")
+    assert official.find_key() == KEY
+    for url in (
+        "http://api.openai.com/v1",
+        "https://api.openai.com.example.org/v1",
+        "https://api.openai.com@example.org/v1",
+        "https://example.org/api.openai.com",
+        "http://127.0.0.1:1/v1",
+    ):
+        assert Grader(url, "m").find_key() == "", url
+    for url in ("https://example.org/v1", "http://localhost:1/v1", "http://[::1]:1/v1"):
+        assert Grader(url, "m", VARIABLE).find_key() == KEY
+    for url in ("http://example.org/v1", "http://10.0.0.1/v1", "http://localhost.example.org"):
+        assert Grader(url, "m", "NONE_SET").find_key() == ""
+        with pytest.raises(UsageError, match="clear text") as error:
+            Grader(url, "m", VARIABLE).find_key()
+        assert KEY not in str(error.value)
+    for url in ("https://", "http://[::1", "ftp://example.org"):
+        with pytest.raises(UsageError, match="not an address"):
+            Grader(url, "m").find_key()
+    with serve(grade_by_number) as (url, asked):
+        grade_task(folder, Grader(url, "m"))
+    assert {a["key"] for a in asked} == {"Bearer none"}
 
 
 def test_the_command_grades_and_refuses_what_makes_no_sense(folder: Path) -> None:
