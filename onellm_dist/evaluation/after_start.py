@@ -86,6 +86,7 @@ def record_end(
         end: how the start ended.
         max_requeues: allowed failures in a row without a new answer.
     """
+    stopped = bool(end.stop_asked) or end.launcher_status == EXIT_PREEMPTED or (out / STOP).exists()
     (out / STOP).unlink(missing_ok=True)
     current = make_attempt(env)
     key = (current.job_id, current.restart_count)
@@ -99,7 +100,7 @@ def record_end(
             out, started, end.preflight_status, stop_asked=end.stop_asked
         )
     else:
-        ended = _describe_end(out, started, tasks, end, env)
+        ended = _describe_end(out, started, tasks, end, env, stopped=stopped)
     action = _choose_action(ended, earlier, max_requeues)
     append_attempt(out, replace(ended, action=action.action, delay_s=action.delay_s))
     return action
@@ -125,7 +126,13 @@ def count_missing(out: Path, tasks: Sequence[str]) -> dict[str, int | None]:
 
 
 def _describe_end(
-    out: Path, started: Attempt, tasks: Sequence[str], end: End, env: Mapping[str, str]
+    out: Path,
+    started: Attempt,
+    tasks: Sequence[str],
+    end: End,
+    env: Mapping[str, str],
+    *,
+    stopped: bool,
 ) -> Attempt:
     """Complete an attempt from the answers, else from what a rank said, else from the exit code."""
     missing = count_missing(out, tasks)
@@ -135,7 +142,9 @@ def _describe_end(
     said = find_refusal(out, job, start=name_meeting_point(started, env), since=started.start)
     if said is not None and said.get("status") == "usage":
         return replace(started, status="usage", reason=str(said.get("reason", "")))
-    if end.stop_asked:
+    if end.launcher_status == EXIT_USAGE:  # of the ranks that evaluate-run starts, too
+        return replace(started, status="usage", reason="wrong usage: the job's log says what")
+    if stopped:
         return replace(started, status="preempted", reason="asked to stop")
     left = ", ".join(f"{task}: {'all' if n is None else f'{n:,}'}" for task, n in missing.items())
     reason = str(said.get("reason", "")) if said is not None else ""

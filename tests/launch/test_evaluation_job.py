@@ -122,6 +122,17 @@ def test_wrong_usage_is_not_tried_again(
 
     assert ended(0, do=refuse, status=2) == ("usage", "halt", 2)
     assert read_attempts(tmp_path)[-1].reason == "no dataset"
+    # of ranks that evaluate-run started, which wrote no line here
+    assert ended(1, status=2) == ("usage", "halt", 2)
+
+
+def test_a_stop_file_of_a_user_is_no_failure(ended: Ended, tmp_path: Path) -> None:
+    for restart in range(4):  # more than the failures that are allowed
+        assert ended(restart, status=75) == ("preempted", "requeue", 75)
+    # as torchrun passes it on
+    assert ended(4, do=(tmp_path / STOP).touch, status=1) == ("preempted", "requeue", 75)
+    assert not (tmp_path / STOP).exists()
+    assert ended(5, status=1)[0] == "failed"
 
 
 def test_a_start_that_was_lost_is_recorded_by_the_next(tmp_path: Path) -> None:
