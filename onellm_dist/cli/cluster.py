@@ -205,6 +205,9 @@ def _write_job(job: SlurmJob, out: Path | None, *, submit: bool) -> None:
     print(f"onellm launch: {check_script(text)}", file=sys.stderr)
     if out is None and not submit:
         print(text, end="")
+        if job.evaluates:
+            run_dirs = [task.run_dir for task in job.sweep] or [job.run_dir]
+            launch_targets.warn_of_tasks(run_dirs, "their job is written with --out or --submit")
         return
     path = out or job.run_dir / run_files.JOB_SCRIPT
     path.parent.mkdir(parents=True, exist_ok=True)

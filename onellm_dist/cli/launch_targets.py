@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -127,8 +127,11 @@ def _list_slurm_fields(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_tasks(recipe: Path, settings: list[str]) -> None:
+def _check_tasks(recipe: Path, settings: Sequence[str]) -> Path | None:
     """Check the names in `data.validation.tasks`; their datasets may be built later.
+
+    Returns:
+        The run directory; None where there are no tasks.
 
     Raises:
         UsageError: one is unknown.
@@ -136,9 +139,26 @@ def _check_tasks(recipe: Path, settings: list[str]) -> None:
     from onellm_dist.config.load import load_config
     from onellm_dist.evaluation.tasks import get_task
 
-    section = load_config(recipe, settings).data.validation
-    for name in section.tasks if section is not None else ():
+    config = load_config(recipe, settings)
+    section = config.data.validation
+    if section is None or not section.tasks:
+        return None
+    for name in section.tasks:
         get_task(name)
+    return config.run.dir
+
+
+def warn_of_tasks(run_dirs: Sequence[Path], why: str) -> None:
+    """Say on stderr that nothing will answer `data.validation.tasks`, and what would.
+
+    Args:
+        run_dirs: the run directories.
+        why: why nothing will.
+    """
+    print(f"onellm launch: data.validation.tasks are not answered: {why}", file=sys.stderr)
+    for run_dir in run_dirs:
+        command = f"onellm evaluate-run {shlex.quote(str(run_dir))}"
+        print(f"onellm launch: where the run is, once it is done: {command}", file=sys.stderr)
 
 
 def write_cloud_file(params: Mapping[str, Any], target: str, out: Path | None) -> None:
@@ -167,6 +187,9 @@ def write_cloud_file(params: Mapping[str, Any], target: str, out: Path | None) -
         command=_get_command(),
         **{name: params[name] for name in same},
     )
+    run_dir = _check_tasks(params["recipe"], params["settings"] or [])
+    if run_dir is not None:
+        warn_of_tasks([run_dir], f"--to {target} has no job for them")
     text = render_jobset(job) if target == "kubernetes" else render_task(job)
     if out is None:
         print(text, end="")

@@ -10,6 +10,7 @@ from onellm_dist.launch.arguments import encode_argument
 from onellm_dist.launch.slurm.job import SlurmJob, SweepTask
 from onellm_dist.launch.slurm.script_text import (
     BEGIN,
+    DEFINE_EVALUATION,
     END,
     END_REMAINING_RANKS,
     EVALUATE,
@@ -42,9 +43,10 @@ def render(job: SlurmJob) -> str:
         STOP_HANDLER.format(comment=job.program.stop),
         format_container_function(job),
         begin,
+        _define_evaluation(job, enter) if job.evaluates else "",
         format_preflight(job) if job.preflight else "",
         _format_ranks(job),
-        _format_evaluation(job, enter) if job.evaluates else "",
+        EVALUATE if job.evaluates else "",
         _format_end(job, after),
     ]
     return "\n".join(filter(None, parts))
@@ -155,9 +157,9 @@ def _format_ranks(job: SlurmJob) -> str:
     )
 
 
-def _format_evaluation(job: SlurmJob, enter: str) -> str:
-    python = shlex.quote(job.python)
-    return EVALUATE.format(enter=enter, python=python, script=run_files.EVALUATION_SCRIPT)
+def _define_evaluation(job: SlurmJob, enter: str) -> str:
+    python, script = shlex.quote(job.python), run_files.EVALUATION_SCRIPT
+    return DEFINE_EVALUATION.format(enter=enter, python=python, script=script)
 
 
 def _format_end(job: SlurmJob, after: str) -> str:

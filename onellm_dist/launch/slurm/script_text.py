@@ -93,12 +93,20 @@ if on_nodes pgrep | grep -q .; then
 fi
 """
 
-EVALUATE = """\
+DEFINE_EVALUATION = """\
 # Checkpoints that are kept answer data.validation.tasks in a job of their own, one job at a time.
-if [ -e "$run_dir/{script}" ] &&
-    {enter}{python} -m onellm_dist.cli evaluate-run --check "$run_dir"; then
-    sbatch --dependency=singleton "$run_dir/{script}"
-fi
+submit_evaluation() {{
+    [ -e "$run_dir/{script}" ] &&
+        {enter}{python} -m onellm_dist.cli evaluate-run --check "$run_dir" &&
+        sbatch --dependency=singleton "$run_dir/{script}"
+}}
+# Those of a start that was asked to stop, which had no time for it.
+[ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] || submit_evaluation
+"""
+
+EVALUATE = """\
+# The time after a request to stop is for what follows: the next start submits the evaluation.
+[ "$stop_asked" != 0 ] || submit_evaluation
 """
 
 END = """\

@@ -46,10 +46,12 @@ def make_job(
         UsageError: the recipe, an override or an option is wrong.
     """
     config = load_config(recipe, overrides)
-    section = config.data.validation
+    section, folders = config.data.validation, [config.run.dir, config.data.root]
+    if section is not None and section.tasks_data is not None:
+        folders.append(section.tasks_data)
     return _build_job(
         options,
-        folders=[config.run.dir, config.data.root],
+        folders=folders,
         evaluates=section is not None and bool(section.tasks),
         recipe=str(recipe),
         overrides=tuple(overrides),
