@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -20,6 +20,7 @@ from onellm_dist.common.run_files import EVALUATION
 
 if TYPE_CHECKING:
     from onellm_dist.config.schema import RunConfig, ValidationSection
+    from onellm_dist.evaluation.score import TaskScore
 
 app = typer.Typer()
 
@@ -78,8 +79,17 @@ def load_run(run: Path) -> tuple[RunConfig, ValidationSection]:
     return config, section
 
 
-def list_left(run: Path) -> list[tuple[str, Path]]:
-    """The checkpoints without scores, the oldest first: name with checksum, and folder.
+class LeftCheckpoint(NamedTuple):
+    """A checkpoint that has tasks to answer."""
+
+    name: str
+    """With its checksum."""
+    folder: Path
+    tasks: list[str]
+
+
+def list_left(run: Path) -> list[LeftCheckpoint]:
+    """The checkpoints that lack scores of tasks, the oldest first.
 
     Raises:
         UsageError: see `load_run`.
@@ -93,8 +103,8 @@ def list_left(run: Path) -> list[tuple[str, Path]]:
         select_permanent,
     )
 
-    keeping = load_run(run)[0].checkpoint
-    found = list_checkpoints(run / CHECKPOINTS)
+    config, section = load_run(run)
+    keeping, found = config.checkpoint, list_checkpoints(run / CHECKPOINTS)
     kept = select_permanent(found, keeping.keep_every, keeping.keep_every_hours)
     if found and read_json(run / EXIT).get("status") == "done":
         kept.add(found[-1])
@@ -103,8 +113,9 @@ def list_left(run: Path) -> list[tuple[str, Path]]:
         manifest = read_manifest(folder) if folder in kept else None
         if manifest is not None:
             name = f"{folder.name}-{str(manifest['content_sha256'])[:8]}"
-            if name not in recorded:
-                left.append((name, folder))
+            tasks = [task for task in section.tasks if task not in recorded.get(name, ())]
+            if tasks:
+                left.append(LeftCheckpoint(name, folder, tasks))
     return left
 
 
@@ -121,12 +132,13 @@ def answer_kept(run: Path, ranks: int | None = None) -> int:
     Raises:
         UsageError: see `load_run`; a task is unknown, or its dataset is missing.
     """
-    from onellm_dist.evaluation.kept_checkpoints import find_data
+    from onellm_dist.evaluation.kept_checkpoints import find_data, remove_answered_models
 
     config, section = load_run(run)
     data = find_data(config, section)
-    for name, folder in list_left(run):
-        code = _evaluate(run, config, section, name, folder, data, ranks or _count_gpus())
+    remove_answered_models(run)
+    for left in list_left(run):
+        code = _evaluate(run, config, section, left, data, ranks or _count_gpus())
         if code != EXIT_DONE:
             return code
     return EXIT_DONE
@@ -142,44 +154,64 @@ def _evaluate(
     run: Path,
     config: RunConfig,
     section: ValidationSection,
-    name: str,
-    folder: Path,
+    left: LeftCheckpoint,
     data: Path,
     ranks: int,
 ) -> int:
     """Convert a checkpoint, let it answer, record its scores, and remove the model."""
     from onellm_dist.cli.convert_commands import run_convert
     from onellm_dist.evaluation.kept_checkpoints import (
+        ANSWERED_MODEL,
         append_entry,
         build_entry,
         get_folder,
         list_charts,
     )
-    from onellm_dist.evaluation.score import score_folder, write_scores
-    from onellm_dist.evaluation.score_page import format_scores, write_score_page
     from onellm_dist.train.checkpoint.folder import parse_name
     from onellm_dist.train.records.run_directory import is_in_use
     from onellm_dist.train.score_tracking import track_scores
 
-    started, out = time.monotonic(), get_folder(run, name)
+    started, out = time.monotonic(), get_folder(run, left.name)
     model = out / "model"
     out.mkdir(parents=True, exist_ok=True)
     if not model.exists():  # it gets its name once it is whole
-        run_convert("run", folder, model, None, {}, workers=None, overwrite=False)
-    limit = [] if section.tasks_limit is None else ["--limit", str(section.tasks_limit)]
-    options = ["--data", str(data), "--out", str(out), "--any-count", *limit]
-    code = _start_evaluate([str(model), *section.tasks, *options], ranks, out)
+        run_convert("run", left.folder, model, None, {}, workers=None, overwrite=False)
+    arguments = [str(model), *left.tasks, "--data", str(data), "--out", str(out)]
+    code = _start_evaluate([*arguments, *list_options(config, section)], ranks, out)
     if code != EXIT_DONE:
         return code
-    scores = score_folder(out, tasks=section.tasks)
-    typer.echo(f"{name}\n{format_scores(scores)}")
+    scores = _score(left, section, out)
+    entry = build_entry(left.name, parse_name(left.folder), scores, time.monotonic() - started)
+    # A kill from here on leaves a name by which the next start removes the model.
+    answered = model.rename(out / ANSWERED_MODEL)
+    append_entry(run, entry, alone=not is_in_use(run))
+    shutil.rmtree(answered)
+    track_scores(config, list_charts(entry), int(entry["steps_done"]) - 1)
+    return EXIT_DONE
+
+
+def list_options(config: RunConfig, section: ValidationSection) -> list[str]:
+    """Options of `onellm evaluate`: questions are asked in the form that the run is trained on."""
+    options = ["--any-count"]
+    if section.tasks_limit is not None:
+        options += ["--limit", str(section.tasks_limit)]
+    if config.data.text_format == "chat":
+        options += ["--format", "chat"]
+    return options
+
+
+def _score(left: LeftCheckpoint, section: ValidationSection, out: Path) -> list[TaskScore]:
+    """Score what was answered, and write the page, with the tasks that were answered before."""
+    from onellm_dist.evaluation.answer_folder import list_task_folders
+    from onellm_dist.evaluation.score import score_folder, write_scores
+    from onellm_dist.evaluation.score_page import format_scores, write_score_page
+
+    there = {folder.name for folder in list_task_folders(out)}
+    scores = score_folder(out, tasks=[task for task in section.tasks if task in there])
+    typer.echo(f"{left.name}\n{format_scores(scores)}")
     write_scores(out, scores)
     write_score_page(out, scores)
-    entry = build_entry(name, parse_name(folder), scores, time.monotonic() - started)
-    append_entry(run, entry, alone=not is_in_use(run))
-    track_scores(config, list_charts(entry), int(entry["steps_done"]) - 1)
-    shutil.rmtree(model)
-    return EXIT_DONE
+    return [score for score in scores if score.task.name in left.tasks]
 
 
 def _start_evaluate(arguments: list[str], ranks: int, out: Path) -> int:

@@ -2,13 +2,15 @@
 
 RUN/evaluation/step-00000100-1a2b3c4d/    a checkpoint, named with its checksum: task.json and
                                           so on, as `onellm evaluate` writes them
-RUN/validation.jsonl                      a line with `tasks` for each checkpoint
+RUN/validation.jsonl                      a line with `tasks` for each checkpoint, and another one
+                                          where tasks were added later
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from onellm_dist.config.schema import RunConfig, ValidationSection
 from onellm_dist.evaluation.datasets import find_dataset
 from onellm_dist.evaluation.score import TaskScore
 from onellm_dist.evaluation.tasks import get_task
+
+ANSWERED_MODEL = "model.answered"
+"""A checkpoint's converted model gets this name before its scores are recorded, and is removed."""
 
 
 def get_section(config: RunConfig) -> ValidationSection | None:
@@ -46,21 +51,27 @@ def find_data(config: RunConfig, section: ValidationSection) -> Path:
     return root
 
 
-def list_recorded(run_dir: Path) -> set[str]:
-    """Names of the checkpoints whose scores stand in `validation.jsonl`."""
+def list_recorded(run_dir: Path) -> dict[str, set[str]]:
+    """Names of the checkpoints with scores in `validation.jsonl`, each with its tasks there."""
     try:
         lines = (run_dir / VALIDATION).read_text(encoding="utf-8").splitlines()
     except OSError:
-        return set()
-    found = set()
+        return {}
+    found: dict[str, set[str]] = {}
     for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:  # cut short by a kill
             continue
-        if isinstance(entry, dict) and "tasks" in entry:
-            found.add(str(entry.get("checkpoint")))
+        if isinstance(entry, dict) and isinstance(entry.get("tasks"), dict):
+            found.setdefault(str(entry.get("checkpoint")), set()).update(entry["tasks"])
     return found
+
+
+def remove_answered_models(run_dir: Path) -> None:
+    """Remove models that have answered and were left by a kill; see `ANSWERED_MODEL`."""
+    for folder in (run_dir / EVALUATION).glob(f"*/{ANSWERED_MODEL}"):
+        shutil.rmtree(folder)
 
 
 def get_folder(run_dir: Path, name: str) -> Path:

@@ -16,10 +16,14 @@ def draw_benchmarks(lines: Sequence[Entry]) -> Iterator[str]:
         lines: lines of `validation.jsonl`.
     """
     rows: dict[int, dict[str, str]] = {}
+    names: dict[int, Any] = {}
     for line in lines:
         scores = dict(_list_scores(line.get("tasks")))
         if scores:
-            rows[int(line["steps_done"])] = scores  # a later line repeats an earlier one
+            done, name = int(line["steps_done"]), line.get("checkpoint")
+            # A later line has tasks that were added, or is of a checkpoint in the same one's place.
+            rows[done] = (rows[done] | scores) if names.get(done, ...) == name else scores
+            names[done] = name
     columns = list(dict.fromkeys(name for scores in rows.values() for name in scores))
     if columns:
         yield "<h2>Benchmarks</h2>"
