@@ -168,7 +168,7 @@ def _read_medium(
         try:
             with decoding():
                 most = spans.get(modality.name, 1)
-                values[modality.name] = _read_spans(modality, matched, meta, most)
+                values[modality.name] = read_spans(modality, matched, meta, most)
                 if key in drawn:
                     picture = modality.preview(modality.read_raw(matched, meta))
                     pictures.append(make_thumbnail(picture, EXAMPLE_SIDE))
@@ -183,9 +183,20 @@ def _read_medium(
     return ReadMedium(key, values, content, _encode_png(pictures) if pictures else None)
 
 
-def _read_spans(
+def read_spans(
     modality: Modality, media: Mapping[str, Part], meta: Mapping[str, Any], most: int
 ) -> list[torch.Tensor]:
+    """Read a medium as the model's input for each of its spans, with the evaluation transform.
+
+    Args:
+        modality: its modality.
+        media: role to part.
+        meta: the sample's `.json`.
+        most: the most spans that it may take.
+
+    Raises:
+        SampleError: it cannot be read.
+    """
     with translate_errors(modality.name):
         count = modality.count_spans(modality.measure(media), most) if most > 1 else 1
         rng = np.random.default_rng(0)

@@ -275,7 +275,8 @@ def test_the_reader_of_media_takes_what_lmms_eval_gives(
 ) -> None:
     code = (
         "import numpy as np; from PIL import Image;"
-        "from onellm_dist.evaluation.lmms.model import read_medium, LmmsModel, _cut, _list_ends;"
+        "from onellm_dist.evaluation.lmms.media import read_medium;"
+        "from onellm_dist.evaluation.lmms.model import LmmsModel, _cut, _list_ends;"
         f"picture = Image.new('RGBA', (40, 30), (200, 10, 10, 255)); path = {str(tmp_path)!r};"
         "picture.convert('RGB').save(path + '/a.png');"
         "(a,), (b,) = (list(read_medium('image', x)) for x in (picture, path + '/a.png'));"

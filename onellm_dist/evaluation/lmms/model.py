@@ -5,29 +5,20 @@ lmms-eval --model onellm --model_args pretrained=runs/tune/model --tasks mme --b
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
-from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.evaluation.evaluate import WINDOW, load_for_evaluation
+from onellm_dist.evaluation.lmms.media import read_media_of_prompt
 from onellm_dist.evaluation.question_format import QuestionFormat
-from onellm_dist.modalities import Part, get_modality
-from onellm_dist.model.batched_generation import (
-    BATCH,
-    MediaCache,
-    Medium,
-    Prompt,
-    generate_batch,
-)
+from onellm_dist.model.batched_generation import BATCH, MediaCache, Prompt, generate_batch
 
 NEW_TOKENS = 128
 """Most tokens of an answer for which the task has no limit."""
@@ -129,9 +120,8 @@ class LmmsModel(lmms):  # type: ignore[misc]  # lmms-eval has an environment of 
                     texts.append(content.text)
                 else:
                     media.append((content.type, content.url))
-        media.sort(key=lambda pair: get_modality(pair[0]).order)  # as training lays them out
         _, ids = self._form.encode("\n".join(texts))
-        spans = [medium for name, given in media for medium in read_medium(name, given)]
+        spans = read_media_of_prompt(media, getattr(self._model.config, "spans", None) or {})
         temperature = float(settings.get("temperature") or 0.0)
         return Prompt(
             ids,
@@ -140,35 +130,6 @@ class LmmsModel(lmms):  # type: ignore[misc]  # lmms-eval has an environment of 
             temperature if settings.get("do_sample", temperature > 0) else 0.0,
             float(settings.get("top_p") or 1.0),
         )
-
-
-def read_medium(name: str, given: Any) -> Iterator[Medium]:
-    """Read a medium as lmms-eval gives it: a path, a PIL picture, or an array with its rate.
-
-    Args:
-        name: name of the modality, which is lmms-eval's word for the content too.
-        given: the medium.
-
-    Raises:
-        SampleError: it cannot be read.
-    """
-    modality, rng = get_modality(name), np.random.default_rng(0)
-    if isinstance(given, str | os.PathLike):
-        path = Path(given)
-        try:
-            part = Part(path.suffix.removeprefix(".").lower(), path.read_bytes())
-        except OSError as error:
-            raise SampleError(f"{path}: {error.strerror}") from None
-        matched = dict.fromkeys(modality.match({part.extension}), part)
-        value = modality.read_value(matched, {}, train=False, rng=rng)
-    else:
-        picture = given.convert("RGB") if hasattr(given, "convert") else given
-        value = modality.transform(modality.make_raw(picture), train=False, rng=rng)
-    yield Medium(name, value, f"{name} {_digest(value)}")
-
-
-def _digest(value: torch.Tensor) -> str:
-    return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _list_ends(until: Any) -> list[str]:
