@@ -38,7 +38,7 @@ from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError
 from onellm_dist.serving.server.fetch import FetchBudget, fetch
 from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece, QueueFullError
-from onellm_dist.serving.server.limits import Pace
+from onellm_dist.serving.server.limits import Pace, RequestLimits
 from onellm_dist.serving.server.media import MediaReader
 from onellm_dist.serving.server.metrics import ServerMetrics
 from onellm_dist.serving.server.settings import ServerSettings
@@ -372,3 +372,31 @@ def test_kept_media_stay_within_their_memory() -> None:
         assert kept.get("0") is not None  # what is used stays
     assert kept.get("1") is None
     assert kept.get("2") is not None
+
+
+def test_the_largest_request_fits_in_the_memory_for_all() -> None:
+    settings = ServerSettings(request_mb=3, bodies_mb=1)
+    answered: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        answered.append(len(message["body"]))
+
+    async def post(size: int) -> int:
+        sent: list[Any] = []
+        chunks = [b"x" * (size // 2), b"x" * (size - size // 2)]
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": chunks.pop(0), "more_body": bool(chunks)}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "path": "/", "method": "POST", "client": None, "headers": headers}
+        await limits(scope, receive, send)
+        return sent[0]["status"] if sent else 200
+
+    limits = RequestLimits(app, settings, ServerMetrics())
+    assert asyncio.run(post(3 << 20)) == 200 and answered == [3 << 20]
+    assert asyncio.run(post((3 << 20) + 1)) == 413

@@ -176,15 +176,18 @@ def test_media_that_come_too_late_and_requests_that_wait_for_them(
     host.release.clear()
     asked = host.asked
     slow = served.make_body("What?", make_url_part(hostname, "slow"))
+    picture = served.make_part("image", FIRST)
     plain = served.make_body("What?", max_tokens=2)
-    large = served.make_body("What?", max_tokens=2, user="x" * 700_000)
+    seen = served.make_body("What?", picture, max_tokens=2)
+    large = served.make_body("What?", picture, max_tokens=2, user="x" * 700_000)
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(post, address, slow)
         wait_until(lambda: host.asked > asked)
         time.sleep(0.5)  # so that the first one's time is over well before this one's wait
         second = pool.submit(post, address, large)
         wait_until(lambda: read_metric(address, "onellm_unprepared_requests") == 1)
-        refused = post(address, plain)
+        assert post(address, plain).status_code == 200  # a text waits for nobody's media
+        refused = post(address, seen)
         assert refused.status_code == 429 and "wait to be prepared" in refused.text
         full = post(address, large)
         assert full.status_code == 503 and "memory" in full.text and full.headers["Retry-After"]

@@ -39,6 +39,9 @@ _MOST_CHARACTERS = 4_000_000
 """Characters of the messages where the LLM takes texts of any length."""
 _GRACE = 1.0
 """Seconds behind a request's deadline in which the engine may still say how it ended."""
+_LARGE_BODY = 1 << 20
+"""Bytes of a request that is read in turn even where it has no media: read, it takes several times
+the memory. Texts alone are shorter."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class ChatService:
         Raises:
             RequestError: the request cannot be answered.
         """
-        return await self._prepare(lambda: parse_request(read_json(body)))
+        large = len(body) > _LARGE_BODY
+        return await self._prepare(lambda: parse_request(read_json(body)), large=large)
 
     async def prepare_parsed(self, request: ChatRequest) -> RunningChat:
         """Read the media of a request, whose content parts may hold the bytes of files.
@@ -83,25 +87,41 @@ class ChatService:
         Raises:
             RequestError: the request cannot be answered.
         """
-        return await self._prepare(lambda: request)
+        return await self._prepare(lambda: request, large=False)
 
-    async def _prepare(self, parse: Callable[[], ChatRequest]) -> RunningChat:
+    async def _prepare(self, parse: Callable[[], ChatRequest], *, large: bool) -> RunningChat:
         deadline = make_deadline(self.settings.request_seconds)
-        request, prompt = await self.gate.run(self._read_request(parse))
-        return RunningChat(self, request, prompt, deadline)
-
-    async def _read_request(self, parse: Callable[[], ChatRequest]) -> tuple[ChatRequest, Prompt]:
         try:
-            # In a thread: other answers go on while a large request is read.
-            request, text, media = await asyncio.to_thread(self._read, parse)
-            self._choose_length(request, len(text.ids) + SPAN_TOKENS * len(media))
-            spans = await self._read_media(media)
-            count = sum(map(len, spans))
-            most = self._choose_length(request, len(text.ids) + SPAN_TOKENS * count)
+            if large:
+                request, prompt = await self.gate.run(self._read_large(parse))
+            else:
+                request, text, media = await self._read_text(parse)
+                # Texts alone wait for nobody's media.
+                spans = await self.gate.run(self._read_media(media)) if media else []
+                prompt = self._make_prompt(request, text, spans)
         except OneLLMError as error:
             raise RequestError.from_error(error) from None
+        return RunningChat(self, request, prompt, deadline)
+
+    async def _read_large(self, parse: Callable[[], ChatRequest]) -> tuple[ChatRequest, Prompt]:
+        request, text, media = await self._read_text(parse)
+        return request, self._make_prompt(request, text, await self._read_media(media))
+
+    async def _read_text(
+        self, parse: Callable[[], ChatRequest]
+    ) -> tuple[ChatRequest, MediaText, list[HeldMedium]]:
+        # In a thread: other answers go on while a large request is read.
+        request, text, media = await asyncio.to_thread(self._read, parse)
+        self._choose_length(request, len(text.ids) + SPAN_TOKENS * len(media))
+        return request, text, media
+
+    def _make_prompt(
+        self, request: ChatRequest, text: MediaText, spans: Sequence[Sequence[Medium]]
+    ) -> Prompt:
+        count = sum(map(len, spans))
+        most = self._choose_length(request, len(text.ids) + SPAN_TOKENS * count)
         placed = [(span, place) for number, place in text.media for span in spans[number]]
-        prompt = Prompt(
+        return Prompt(
             ids=text.ids,
             media=[span for span, _ in placed],
             max_new_tokens=most,
@@ -110,7 +130,6 @@ class ChatService:
             seed=secrets.randbits(63) if request.seed is None else request.seed,
             places=[place for _, place in placed],
         )
-        return request, prompt
 
     async def _read_media(self, media: list[HeldMedium]) -> list[list[Medium]]:
         """The spans of each medium."""

@@ -44,6 +44,7 @@ class RequestLimits:
         self._settings = settings
         self._pace = Pace(settings.requests_per_minute)
         self._held = 0  # bytes of the bodies of all requests under way
+        self._most_held = max(settings.bodies_mb, settings.request_mb) << 20
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -105,7 +106,7 @@ class RequestLimits:
             more = message.get("more_body", False)
             if held.size > most:
                 raise self._make_size_error()
-            if self._held > self._settings.bodies_mb << 20:
+            if self._held > self._most_held:
                 raise RequestError(
                     "the requests under way take all the memory for them; try again later",
                     status=503,

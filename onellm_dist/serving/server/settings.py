@@ -29,7 +29,8 @@ class ServerSettings:
         max_new_tokens: tokens of an answer where a request names no number, and the most it may.
         temperature: temperature where a request names none; 0: greedy.
         request_mb: largest body of a request, and most that it may fetch, in MiB.
-        bodies_mb: most memory for the bodies of all requests that are under way, in MiB.
+        bodies_mb: most memory for the bodies of all requests that are under way, in MiB; one
+            of `request_mb` fits in any case.
         media: most media of a request.
         media_seconds: CPU time that one medium may take to decode.
         media_mb: memory that one medium may take to decode, in MiB.
