@@ -141,6 +141,21 @@ def ask(address: str, media: dict[str, Any], **options: Any) -> Any:
     return requests.post(address, data=body, headers=KIND)
 
 
+def test_a_client_that_leaves_ends_its_request_there(
+    mock: Mock, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mock, "pause", 0.05)
+    metrics = address.replace("/v1/chat/completions", "/metrics")
+    body = served.make_body("What is it?", max_tokens=60, stream=True)
+    with requests.post(address, data=body, headers=KIND, stream=True) as leaving:
+        next(leaving.iter_content(10))
+        assert "onellm_running_requests 1.0" in requests.get(metrics).text
+    left = time.monotonic()
+    while "onellm_running_requests 0.0" not in requests.get(metrics).text:
+        assert time.monotonic() - left < 1
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_tensors_and_answers_are_those_of_generation_here(mock: Mock, address: str) -> None:
     ids = encode_prompt(load_toy_tokenizer(), build_prompt("What is it?", "conversation"))
@@ -209,21 +224,6 @@ def test_a_part_of_an_answer_is_not_passed_on_as_whole(
     assert refused.status_code == 502 and "no whole answer" in refused.json()["error"]["message"]
     streamed = ask(address, {}, stream=True).text
     assert "no whole answer" in streamed and '"finish_reason": "' not in streamed
-
-
-def test_a_client_that_leaves_ends_its_request_there(
-    mock: Mock, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mock, "pause", 0.05)
-    metrics = address.replace("/v1/chat/completions", "/metrics")
-    body = served.make_body("What is it?", max_tokens=60, stream=True)
-    with requests.post(address, data=body, headers=KIND, stream=True) as leaving:
-        next(leaving.iter_content(10))
-        assert "onellm_running_requests 1.0" in requests.get(metrics).text
-    left = time.monotonic()
-    while "onellm_running_requests 0.0" not in requests.get(metrics).text:
-        assert time.monotonic() - left < 1
-        time.sleep(0.01)
 
 
 def test_a_server_with_another_llm_is_refused(mock: Mock) -> None:
