@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.workers.allocator import keep_freed_memory
 from onellm_dist.common.workers.pool import WorkerPool
 from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.plan import Plan
@@ -73,6 +74,7 @@ class Loader:
             yield micro, batch
 
     def _read_here(self) -> Iterator[_Item]:
+        keep_freed_memory()
         for micro, ahead in self._schedule:
             yield micro, self._reader.read(micro, ahead)
 

@@ -28,6 +28,7 @@ from onellm_dist.data.read_ahead import ByteRange, ReadAhead
 from onellm_dist.data.retry import open_index_with_retries, read_span_with_retries
 from onellm_dist.data.text_parts import read_meta
 from onellm_dist.data.token_counts import UNREADABLE, get_token_count_path
+from onellm_dist.data.value_rows import ValueRows
 from onellm_dist.modalities import Modality
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.library_faults import require_library
@@ -119,7 +120,7 @@ class Reader:
         corpus = self._corpus
         if micro.is_empty:
             placeholder = _Sample([corpus.text_encoder.bos], [IGNORE], {})
-            return self._pack([placeholder], [""], is_empty=True)
+            return self._pack([placeholder], [""], ValueRows(corpus.modalities, ()), is_empty=True)
         ids = corpus.sample_ids(micro.samples)
         known = self._locations
         self._locations = {}
@@ -127,10 +128,14 @@ class Reader:
         later = self._locate_all(ahead.samples if ahead else (), known)
         self._read_ahead.request(now, later)
         samples = []
+        spans = (name for ref in micro.samples for name in corpus.list_spans(ref))
+        rows = ValueRows(corpus.modalities, spans)
         for index, (ref, name) in enumerate(zip(micro.samples, ids, strict=True)):
             with self.sandbox.sample(index):
-                samples.append(self._read_or_skip(ref, name))
-        return self._pack(samples, ids, is_empty=False)
+                sample = self._read_or_skip(ref, name)
+                rows.add(sample.values)
+            samples.append(replace(sample, values={}))
+        return self._pack(samples, ids, rows, is_empty=False)
 
     @property
     def _read_ahead(self) -> ReadAhead:
@@ -285,15 +290,10 @@ class Reader:
         self,
         samples: Sequence[_Sample],
         sample_ids: Sequence[str],
+        rows: ValueRows,
         *,
         is_empty: bool,
     ) -> PackedBatch:
-        values = {}
-        for name, modality in self._corpus.modalities.items():
-            present = [value for sample in samples for value in sample.values.get(name, ())]
-            values[name] = (
-                torch.stack(present) if present else torch.zeros((0, *modality.value_shape))
-            )
         ids = [token for sample in samples for token in sample.ids]
         labels = torch.tensor(
             [label for sample in samples for label in sample.labels], dtype=torch.int64
@@ -303,7 +303,7 @@ class Reader:
             labels=labels,
             text_token_counts=tuple(len(sample.ids) for sample in samples),
             modalities=tuple(sample.spans for sample in samples),
-            values=values,
+            values=rows.finish(),
             weights=torch.tensor(
                 [0.0 if is_empty or sample.reason is not None else 1.0 for sample in samples]
             ),

@@ -17,6 +17,7 @@ import torch
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.patient_stream import drop_unread_output
 from onellm_dist.common.processes import kill_with_parent
+from onellm_dist.common.workers.allocator import keep_freed_memory
 from onellm_dist.common.workers.handover import receive, send
 from onellm_dist.common.workers.sandbox import HANDING_OVER, OutOfMemoryError, Sandbox
 from onellm_dist.common.workers.words import PoolWords, make_memory_error
@@ -117,6 +118,7 @@ def _prepare_process(parent: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # A crash of a decoder is expected and reported: it leaves no core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    keep_freed_memory()
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     drop_unread_output()  # a worker that waits for a reader would seem to hang over its sample
     null = os.open(os.devnull, os.O_RDONLY)

@@ -39,8 +39,8 @@ def normalise(picture: Image.Image | np.ndarray) -> torch.Tensor:
     """
     pixels = np.asarray(picture)
     out = np.empty((3, *pixels.shape[:2]), np.float32)
-    for channel in range(3):
-        np.take(_NORMALISED[channel], pixels[..., channel], out=out[channel])
+    for channel in range(3):  # mode: "raise" would write to a buffer first; bytes are in range
+        np.take(_NORMALISED[channel], pixels[..., channel], out=out[channel], mode="clip")
     return torch.from_numpy(out)
 
 
