@@ -297,6 +297,10 @@ def test_what_ends_with_its_container_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=rf"{key}=.*not on a volume \(/data\)"):
             make(Path("stage1_image"), *on_volume, f"{key}={value}")
+    with pytest.raises(UsageError, match="not on a volume") as error:
+        make(Path("stage1_image"), "run.dir=a", "data.root=/b", "model.path=c")
+    for key, path in (("run.dir", "a"), ("data.root", "/b"), ("model.path", "c")):
+        assert f"{key}={path}" in str(error.value) and f"--set {key}=/data/..." in str(error.value)
     with pytest.raises(UsageError, match="fixed number of nodes"):
         make(Path("stage1_image"), *on_volume, nodes="1-4")
     for volume in ("shared", "shared:data", "Shared:/data", "shared:/", "a:/b:c", "a:/b/../c"):

@@ -179,15 +179,15 @@ def _check_paths(job: CloudJob, config: RunConfig) -> None:
         wanted["data.root"] = str(config.data.root)
     if config.model.path is not None:
         wanted["model.path"] = str(config.model.path)
-    for key, path in wanted.items():
-        if not is_below(path, job.volumes):
-            known = ", ".join(volume.path for volume in job.volumes) or "none is given"
-            raise UsageError(
-                f"{key}={path} is not on a volume ({known})",
-                "all nodes must see it, and what lies in a container ends with it.",
-                f"mount a shared volume, --volume NAME:/data, and set {key} to a path below: "
-                f"--set {key}=/data/...",
-            )
+    lost = [f"{key}={path}" for key, path in wanted.items() if not is_below(path, job.volumes)]
+    if lost:
+        known = ", ".join(volume.path for volume in job.volumes) or "none is given"
+        changes = " ".join(f"--set {item.partition('=')[0]}=/data/..." for item in lost)
+        raise UsageError(
+            f"{', '.join(lost)}: not on a volume ({known})",
+            "all nodes must see it, and what lies in a container ends with it.",
+            f"mount a shared volume, --volume NAME:/data, and set paths below it: {changes}",
+        )
 
 
 def _check_texts(job: CloudJob) -> None:
