@@ -16,6 +16,7 @@ from onellm_dist.common.errors import EXIT_CODES, EXIT_PREEMPTED, OneLLMError, U
 
 if TYPE_CHECKING:
     from onellm_dist.launch.ranks import Ranks
+    from onellm_dist.model.adapter_set import NamedAdapter
 
 app = typer.Typer()
 STARTED = time.time()
@@ -25,6 +26,15 @@ GraderKey = Annotated[
     typer.Option(
         help="Environment variable with the API's key.",
         show_default="OPENAI_API_KEY for https://api.openai.com, else none",
+    ),
+]
+
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIR",
+        help="An adapter of this model, which answers into OUT/NAME. Repeatable; the model alone "
+        "then does not answer.",
     ),
 ]
 
@@ -65,6 +75,7 @@ def evaluate(
         typer.Option("--as-reference", help="Temperature 0.1, top-p 0.75, 128 tokens, as OneLLM."),
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 16,
+    adapter: Adapters = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Start this many processes on this machine.")
     ] = None,
@@ -81,6 +92,7 @@ def evaluate(
 
     for name in tasks:
         get_task(name)
+    named = _read_adapters(adapter) if adapter else []
     found = discover_ranks()
     if ranks is not None and ranks > 1 and found is None:
         _start_ranks(ranks, out)
@@ -97,7 +109,13 @@ def evaluate(
         batch=batch,
     )
     with recording_failures(out, found):
-        typer.echo(evaluate_folder(model, tasks, data, out, options, found))
+        typer.echo(evaluate_folder(model, tasks, data, out, options, found, named))
+
+
+def _read_adapters(items: Sequence[str]) -> list[NamedAdapter]:
+    from onellm_dist.model.adapter_set import parse_adapters
+
+    return parse_adapters(items)
 
 
 @contextmanager

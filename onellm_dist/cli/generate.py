@@ -13,6 +13,15 @@ import typer
 
 if TYPE_CHECKING:
     from onellm_dist.serving.generate import Answer
+    from onellm_dist.serving.questions import AskedQuestion
+
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIR",
+        help="An adapter of this model; each question is answered with every one. Repeatable.",
+    ),
+]
 
 
 def generate(
@@ -31,6 +40,7 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each answer as a JSON object in one line.")
     ] = False,
+    adapter: Adapters = None,
     order: Annotated[
         str,
         typer.Option(
@@ -74,7 +84,7 @@ def generate(
         decode_offset=decode_offset,
     )
     options = {"order": order, "prompt_format": prompt_format, "decoding": decoding}
-    raise typer.Exit(_answer(model, prompt or [], jsonl, given, as_json, options))
+    raise typer.Exit(_answer(model, prompt or [], jsonl, given, as_json, adapter or (), options))
 
 
 def _answer(
@@ -83,10 +93,12 @@ def _answer(
     jsonl: Path | None,
     files: Sequence[tuple[str, Path]],
     as_json: bool,
+    adapters: Sequence[str],
     options: Mapping[str, Any],
 ) -> int:
     """Answer the questions of a command line, and print the answers as they come."""
     from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, UsageError
+    from onellm_dist.model.adapter_set import parse_adapters
     from onellm_dist.serving.questions import AskedQuestion, answer_questions, read_questions
 
     if jsonl is not None and (prompts or files):
@@ -99,16 +111,18 @@ def _answer(
         read_questions(jsonl) if jsonl else [AskedQuestion(p, files) for p in prompts or [""]]
     )
     failed = False
-    on_text = None if as_json else _print_piece
-    for question, answer in answer_questions(model, questions, on_text=on_text, **options):
+    shown: dict[str, Any] = {"on_text": _print_piece, "on_answer": _print_name}
+    given = {**options, "adapters": parse_adapters(adapters), **({} if as_json else shown)}
+    for question, answer in answer_questions(model, questions, **given):
+        named = {"adapter": question.adapter} if question.adapter else {}
         if isinstance(answer, OneLLMError):
             failed = True
             place = f"line {question.line}" if question.line else repr(question.prompt)
             typer.echo(f"onellm: {place}: {answer}", err=True)
             if as_json:
-                typer.echo(json.dumps({"prompt": question.prompt, "error": answer.what}))
+                typer.echo(json.dumps({"prompt": question.prompt, **named, "error": answer.what}))
         elif as_json:
-            typer.echo(json.dumps({"prompt": question.prompt, **_describe(answer)}))
+            typer.echo(json.dumps({"prompt": question.prompt, **named, **_describe(answer)}))
         else:
             typer.echo("")
             _print_ending(answer)
@@ -117,6 +131,11 @@ def _answer(
 
 def _print_piece(text: str) -> None:
     typer.echo(text, nl=False)
+
+
+def _print_name(question: AskedQuestion) -> None:
+    if question.adapter:
+        typer.echo(f"{question.adapter}: ", nl=False)
 
 
 def _describe(answer: Answer) -> dict[str, Any]:

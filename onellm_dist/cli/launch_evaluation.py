@@ -46,6 +46,12 @@ def make_job_of_evaluation(
             "the job's launcher starts the ranks.",
             "use --gpus-per-node or --ranks-per-node of onellm launch.",
         )
+    if given["adapter"]:
+        raise UsageError(
+            f"--adapter {given['adapter'][0]} in a job",
+            "a job ends when one folder of answers is complete.",
+            "submit a job for each: the folder of an adapter stands in the place of the model.",
+        )
     return make_evaluation_job(
         given["model"],
         arguments[1:],

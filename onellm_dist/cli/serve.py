@@ -9,6 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIR",
+        help="An adapter of this model, which requests choose by NAME as their model. Repeatable.",
+    ),
+]
+
 
 def serve(
     context: typer.Context,
@@ -42,6 +50,7 @@ def serve(
         int, typer.Option(min=0, help="Requests of one key or address; 0: any number.")
     ] = 0,
     readers: Annotated[int, typer.Option(min=1, help="Processes that decode media.")] = 2,
+    adapter: Adapters = None,
     url_host: Annotated[
         list[str] | None,
         typer.Option(help="A host from which media may be fetched. Repeatable; default: none."),
@@ -69,16 +78,21 @@ def serve(
 
     Example: onellm serve runs/tune/model --port 8000
     """
-    _start(model, api_key or (), url_host or (), context.params)
+    _start(model, adapter or (), api_key or (), url_host or (), context.params)
 
 
 def _start(
-    model: Path, api_keys: Sequence[str], url_hosts: Sequence[str], options: Mapping[str, Any]
+    model: Path,
+    adapters: Sequence[str],
+    api_keys: Sequence[str],
+    url_hosts: Sequence[str],
+    options: Mapping[str, Any],
 ) -> None:
     """Start the server with the options of the command line."""
     from onellm_dist.common.errors import UsageError
 
     try:
+        from onellm_dist.model.adapter_set import parse_adapters
         from onellm_dist.serving.server.run import serve as run_server
         from onellm_dist.serving.server.settings import ServerSettings
     except ModuleNotFoundError as error:
@@ -87,12 +101,15 @@ def _start(
             "the server needs it.",
             "pip install 'onellm-dist[serve]'",
         ) from None
-    rest = {k: v for k, v in options.items() if k not in ("model", "name", "api_key", "url_host")}
+    own = ("model", "name", "adapter", "api_key", "url_host")
+    rest = {k: v for k, v in options.items() if k not in own}
+    named = parse_adapters(adapters)
     settings = ServerSettings(
         name=options["name"] or model.resolve().name,
         api_keys=tuple(api_keys),
         llm_key=os.environ.get("ONELLM_LLM_API_KEY", ""),
         url_hosts=tuple(host.lower() for host in url_hosts),
+        adapters=tuple(item.name for item in named),
         **rest,
     )
-    run_server(model, settings)
+    run_server(model, settings, named)

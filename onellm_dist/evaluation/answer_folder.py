@@ -219,7 +219,7 @@ def list_task_folders(out: Path) -> list[Path]:
         raise UsageError(
             f"{out}: no task has been evaluated there",
             "there is nothing to score.",
-            "give the --out of `onellm evaluate`.",
+            "give the --out of `onellm evaluate`; with --adapter NAME it is OUT/NAME.",
         )
     return found
 

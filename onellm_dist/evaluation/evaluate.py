@@ -44,6 +44,7 @@ from onellm_dist.evaluation.tasks import Task, get_task
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.modalities import get_modality
 from onellm_dist.model.adapter_folder import is_adapter, read_base
+from onellm_dist.model.adapter_set import AdapterSet, NamedAdapter, check_adapters
 from onellm_dist.model.batched_generation import (
     BATCH,
     BatchStatistics,
@@ -149,6 +150,7 @@ def evaluate_folder(
     out: Path,
     options: EvaluationOptions,
     ranks: Ranks | None,
+    adapters: Sequence[NamedAdapter] = (),
 ) -> str:
     """Answer this process's questions with a saved model, and say what was done in one line.
 
@@ -159,23 +161,31 @@ def evaluate_folder(
         out: the output folder.
         options: how they are asked; `ranks` decides which questions.
         ranks: this process's place among the ranks; None: there is one.
+        adapters: adapters of the model; each answers, in a folder of `out` with its name.
 
     Raises:
         StoppedError: the evaluation was asked to stop.
-        UsageError: as `evaluate_model`, or there is no model.
+        UsageError: as `evaluate_model`, there is no model, or an adapter is not of this model.
     """
+    check_adapters(folder, adapters)
     stop = StopRequest(out)
     model, tokenizer = load_for_evaluation(folder, 0 if ranks is None else ranks.local_rank)
     if ranks is not None:
         options = replace(options, rank=ranks.rank, world_size=ranks.world_size)
-    identity = identify_model(folder)
-    found = evaluate_model(
-        model, tokenizer, tasks, data, out, options, identity=identity, stop=stop
-    )
-    return (
-        f"rank {options.rank}: {found.prompts:,} questions answered, {found.new_tokens:,} tokens, "
-        f"{found.padding_share:.0%} padding"
-    )
+    loaded, folders = AdapterSet(model, adapters), {a.name: a.folder for a in adapters}
+    said = []
+    for name in loaded.names or [""]:
+        loaded.select(name)
+        place = out / name if name else out
+        identity = identify_model(folders[name], folder) if name else identify_model(folder)
+        found = evaluate_model(
+            model, tokenizer, tasks, data, place, options, identity=identity, stop=stop
+        )
+        said.append(
+            f"rank {options.rank}{f', {name}' if name else ''}: {found.prompts:,} questions "
+            f"answered, {found.new_tokens:,} tokens, {found.padding_share:.0%} padding"
+        )
+    return "\n".join(said)
 
 
 def _evaluate_task(
@@ -335,11 +345,15 @@ def _keep_example(folder: Path, medium: str, picture: bytes) -> None:
     write_atomic(place / f"{name_picture(medium)}.png", picture)
 
 
-def identify_model(folder: Path) -> str:
+def identify_model(folder: Path, base: Path | None = None) -> str:
     """What distinguishes a saved model from another one, without reading all of it.
 
     It covers the config, the tokenizer's files, its chat template and, of each file of weights,
     size, first and last MiB. Of an adapter it covers the base too.
+
+    Args:
+        folder: the model's folder.
+        base: the model that an adapter is added to, if not the one that it names.
     """
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]):
@@ -351,9 +365,10 @@ def identify_model(folder: Path) -> str:
             digest.update(file.read(_HEADER_BYTES))
             file.seek(max(0, size - _HEADER_BYTES))
             digest.update(file.read())
-    base = read_base(folder) if is_adapter(folder) else None
-    if base is not None and base.path is not None:
-        digest.update(identify_model(base.path).encode())
+    if base is None and is_adapter(folder):
+        base = read_base(folder).path
+    if base is not None:
+        digest.update(identify_model(base).encode())
     return digest.hexdigest()[:16]
 
 

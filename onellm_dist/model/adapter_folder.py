@@ -13,7 +13,8 @@ is merged into it. Only a run's `model.path` takes whole models alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,17 @@ def write_adapter(
     (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 
-def get_peft_name(name: str) -> str:
-    """The name under which PEFT saves a parameter of an adapter."""
-    if name.endswith(MAGNITUDE):
-        return PREFIX + name.removesuffix(MAGNITUDE) + ".lora_magnitude_vector"
-    return PREFIX + name.replace(f".{ADAPTER}.", ".")
+def get_peft_name(name: str, adapter: str = ADAPTER) -> str:
+    """The name under which PEFT saves a parameter of an adapter.
+
+    Args:
+        name: the parameter's, in the model.
+        adapter: the adapter's, in the model.
+    """
+    magnitude = MAGNITUDE.replace(ADAPTER, adapter)
+    if name.endswith(magnitude):
+        return PREFIX + name.removesuffix(magnitude) + ".lora_magnitude_vector"
+    return PREFIX + name.replace(f".{adapter}.", ".")
 
 
 def read_base(folder: Path, moved: Path | None = None) -> AdapterBase:
@@ -110,7 +117,7 @@ def read_base(folder: Path, moved: Path | None = None) -> AdapterBase:
             "copy the folder of the adapter again.",
         ) from None
     if moved is not None:
-        return AdapterBase(moved, files=files)
+        return AdapterBase(moved, preset, seed, files)
     if preset is not None:
         return AdapterBase(None, str(preset), seed)
     candidates = [] if path is None else [Path(path), folder / path]
@@ -199,8 +206,25 @@ def load_adapted(
     base = read_base(folder)
     check_base(folder, base)
     model, processor = load_base(base)
-    try:
+    with explain_faults(folder):
         wrapped = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")
+    check_names(folder, wrapped)
+    merged: Any = wrapped.merge_and_unload()
+    merged.requires_grad_(True)
+    merged.encoder.requires_grad_(False)
+    return merged, processor
+
+
+@contextmanager
+def explain_faults(folder: Path) -> Iterator[None]:
+    """Say what is wrong with the folder of an adapter that PEFT cannot load.
+
+    Raises:
+        UsageError: its weights cannot be read.
+        OneLLMError: it does not fit its base.
+    """
+    try:
+        yield
     except (SafetensorError, OSError) as error:
         raise UsageError(
             f"{folder / WEIGHTS} cannot be read: {error}",
@@ -213,19 +237,23 @@ def load_adapted(
             "parts of it would be lost.",
             "give the model that it was trained over.",
         ) from None
-    _check_names(folder, wrapped)
-    merged: Any = wrapped.merge_and_unload()
-    merged.requires_grad_(True)
-    merged.encoder.requires_grad_(False)
-    return merged, processor
 
 
-def _check_names(folder: Path, wrapped: Any) -> None:
-    """Refuse files with other parameters than the wrapped model has: PEFT only warns."""
+def check_names(folder: Path, wrapped: Any, adapter: str = ADAPTER) -> None:
+    """Refuse files with other parameters than the wrapped model has: PEFT only warns.
+
+    Args:
+        folder: the adapter's folder.
+        wrapped: PEFT's model.
+        adapter: the adapter's name in it.
+
+    Raises:
+        OneLLMError: they differ.
+    """
     own = {
-        get_peft_name(name.removeprefix(PREFIX))
+        get_peft_name(name.removeprefix(PREFIX), adapter)
         for name, _ in wrapped.named_parameters()
-        if ".lora_" in name
+        if ".lora_" in name and f".{adapter}." in name
     }
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         wrong = sorted(own ^ set(file.keys()))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
+from onellm_dist.model.adapter_set import AdapterSet, NamedAdapter, check_adapters
 from onellm_dist.serving.ask_files import answer_prepared, open_for_generation, prepare_question
 from onellm_dist.serving.generate import Answer, DecodingOptions
 
@@ -23,6 +24,8 @@ class AskedQuestion:
     """(modality, file) pairs."""
     line: int | None = None
     """Its line in the file that it stands in."""
+    adapter: str = ""
+    """Name of the adapter that answers it; "": the model alone."""
 
 
 def read_questions(path: Path) -> list[AskedQuestion]:
@@ -85,8 +88,10 @@ def answer_questions(
     prompt_format: str = "auto",
     decoding: DecodingOptions | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_answer: Callable[[AskedQuestion], None] | None = None,
+    adapters: Sequence[NamedAdapter] = (),
 ) -> Iterator[tuple[AskedQuestion, Answer | OneLLMError]]:
-    """Answer questions one after the other.
+    """Answer questions one after the other; each with every adapter, where there are some.
 
     The first one is read before the model is loaded. Where there are several, one that cannot be
     answered does not keep the others from being answered.
@@ -98,6 +103,8 @@ def answer_questions(
         prompt_format: as of `prepare_question`.
         decoding: how new tokens are chosen; default: greedily.
         on_text: called with the text of the answers, piece by piece, as it comes.
+        on_answer: called with each question that could be read, before its answer comes.
+        adapters: adapters of the model.
 
     Yields:
         Each question, and its answer or why it has none.
@@ -105,7 +112,8 @@ def answer_questions(
     Raises:
         OneLLMError: the model cannot be loaded, or the only question cannot be answered.
     """
-    opened = None
+    check_adapters(model, adapters)
+    opened, loaded = None, None
     for question in questions:
         try:
             prepared = prepare_question(
@@ -117,11 +125,17 @@ def answer_questions(
             yield question, error
             continue
         opened = opened or open_for_generation(model)
-        try:
-            answer = answer_prepared(opened, prepared, decoding, on_text)
-        except OneLLMError as error:
-            if len(questions) == 1:
-                raise
-            yield question, error
-            continue
-        yield question, answer
+        loaded = loaded or AdapterSet(opened[0], adapters)
+        for name in loaded.names or [""]:
+            loaded.select(name)
+            asked = replace(question, adapter=name)
+            if on_answer is not None:
+                on_answer(asked)
+            try:
+                answer = answer_prepared(opened, prepared, decoding, on_text)
+            except OneLLMError as error:
+                if len(questions) == 1:
+                    raise
+                yield asked, error
+                continue
+            yield asked, answer

@@ -18,6 +18,7 @@ from onellm_dist.evaluation.evaluate import (
     identify_model,
 )
 from onellm_dist.model.adapter_folder import BASE
+from onellm_dist.model.adapter_set import NamedAdapter
 from onellm_dist.model.presets import load_toy_tokenizer
 
 pytest_plugins = ("benchmark_fixtures",)
@@ -49,6 +50,14 @@ def test_an_adapter_is_evaluated_as_the_model_with_the_adapter_beside(
     save_adapter(tmp_path / "second", base, seed=2)
     with pytest.raises(UsageError, match="another"):
         evaluate_folder(tmp_path / "second", [TASK], data, tmp_path / "out-adapter", OPTIONS, None)
+    # Side by side, each answers into a folder of its own as it does alone, and resumes there.
+    named = [NamedAdapter(name, tmp_path / name) for name in ("second", "adapter")]
+    for _ in range(2):
+        said = evaluate_folder(base, [TASK], data, tmp_path / "out", OPTIONS, None, named)
+    assert said.startswith("rank 0, second: 0 questions answered")
+    found = {a.name: read_answers(tmp_path / "out" / a.name / TASK) for a in named}
+    assert {key: a.answer for key, a in found["adapter"].items()} == texts["beside"]
+    assert {key: a.answer for key, a in found["second"].items()} != texts["beside"]
 
 
 def test_the_identity_of_an_adapter_is_that_of_its_base_too(tmp_path: Path) -> None:

@@ -23,18 +23,22 @@ def save_base(folder: Path) -> Path:
     return folder
 
 
-def save_adapter(folder: Path, base: Path, *, seed: int) -> Any:
+def save_adapter(
+    folder: Path, base: Path, *, seed: int, section: LoraSection = SECTION, scale: float = 0.3
+) -> Any:
     """Write an adapter of `base` with random factors; returns the model with the adapter beside."""
     loaded, processor = load_model(path=base, preset=None, seed=0)
     model: Any = loaded
     model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    add_adapters(model, SECTION)
+    add_adapters(model, section)
     generator = torch.Generator().manual_seed(seed)
     factors = {name: p for name, p in model.named_parameters() if ".lora_" in name}
     with torch.no_grad():
         for parameter in factors.values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            # A magnitude stays positive, as training leaves it.
+            parameter.copy_(parameter * noise.exp() if parameter.ndim == 1 else noise)
     values = {name: p.detach() for name, p in factors.items()}
-    write_adapter(folder, values, SECTION, {"path": str(base)})
+    write_adapter(folder, values, section, {"path": str(base)})
     return model.eval()

@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "model"))
 from media_samples import video
 from packs import small_model
 
+from onellm_dist.model.adapter_set import AdapterSet
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.serving.generate import DecodingOptions, build_prompt, generate
 from onellm_dist.serving.media import read_given_files
@@ -43,10 +44,13 @@ def make_model(seed: int = 3) -> Any:
 
 
 @contextmanager
-def serve(model: Any, *, warm_up: bool = False, **settings: Any) -> Iterator[str]:
+def serve(
+    model: Any, *, warm_up: bool = False, adapters: AdapterSet | None = None, **settings: Any
+) -> Iterator[str]:
     """Run a server; yields its address."""
+    settings |= {"adapters": tuple(adapters.names) if adapters else ()}
     chosen = ServerSettings(**{"name": "toy", "port": 0, "readers": 1, **settings})
-    app = assemble(model, load_toy_tokenizer(), chosen, warm_up=warm_up)
+    app = assemble(model, load_toy_tokenizer(), chosen, warm_up=warm_up, adapters=adapters)
     listening = listen(chosen.host, chosen.port)
     server = uvicorn.Server(make_config(app, chosen))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -99,23 +99,26 @@ class _Routes:
         return Response(self._metrics.write(), media_type="text/plain; version=0.0.4")
 
     async def list_models(self) -> Response:
-        """The one model of this server."""
-        return make_json({"object": "list", "data": [self._describe()]})
+        """The model of this server, and its adapters as models of their own."""
+        models = [self._describe(name) for name in self._service.settings.model_names]
+        return make_json({"object": "list", "data": models})
 
     async def get_model(self, name: str) -> Response:
-        """The model, by its name."""
-        if name != self._service.settings.name:
+        """A model, by its name."""
+        if name not in self._service.settings.model_names:
             error = RequestError(f"no model {name!r}", status=404, code="model_not_found")
             return error.to_response()
-        return make_json(self._describe())
+        return make_json(self._describe(name))
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self, name: str) -> dict[str, Any]:
+        base = self._service.settings.name
         return {
-            "id": self._service.settings.name,
+            "id": name,
             "object": "model",
             "created": _STARTED,
             "owned_by": "onellm",
             "modalities": list(self._service.model.config.modalities),
+            **({} if name == base else {"parent": base}),
         }
 
     async def complete(self, request: Request) -> Response:

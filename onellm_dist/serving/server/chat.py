@@ -154,9 +154,10 @@ class ChatService:
     ) -> tuple[ChatRequest, MediaText, list[HeldMedium]]:
         """The request, its text, and its media."""
         request = parse()
-        if request.model != self.settings.name:
+        if request.model not in self.settings.model_names:
+            known = ", ".join(map(repr, self.settings.model_names))
             raise RequestError(
-                f"there is no model {request.model!r}; this server has {self.settings.name!r}",
+                f"there is no model {request.model!r}; this server has {known}",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -285,6 +286,7 @@ class RunningChat:
             (request.top_logprobs or 0) if request.logprobs else None,
             deadline,
             lambda event: _send(loop, self._events, event),
+            "" if request.model == service.settings.name else request.model,
         )
 
     def start(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
+from onellm_dist.model.adapter_set import AdapterSet
 from onellm_dist.model.batched_generation import generate_batch
 from onellm_dist.model.media_cache import MediaCache
 from onellm_dist.serving.answer_text import AnswerText
@@ -31,6 +33,7 @@ class AnswerEngine:
         queue: the requests.
         metrics: counted in.
         batch: most requests of a batch.
+        adapters: of the model, of which a request may name one.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class AnswerEngine:
         queue: JobQueue,
         metrics: ServerMetrics,
         batch: int,
+        adapters: AdapterSet | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -48,7 +52,9 @@ class AnswerEngine:
         self._queue = queue
         self._metrics = metrics
         self._batch = batch
-        self._media = MediaCache()
+        self._adapters = adapters or AdapterSet(model, ())
+        # Adapters may change what a medium becomes: each has a cache of its own.
+        self._media: defaultdict[str, MediaCache] = defaultdict(MediaCache)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -109,6 +115,8 @@ class AnswerEngine:
 
     def _run(self, jobs: Sequence[Job]) -> None:
         rows = [_RunningAnswer(job, self._tokenizer, self._end_ids, self._metrics) for job in jobs]
+        adapter = jobs[0].adapter  # of all: the queue does not mix them
+        self._adapters.select(adapter)
         wants_logits = any(job.top_logprobs is not None for job in jobs)
         generate_batch(
             self._model,
@@ -118,7 +126,7 @@ class AnswerEngine:
             on_logits=(lambda place, logits: rows[place].see(logits)) if wants_logits else None,
             stop=lambda place, _: rows[place].has_ended,
             batch=self._batch,
-            media_cache=self._media,
+            media_cache=self._media[adapter],
         )
 
 

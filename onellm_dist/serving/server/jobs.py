@@ -71,6 +71,7 @@ class Job:
         top_logprobs: how many likeliest tokens are recorded with each; None: none, nor its own.
         deadline: `time.monotonic()` at which it is given up.
         send: called in the engine's thread with each event; the last is an Ending or an exception.
+        adapter: name of the adapter that answers; "": the base alone.
     """
 
     prompt: Prompt
@@ -78,6 +79,7 @@ class Job:
     top_logprobs: int | None
     deadline: float
     send: Callable[[Event], None]
+    adapter: str = ""
     started: bool = False
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _wake: list[Callable[[], None]] = field(default_factory=list)
@@ -146,8 +148,8 @@ class JobQueue:
     def take(self, most: int) -> list[Job]:
         """Wait for requests, and take those that are answered together.
 
-        The first one has waited longest; the others are those nearest to its length, so that rows
-        of a batch are alike.
+        The first one has waited longest; the others are those of its adapter nearest to its length,
+        so that rows of a batch are alike.
 
         Args:
             most: most requests.
@@ -163,7 +165,8 @@ class JobQueue:
                 )
             if not self._waiting:
                 return []
-            first, *others = self._waiting
+            first, *later = self._waiting
+            others = [job for job in later if job.adapter == first.adapter]
             others.sort(key=lambda job: abs(_count(job) - _count(first)))
             taken = [first, *others[: most - 1]]
             chosen = {id(job) for job in taken}

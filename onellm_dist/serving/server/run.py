@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.workers.samples import SampleLimits
+from onellm_dist.model.adapter_set import AdapterSet, NamedAdapter, check_adapters
 from onellm_dist.serving.generate import choose_dtype
 from onellm_dist.serving.server.app import build_app
 from onellm_dist.serving.server.chat import ChatService
@@ -30,20 +32,23 @@ _log = get_logger(__name__)
 KEEP_ALIVE_SECONDS = 15
 
 
-def serve(model: Path, settings: ServerSettings) -> None:
+def serve(model: Path, settings: ServerSettings, adapters: Sequence[NamedAdapter] = ()) -> None:
     """Serve a model until SIGTERM or Ctrl-C; requests that were accepted are answered first.
 
     Args:
         model: a onellm directory.
         settings: the server's.
+        adapters: those of `settings.adapters`.
 
     Raises:
-        UsageError: the model or the address cannot be used.
+        UsageError: the model, an adapter or the address cannot be used.
     """
     check_model(model)
+    check_adapters(model, adapters)
     listening = listen(settings.host, settings.port)
     network, tokenizer = open_model(model, settings)
-    app = assemble(network, tokenizer, settings, warm_up=True)
+    loaded = AdapterSet(network, adapters)
+    app = assemble(network, tokenizer, settings, warm_up=True, adapters=loaded)
     run(app, settings, listening, f"serving {model} on {describe_address(listening)}/v1")
 
 
@@ -90,7 +95,12 @@ def describe_address(listening: socket.socket) -> str:
 
 
 def assemble(
-    model: Any, tokenizer: Any, settings: ServerSettings, *, warm_up: bool = False
+    model: Any,
+    tokenizer: Any,
+    settings: ServerSettings,
+    *,
+    warm_up: bool = False,
+    adapters: AdapterSet | None = None,
 ) -> FastAPI:
     """Put an application together.
 
@@ -99,15 +109,22 @@ def assemble(
         tokenizer: its tokenizer.
         settings: the server's.
         warm_up: as of `build_service`.
+        adapters: as of `build_service`.
 
     Raises:
         UsageError: the tokenizer does not fit the prompt format.
     """
-    return build_app(*build_service(model, tokenizer, settings, warm_up=warm_up))
+    service = build_service(model, tokenizer, settings, warm_up=warm_up, adapters=adapters)
+    return build_app(*service)
 
 
 def build_service(
-    model: Any, tokenizer: Any, settings: ServerSettings, *, warm_up: bool = False
+    model: Any,
+    tokenizer: Any,
+    settings: ServerSettings,
+    *,
+    warm_up: bool = False,
+    adapters: AdapterSet | None = None,
 ) -> tuple[ChatService, AnswerEngine | RemoteEngine, ServerMetrics]:
     """Build what answers requests.
 
@@ -116,6 +133,7 @@ def build_service(
         tokenizer: its tokenizer.
         settings: the server's.
         warm_up: whether to start the processes that decode media now, not with the first medium.
+        adapters: the model's, those of `settings.adapters`.
 
     Returns:
         What reads requests, what runs the model, and what both are counted in.
@@ -134,7 +152,9 @@ def build_service(
         address = RemoteAddress(settings.llm_url, settings.llm_model, settings.llm_key)
         engine = RemoteEngine(model, address, text.end_ids, queue, metrics, settings.batch)
     else:
-        engine = AnswerEngine(model, tokenizer, text.end_ids, queue, metrics, settings.batch)
+        engine = AnswerEngine(
+            model, tokenizer, text.end_ids, queue, metrics, settings.batch, adapters
+        )
     fetchers = ThreadPoolExecutor(settings.preparing, thread_name_prefix="fetch")
     return ChatService(model, text, reader, queue, gate, fetchers, settings), engine, metrics
 

@@ -45,6 +45,7 @@ class ServerSettings:
         llm_model: the LLM's name there; empty: the only one.
         llm_key: key of that server.
         url_hosts: hosts from which media are fetched; empty: none is fetched.
+        adapters: names of adapters, by which requests choose one in place of the model.
     """
 
     name: str = "onellm"
@@ -72,6 +73,7 @@ class ServerSettings:
     llm_model: str = ""
     llm_key: str = ""
     url_hosts: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prompt_format not in FORMATS:
@@ -86,6 +88,18 @@ class ServerSettings:
                 "it is not the address of a server.",
                 "give one such as http://127.0.0.1:8001/v1.",
             )
+        if self.name in self.adapters:
+            raise UsageError(
+                f"--adapter {self.name} has the name of the model",
+                "requests choose by the name.",
+                "give one of them another name; the model's is --name.",
+            )
+        if self.adapters and self.llm_url:
+            raise UsageError(
+                "--adapter together with --llm-url",
+                "the LLM runs elsewhere, without the adapters.",
+                "merge an adapter (onellm convert adapter), and serve the merged model there.",
+            )
         if self.host not in LOOPBACK and not self.api_keys:
             raise UsageError(
                 f"--host {self.host} without a key",
@@ -99,6 +113,11 @@ class ServerSettings:
                 "no request could give it.",
                 "use ASCII letters and digits.",
             )
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What requests may name: the model, and each adapter."""
+        return (self.name, *self.adapters)
 
     @property
     def is_loopback(self) -> bool:
