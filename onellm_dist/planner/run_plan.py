@@ -47,6 +47,7 @@ from onellm_dist.planner.time import (
     compute_host,
     compute_step,
 )
+from onellm_dist.planner.traffic import compute_traffic
 from onellm_dist.planner.workload import DataShape, StepShape, pack_step
 from onellm_dist.train.engine.description import StepTraffic
 from onellm_dist.train.engine.select import get_engine
@@ -251,12 +252,13 @@ class Planner:
 
     def compute_traffic(self, config: RunConfig) -> StepTraffic:
         """What the engine's collectives move."""
-        return get_engine(config.engine.name).traffic(
+        mode, precision = config.train.activation_checkpointing, config.train.precision
+        return compute_traffic(
             config.engine,
+            self.get_model(mode),
+            self.get_costs(mode).uses,
             world_size=self.cluster.world_size,
-            compute_bytes=PRECISION_BYTES[config.train.precision],
-            trainable=self.parameters.trainable,
-            uses=self.get_costs(config.train.activation_checkpointing).uses,
+            compute_bytes=PRECISION_BYTES[precision],
         )
 
     def compute_time(self, config: RunConfig) -> StepTime:

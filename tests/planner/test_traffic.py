@@ -17,11 +17,10 @@ from onellm_dist.config.schema import EngineSection
 from onellm_dist.launch.local import launch_local
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.planner.counting import count_pack
-from onellm_dist.planner.memory import count_parameters
 from onellm_dist.planner.pack_shapes import SampleShape, make_meta_batch
 from onellm_dist.planner.run_plan import build_model, get_modalities
+from onellm_dist.planner.traffic import compute_traffic
 from onellm_dist.train.engine.description import StepTraffic
-from onellm_dist.train.engine.select import get_engine
 
 pytestmark = pytest.mark.slow
 ZERO3 = {
@@ -77,13 +76,12 @@ def predict(keys: dict[str, Any], mode: str) -> StepTraffic:
     enable_activation_checkpointing(model, mode)
     model.train()
     pack = tuple(SampleShape((name,), TEXT, TEXT - 1) for name in NAMES)
-    section = EngineSection.model_validate(keys)
-    return get_engine(section.name).traffic(
-        section,
+    return compute_traffic(
+        EngineSection.model_validate(keys),
+        model,
+        count_pack(model, make_meta_batch(pack, list(get_modalities(config).values()))).uses,
         world_size=2,
         compute_bytes=4,
-        trainable=count_parameters(model).trainable,
-        uses=count_pack(model, make_meta_batch(pack, list(get_modalities(config).values()))).uses,
     )
 
 

@@ -58,6 +58,27 @@ class WeightUses:
     loose_trained_reads: float = 0.0
     """Trainable ones of `loose_reads`."""
 
+    def pad(self, *, trained: float, frozen: float) -> WeightUses:
+        """The same reads of weights that are padded.
+
+        Args:
+            trained: trainable weights with their padding, over those without.
+            frozen: the same of frozen weights.
+        """
+        loose, reads = self.loose - self.loose_trained, self.loose_reads - self.loose_trained_reads
+        return WeightUses(
+            frozen_forward=frozen * self.frozen_forward,
+            frozen_backward=frozen * self.frozen_backward,
+            frozen_recomputed=frozen * self.frozen_recomputed,
+            trained_forward=trained * self.trained_forward,
+            trained_backward=trained * self.trained_backward,
+            trained_recomputed=trained * self.trained_recomputed,
+            loose=trained * self.loose_trained + frozen * loose,
+            loose_reads=trained * self.loose_trained_reads + frozen * reads,
+            loose_trained=trained * self.loose_trained,
+            loose_trained_reads=trained * self.loose_trained_reads,
+        )
+
 
 @dataclass(frozen=True)
 class StepTraffic:
@@ -169,6 +190,10 @@ class EngineDescription(ABC):
             UsageError: the section is wrong.
         """
 
+    def row_multiple(self, section: EngineSection, *, world_size: int) -> int:
+        """Each parameter is sent with its rows padded to a multiple of this; 1: as it is."""
+        return 1
+
     @abstractmethod
     def traffic(
         self,
@@ -185,8 +210,8 @@ class EngineDescription(ABC):
             section: the recipe's `engine` section.
             world_size: number of ranks.
             compute_bytes: as of `parameter_bytes`.
-            trainable: number of trainable parameters.
-            uses: weights that one micro-batch reads.
+            trainable: number of trainable parameters, padded to `row_multiple`.
+            uses: weights that one micro-batch reads, padded likewise.
 
         Raises:
             UsageError: the section is wrong.

@@ -86,6 +86,10 @@ class FsdpDescription(EngineDescription):
             parts.append("frozen weights resident")
         return ", ".join(parts)
 
+    def row_multiple(self, section: EngineSection, *, world_size: int) -> int:
+        """Every rank holds as many rows: with a thousand ranks, small parameters grow."""
+        return section.shard_ranks or world_size
+
     def traffic(
         self,
         section: EngineSection,
