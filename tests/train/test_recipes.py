@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ NAMES = sorted(
     str(path.relative_to(recipes_dir()).with_suffix("")) for path in recipes_dir().rglob("*.yaml")
 )
 STAGES = ["stage1_image", "stage2_video_audio_point", "stage3_all", "tune"]
+GPU_KINDS = ["a100-80", "h100-80", "h200"]
 PAPER: dict[str, dict[str, Any]] = {
     "stage1_image": {
         "batch": 5120,
@@ -59,10 +63,35 @@ PAPER: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_parses_and_names_a_configuration_that_exists(name: str) -> None:
     config = load_config(Path(name))
-    assert load_ds_config(config.engine.config)
+    assert config.engine.name == "fsdp" or load_ds_config(config.engine.config)
     assert "OPTIMIZER step" in (recipes_dir() / f"{name}.yaml").read_text() or name.startswith(
-        ("toy/", "real/")
+        ("toy/", "real/", *(f"{kind}/" for kind in GPU_KINDS))
     )
+
+
+@pytest.mark.parametrize("kind", GPU_KINDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_recipe_for_a_gpu_changes_no_number_of_its_stage(kind: str, stage: str) -> None:
+    """Micro-batches, recomputation and engine alone: what the planner searches."""
+    raw = [load_config(Path(name)).model_dump() for name in (stage, f"{kind}/{stage}")]
+    for config in raw:
+        del config["engine"], config["train"]["activation_checkpointing"]
+        del config["data"]["pack_llm_tokens"], config["data"]["pack_encoder_tokens"]
+    assert raw[0] == raw[1]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", GPU_KINDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_recipe_for_a_gpu_fits_and_is_faster_than_its_base(kind: str, stage: str) -> None:
+    machine = ["--nodes", "2", "--gpus-per-node", "8", "--gpu", kind, "model.preset=onellm-7b"]
+    rates = []
+    for name in (stage, f"{kind}/{stage}"):
+        command = [str(Path(sys.executable).with_name("onellm")), "plan", name, *machine, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = json.loads(done.stdout)
+        rates.append(found["samples_per_second"] if found["memory"]["fits"] else 0.0)
+    assert rates[1] >= 1.02 * rates[0]
 
 
 @pytest.mark.parametrize("name", STAGES)
