@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from onellm_dist.serving.generate import Answer
     from onellm_dist.serving.questions import AskedQuestion
 
+DecodeOffset = Annotated[
+    str,
+    typer.Option(
+        help="correct, or reference (repeats the reference's cache, two positions short)."
+    ),
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,12 +66,7 @@ def generate(
         typer.Option(min=0, max=1, help="Probability that sampling keeps, if temperature > 0."),
     ] = 0.75,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 1,
-    decode_offset: Annotated[
-        str,
-        typer.Option(
-            help="correct, or reference (repeats the reference's cache, two positions short)."
-        ),
-    ] = "correct",
+    decode_offset: DecodeOffset = "correct",
     **files: Any,
 ) -> None:
     """Ask a model about files of any modality: before the prompt, or where it says <image>.

@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+ModelName = Annotated[
+    str, typer.Option(help="The model's name in requests.", show_default="the directory's")
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(
@@ -25,9 +28,7 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
-    name: Annotated[
-        str, typer.Option(help="The model's name in requests.", show_default="the directory's")
-    ] = "",
+    name: ModelName = "",
     prompt_format: Annotated[
         str, typer.Option("--format", help="Prompt format: auto, chat, conversation or raw.")
     ] = "auto",
