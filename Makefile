@@ -40,7 +40,7 @@ demo-full: $(STAMP)  ## the same with three times the training (about an hour on
 ablations: $(STAMP)  ## the paper's ablations on the toy world: ten variants, three seeds, a table and a page (hours)
 	$(BIN)/onellm ablate --out $(ABLATIONS_OUT)
 
-test: $(STAMP) $(SLURM)  ## every check except the long random ones, with coverage
+test: $(STAMP) $(SLURM)  ## every check except the long random ones, with the coverage of the fast tests
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint types docs
 	$(PYTEST) -m "not soak" $(PARALLEL) $(SLOW_REPORT) $(COVERAGE)
 

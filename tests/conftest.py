@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -27,25 +28,36 @@ settings.load_profile(os.environ.get("ONELLM_HYPOTHESIS", "repeatable"))
 
 TESTS = Path(__file__).parent
 LONGEST = (
-    "testing/slurm_cluster/test_rehearsal.py",
     "docs/test_pages.py",
-    "train/test_survival.py",
+    "testing/slurm_cluster/test_rehearsal.py",
     "train/engine/test_engine_matrix.py",
+    "train/test_survival.py",
     "train/test_runs.py",
-    "train/test_bad_steps.py",
     "train/test_refusals.py",
-    "train/engine/test_engine_memory.py",
-    "train/test_handover.py",
-    "diagnostics/preflight/test_preflight_ranks.py",
+    "train/test_bad_steps.py",
     "testing/slurm_cluster/test_crash_loop.py",
-    "train/engine/test_engine_runs.py",
+    "diagnostics/preflight/test_preflight_ranks.py",
+    "train/engine/test_engine_memory.py",
     "train/engine/test_engine.py",
     "data/test_stream.py",
-    "train/test_data_changes.py",
-    "shards/test_shard_crash.py",
     "examples/test_examples.py",
-    "shards/test_shard_poison.py",
+    "train/test_data_changes.py",
+    "train/engine/test_engine_runs.py",
+    "train/test_elastic.py",
+    "train/test_tuning_runs.py",
+    "shards/test_shard_crash.py",
+    "train/test_pack_budget.py",
+    "train/test_handover.py",
+    "train/engine/test_unbalanced.py",
+    "planner/test_cost_model.py",
+    "modalities/test_same_value_everywhere.py",
+    "planner/test_search.py",
+    "testing/slurm_cluster/test_sweep_job.py",
+    "planner/test_traffic.py",
+    "serving/test_server_parts.py",
     "shards/test_shard_stores.py",
+    "planner/test_counting.py",
+    "shards/test_shard_poison.py",
 )
 """Files that take minutes, longest first: one that starts last would run alone at the end."""
 
@@ -58,3 +70,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """The coverage report is that of the fast tests: measuring doubles the time of pure Python.
+
+    Most slow tests start other processes, which are not measured anyway.
+    """
+    plugin = item.config.pluginmanager.get_plugin("_cov")
+    coverage = getattr(plugin, "cov_controller", None)
+    left_out = item.get_closest_marker("slow") or item.get_closest_marker("unmeasured")
+    if coverage is None or not left_out:
+        return (yield)
+    coverage.pause()
+    try:
+        return (yield)
+    finally:
+        coverage.resume()
