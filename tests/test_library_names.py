@@ -11,13 +11,13 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import pytest
+from package_code import modules, nodes
 
 from onellm_dist.modalities import all_modalities
 
-PACKAGE = Path(__file__).parents[1] / "onellm_dist"
+pytestmark = pytest.mark.unmeasured
 IMPORTS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("train/engine/deepspeed/",),
     "torch.distributed.fsdp": ("train/engine/fsdp/",),
@@ -59,25 +59,10 @@ MODALITY_ROOMS = ("modalities/", "convert/", "shards/sources/", "testing/", "eva
 
 
 @cache
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-@cache
-def modules() -> dict[str, Path]:
-    """Path inside the package -> file."""
-    return {
-        str(path.relative_to(PACKAGE)): path
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if "_shipped" not in path.parts
-    }
-
-
-@cache
-def imports_of(path: Path) -> set[str]:
+def imports_of(name: str) -> set[str]:
     """Dotted names of everything that a module imports, at any depth of its functions."""
     found: set[str] = set()
-    for node in ast.walk(parse(path)):
+    for node in nodes(name):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -85,14 +70,14 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def strings_of(tree: ast.Module) -> Iterator[str]:
+def strings_of(name: str) -> Iterator[str]:
     """Every string of a module but the docstrings of modules, classes, functions and fields."""
     docstrings = {
         id(node.value)
-        for node in ast.walk(tree)
+        for node in nodes(name)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
-    for node in ast.walk(tree):
+    for node in nodes(name):
         if (
             isinstance(node, ast.Constant)
             and isinstance(node.value, str)
@@ -101,9 +86,9 @@ def strings_of(tree: ast.Module) -> Iterator[str]:
             yield node.value
 
 
-def identifiers_of(tree: ast.Module) -> Iterator[str]:
+def identifiers_of(name: str) -> Iterator[str]:
     """Every name, attribute, argument, keyword, class and function of a module."""
-    for node in ast.walk(tree):
+    for node in nodes(name):
         if isinstance(node, ast.Name):
             yield node.id
         elif isinstance(node, ast.Attribute):
@@ -118,9 +103,9 @@ def identifiers_of(tree: ast.Module) -> Iterator[str]:
 def test_a_library_is_imported_in_its_rooms_alone(library: str) -> None:
     outside = [
         name
-        for name, path in modules().items()
+        for name in modules()
         if not name.startswith(IMPORTS[library])
-        and any(f"{imported}.".startswith(f"{library}.") for imported in imports_of(path))
+        and any(f"{imported}.".startswith(f"{library}.") for imported in imports_of(name))
     ]
     assert outside == []
 
@@ -129,9 +114,8 @@ def test_a_library_is_imported_in_its_rooms_alone(library: str) -> None:
 def engine_names() -> dict[str, set[str]]:
     """File -> what in it names an engine."""
     found: dict[str, set[str]] = {}
-    for name, path in modules().items():
-        tree = parse(path)
-        texts = [*imports_of(path), *identifiers_of(tree), *strings_of(tree)]
+    for name in modules():
+        texts = [*imports_of(name), *identifiers_of(name), *strings_of(name)]
         named = {text for text in texts if ENGINE_NAMES.search(text)}
         if named:
             found[name] = named
@@ -155,8 +139,8 @@ OTHER_MEANINGS = {"launch/cloud/jobset.py": ["image"]}
 def test_modalities_are_named_in_their_rooms_alone() -> None:
     """Recipes name them too, outside the package."""
     named = {
-        name: sorted(set(strings_of(parse(path))) & set(all_modalities()))
-        for name, path in modules().items()
+        name: sorted(set(strings_of(name)) & set(all_modalities()))
+        for name in modules()
         if not name.startswith(MODALITY_ROOMS)
     }
     assert {name: found for name, found in named.items() if found} == OTHER_MEANINGS

@@ -5,32 +5,17 @@ from __future__ import annotations
 import ast
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
+from package_code import modules, nodes, parse
 
+pytestmark = pytest.mark.unmeasured
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "onellm_dist"
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 DOCUMENTED = 0.95
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-@cache
-def trees() -> dict[Path, ast.Module]:
-    """The parsed modules of the package, by path below the checkout."""
-    return {
-        path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8"))
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if "_shipped" not in path.parts
-    }
-
-
-def functions(tree: ast.AST) -> Iterator[Function]:
-    """Every function and method of a module, nested ones too."""
-    return (node for node in ast.walk(tree) if isinstance(node, Function))
 
 
 def public_functions() -> Iterator[tuple[str, bool]]:
@@ -40,16 +25,16 @@ def public_functions() -> Iterator[tuple[str, bool]]:
     `inspect.getdoc` does; so does a property's setter.
     """
     documented: dict[str, set[str]] = defaultdict(set)
-    for tree in trees().values():
-        for node in ast.walk(tree):
+    for name in modules():
+        for node in nodes(name):
             if isinstance(node, ast.ClassDef):
                 documented[node.name] |= {
                     f.name for f in node.body if isinstance(f, Function) and ast.get_docstring(f)
                 }
     parents = {
         node.name: [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases]
-        for tree in trees().values()
-        for node in ast.walk(tree)
+        for name in modules()
+        for node in nodes(name)
         if isinstance(node, ast.ClassDef)
     }
 
@@ -59,8 +44,8 @@ def public_functions() -> Iterator[tuple[str, bool]]:
             for parent in parents.get(owner, ())
         )
 
-    for path, tree in trees().items():
-        for node in tree.body:
+    for path in modules():
+        for node in parse(path).body:
             if isinstance(node, Function) and not node.name.startswith("_"):
                 yield f"{path}:{node.name}", bool(ast.get_docstring(node))
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
@@ -74,9 +59,9 @@ def public_functions() -> Iterator[tuple[str, bool]]:
 
 def test_no_file_is_longer_than_400_lines() -> None:
     long = {
-        str(path): lines
-        for path in trees()
-        if (lines := len((ROOT / path).read_text(encoding="utf-8").splitlines())) > LONGEST_FILE
+        name: lines
+        for name, path in modules().items()
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST_FILE
     }
     assert not long
 
@@ -84,9 +69,10 @@ def test_no_file_is_longer_than_400_lines() -> None:
 def test_no_function_is_longer_than_60_lines() -> None:
     long = {
         f"{path}:{node.name}": lines
-        for path, tree in trees().items()
-        for node in functions(tree)
-        if (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION
+        for path in modules()
+        for node in nodes(path)
+        if isinstance(node, Function)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION
     }
     assert not long
 
@@ -99,10 +85,10 @@ def test_public_functions_say_what_they_do() -> None:
 
 def test_a_class_name_is_used_once() -> None:
     places: dict[str, list[str]] = defaultdict(list)
-    for path, tree in trees().items():
-        for node in ast.walk(tree):
+    for path in modules():
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
-                places[node.name].append(str(path))
+                places[node.name].append(path)
     assert not {name: where for name, where in places.items() if len(where) > 1}
 
 
@@ -115,8 +101,8 @@ def test_a_file_of_tests_has_a_name_of_its_own() -> None:
 def test_one_attribute_a_line() -> None:
     several = [
         f"{path}:{node.lineno}"
-        for path, tree in trees().items()
-        for node in ast.walk(tree)
+        for path in modules()
+        for node in nodes(path)
         if isinstance(node, ast.Assign)
         and any(
             isinstance(target, ast.Tuple)
