@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from checkpoints import onellm, save_onellm
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict_saver import save
+from zygote import run_ranks
 
 from onellm_dist.common.checksums import seal
 from onellm_dist.common.errors import UsageError
@@ -21,7 +21,6 @@ from onellm_dist.convert.checkpoint import ConversionOptions
 from onellm_dist.convert.conversion import convert
 from onellm_dist.convert.inspect import describe_checkpoint
 from onellm_dist.convert.opening import open_checkpoint
-from onellm_dist.launch.local import launch_local
 
 Tensors = dict[str, torch.Tensor]
 TRAINED = ("upm.", "projectors.", "tokenizers.")
@@ -255,10 +254,7 @@ def test_a_torch_distributed_checkpoint_of_three_ranks(tmp_path: Path) -> None:
     """Shards of rows, uneven and empty ones too; of columns; complete tensors; Adam's moments."""
     base = save_onellm(tmp_path / "base")
     worker = Path(__file__).parent / "dcp_worker.py"
-    assert (
-        launch_local([sys.executable, str(worker), str(tmp_path / "dcp")], 3, tmp_path / "logs")
-        == 0
-    )
+    run_ranks(worker, [str(tmp_path / "dcp")], 3)
     assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 3
     convert(
         "fsdp", tmp_path / "dcp", tmp_path / "out", options=ConversionOptions(base=base), quiet=True

@@ -11,12 +11,14 @@ import atexit
 import contextlib
 import json
 import os
+import runpy
 import select
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,10 +87,31 @@ def _be_rank(order: dict[str, Any], rank: int, parent: int) -> NoReturn:
         MASTER_PORT=str(order["port"]),
         **{PARENT_VARIABLE: str(parent)},
     )
+    if order["script"]:
+        _run_script(*order["script"])
     plant(order["plant"], rank)
     ranks = discover_ranks()
     assert ranks is not None
     run_rank(Path(order["recipe"]), order["overrides"], ranks)
+
+
+def _run_script(path: str, *arguments: str) -> NoReturn:
+    """Run a program as `python path arguments` would."""
+    sys.argv, sys.path[0] = [path, *arguments], str(Path(path).parent)
+    code = 0
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def run_ranks(script: Path, arguments: list[str], world_size: int, timeout: float = 800) -> None:
+    """Run a program as local ranks, forked by the zygote; all of them must end with 0."""
+    start = get_zygote().start(world_size, [], script=[str(script), *arguments])
+    start.wait_unless_one_fails(timeout)
 
 
 @cache
@@ -141,6 +164,7 @@ class Zygote:
         plant: dict[str, Any] | None = None,
         *,
         recipe: str = "toy/align_image",
+        script: list[str] | None = None,
     ) -> Start:
         """Fork the ranks of a start.
 
@@ -149,6 +173,7 @@ class Zygote:
             overrides: keys of the recipe, as `train.steps=3`.
             plant: faults, as in planted.py.
             recipe: name or path of the recipe.
+            script: a program and its arguments, which the ranks run instead of a recipe.
         """
         from onellm_dist.launch.local import find_free_port
 
@@ -160,6 +185,7 @@ class Zygote:
             "recipe": recipe,
             "port": find_free_port(),
             "plant": plant or {},
+            "script": script,
             "logs": str(logs),
         }
         assert self._process.stdin is not None
@@ -179,6 +205,16 @@ class Zygote:
             assert left > 0, f"still running: {[pid for pid in pids if pid not in self._codes]}"
             self._hear(min(left, 0.5))
         return [self._codes[pid] for pid in pids]
+
+    def failed(self, pids: list[int], timeout: float) -> bool:
+        """Whether one of them has failed, or not all have ended in time."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            known = [self._codes[pid] for pid in pids if pid in self._codes]
+            if any(known) or len(known) == len(pids):
+                return any(known)
+            self._hear(0.5)
+        return True
 
     def ended(self, pids: list[int]) -> bool:
         """Whether all of them have ended."""
@@ -217,6 +253,12 @@ class Start:
         """Every rank ends with 0."""
         codes = self.wait(timeout)
         assert codes == [0] * len(codes), self.output()
+
+    def wait_unless_one_fails(self, timeout: float) -> None:
+        """Every rank ends with 0; if one does not, the others, which wait for it, are killed."""
+        if self._zygote.failed(self.pids, timeout):
+            self.kill()
+            raise AssertionError(self.output())
 
     @property
     def ended(self) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,9 @@ import pytest
 from plain_counts import make_config
 from stage_setup import freeze_for_stage
 from traffic_worker import MICRO_BATCHES, NAMES, TEXT
+from zygote import run_ranks
 
 from onellm_dist.config.schema import EngineSection
-from onellm_dist.launch.local import launch_local
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.planner.counting import count_pack
 from onellm_dist.planner.pack_shapes import SampleShape, make_meta_batch
@@ -59,12 +57,9 @@ def measured(
     tmp_path_factory: pytest.TempPathFactory, choices: dict[str, tuple[dict[str, Any], str]]
 ) -> dict[str, dict[str, int]]:
     out = tmp_path_factory.mktemp("traffic")
-    here = Path(__file__).parent
-    command = [sys.executable, str(here / "traffic_worker.py"), str(out / "found.json")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")]))
-        listed = [(name, keys, mode) for name, (keys, mode) in choices.items()]
-        assert launch_local([*command, json.dumps(listed)], 2, out / "logs") == 0
+    worker = Path(__file__).parent / "traffic_worker.py"
+    listed = [(name, keys, mode) for name, (keys, mode) in choices.items()]
+    run_ranks(worker, [str(out / "found.json"), json.dumps(listed)], 2)
     found: dict[str, dict[str, int]] = json.loads((out / "found.json").read_text())
     return found
 

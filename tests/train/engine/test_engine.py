@@ -7,13 +7,11 @@ another number of ranks.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from onellm_dist.launch.local import launch_local
+from zygote import run_ranks
 
 WORKER = Path(__file__).parent / "engine_worker.py"
 ZERO3: dict[str, Any] = {
@@ -54,10 +52,7 @@ pytestmark = pytest.mark.slow
 
 def run_worker(out: Path, ranks: int, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
-    code = launch_local(
-        [sys.executable, str(WORKER), str(out), json.dumps(jobs)], ranks, out / "logs"
-    )
-    assert code == 0
+    run_ranks(WORKER, [str(out), json.dumps(jobs)], ranks)
     found: dict[str, Any] = json.loads((out / "found.json").read_text())
     return found
 

@@ -10,13 +10,11 @@ zero, are left out where the encoder trains; LLaMA and the UPM have none.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from onellm_dist.launch.local import launch_local
+from zygote import run_ranks
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "matrix_worker.py"
@@ -118,14 +116,8 @@ BF16 = [(ranks, j["name"]) for ranks, jobs in JOBS.items() for j in jobs if "bf1
 def run_jobs(out: Path, ranks: int, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     (out / str(ranks)).mkdir()
     (out / str(ranks) / "jobs.json").write_text(json.dumps(jobs))
-    command = [
-        sys.executable,
-        str(WORKER),
-        str(out / str(ranks)),
-        str(out / str(ranks) / "jobs.json"),
-        str(out / "plain.pt"),
-    ]
-    assert launch_local(command, ranks, out / str(ranks) / "logs") == 0
+    own = out / str(ranks)
+    run_ranks(WORKER, [str(own), str(own / "jobs.json"), str(out / "plain.pt")], ranks)
     found: dict[str, Any] = json.loads((out / str(ranks) / "found.json").read_text())
     return found
 

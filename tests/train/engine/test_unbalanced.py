@@ -7,13 +7,11 @@ At last samples have several media inside their texts.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from onellm_dist.launch.local import launch_local
+from zygote import run_ranks
 
 pytestmark = pytest.mark.slow
 ENGINES = ("zero2", "cpu", "zero3", "fsdp")
@@ -23,7 +21,7 @@ ENGINES = ("zero2", "cpu", "zero3", "fsdp")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("unbalanced")
     worker = Path(__file__).parent / "onellm_worker.py"
-    assert launch_local([sys.executable, str(worker), str(out), *ENGINES], 2, out / "logs") == 0
+    run_ranks(worker, [str(out), *ENGINES], 2)
     results: dict[str, Any] = json.loads((out / "found.json").read_text())
     return results
 
