@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 from survival_runs import (
     STEPS,
@@ -26,31 +29,52 @@ def two(runs: Runs) -> str:
     return "two"
 
 
-@pytest.mark.parametrize(
-    ("world_size", "engine"), [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")]
-)
+WORLDS = [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")]
+NAN, SPIKE = 5, 10
+"""Steps of the bad samples."""
+
+
+@pytest.fixture(scope="module")
+def skipping(runs: Runs, two: str) -> Callable[[int, str], str]:
+    """Name of a run with a NaN sample and then one of a steep gradient; what it printed is kept."""
+
+    @cache
+    def start(world_size: int, engine: str) -> str:
+        name = f"skipped_{world_size}_{engine}"
+        plant = {"nan": find_sample(runs, two, NAN), "steep": find_sample(runs, two, SPIKE)}
+        more = {"engine__name": "fsdp", "engine__config": ""} if engine == "fsdp" else {}
+        run = runs.start(
+            name, world_size, plant, stability__window=8, stability__threshold=12, **more
+        )
+        run.done()
+        (runs.out / name / "output.txt").write_text(run.output())
+        return name
+
+    return start
+
+
+@pytest.mark.parametrize(("world_size", "engine"), WORLDS)
 def test_a_nan_sample_is_skipped_and_named(
-    runs: Runs, two: str, world_size: int, engine: str
+    runs: Runs, two: str, skipping: Callable[[int, str], str], world_size: int, engine: str
 ) -> None:
-    bad, name = find_sample(runs, two, 5), f"nan_skipped_{world_size}_{engine}"
-    more = {"engine__name": "fsdp", "engine__config": ""} if engine == "fsdp" else {}
-    start = runs.start(name, world_size, {"nan": bad}, **more)
-    start.done()
+    bad, name = find_sample(runs, two, NAN), skipping(world_size, engine)
+    output = (runs.out / name / "output.txt").read_text()
     same_stream(runs, name, two)
-    (event,) = runs.events(name, "step_skipped")
+    (event,) = [e for e in runs.events(name, "step_skipped") if e["step"] == NAN]
     (sample,) = event["offending_samples"]
     assert (
-        event["step"] == 5
-        and sample["sample"].startswith(f"{bad}@")
+        sample["sample"].startswith(f"{bad}@")
         and sample["modality"] == "imu"
         and 0 <= sample["rank"] < world_size
     )
-    assert bad in start.output() and "imu, rank" in start.output()
+    assert bad in output and "imu, rank" in output
     lines = runs.lines(name, "metrics.jsonl")
-    assert [line["applied"] for line in lines] == [step != 5 for step in range(STEPS)]
+    assert [line["applied"] for line in lines] == [s not in (NAN, SPIKE) for s in range(STEPS)]
     if engine == "fsdp":  # the engines agree about what follows
-        other = [line["loss"] for line in runs.lines("nan_skipped_4_deepspeed", "metrics.jsonl")]
-        assert [line["loss"] for line in lines[6:]] == pytest.approx(other[6:], rel=1e-4)
+        other = runs.lines(skipping(4, "deepspeed"), "metrics.jsonl")
+        assert [line["loss"] for line in lines[NAN + 1 :]] == pytest.approx(
+            [line["loss"] for line in other[NAN + 1 :]], rel=1e-4
+        )
 
 
 @pytest.mark.parametrize(("world_size", "what"), [(1, "nan"), (1, "spike"), (4, "spike")])
@@ -87,47 +111,46 @@ def test_a_bad_sample_is_excluded_by_a_rollback(
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-def test_a_loss_spike_is_skipped_before_it_is_applied(runs: Runs, two: str) -> None:
-    bad = find_sample(runs, two, 10)
-    runs.done("spike_skipped", 1, {"spike": bad}, stability__window=8, stability__threshold=12)
-    (event,) = runs.events("spike_skipped", "step_skipped")
+def test_a_loss_spike_is_skipped_before_it_is_applied(
+    runs: Runs, two: str, skipping: Callable[[int, str], str]
+) -> None:
+    nan, bad = find_sample(runs, two, NAN), find_sample(runs, two, SPIKE)
+    plant = {"nan": nan, "spike": bad}
+    runs.done("spike_skipped", 1, plant, stability__window=8, stability__threshold=12)
+    _, event = runs.events("spike_skipped", "step_skipped")
     assert (
         event["anomaly"] == "loss_spike"
         and event["offending_samples"][0]["sample"].startswith(f"{bad}@")
         and event["offending_samples_total"] == 1
     )
-    assert [line["applied"] for line in runs.lines("spike_skipped", "metrics.jsonl")] == [
-        step != 10 for step in range(STEPS)
+    lines = runs.lines("spike_skipped", "metrics.jsonl")
+    assert [line["applied"] for line in lines] == [s not in (NAN, SPIKE) for s in range(STEPS)]
+    # A step that is skipped for its gradient leaves the same behind.
+    steep = runs.lines(skipping(1, "deepspeed"), "metrics.jsonl")
+    assert [line["loss"] for line in steep[SPIKE + 1 :]] == [
+        line["loss"] for line in lines[SPIKE + 1 :]
     ]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "engine"), [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")]
-)
+@pytest.mark.parametrize(("world_size", "engine"), WORLDS)
 def test_a_gradient_spike_is_skipped_before_it_is_applied(
-    runs: Runs, two: str, world_size: int, engine: str
+    runs: Runs, two: str, skipping: Callable[[int, str], str], world_size: int, engine: str
 ) -> None:
-    bad, name = find_sample(runs, two, 10), f"steep_skipped_{world_size}_{engine}"
-    more = {"engine__name": "fsdp", "engine__config": ""} if engine == "fsdp" else {}
-    runs.done(
-        name, world_size, {"steep": bad}, stability__window=8, stability__threshold=12, **more
-    )
+    bad, name = find_sample(runs, two, SPIKE), skipping(world_size, engine)
     same_stream(runs, name, two)
-    (event,) = runs.events(name, "step_skipped")
-    assert (event["step"], event["anomaly"]) == (10, "gradient_spike")
+    (event,) = [e for e in runs.events(name, "step_skipped") if e["step"] == SPIKE]
+    assert event["anomaly"] == "gradient_spike"
     assert any(sample["sample"].startswith(f"{bad}@") for sample in event["offending_samples"])
+    assert len(runs.events(name, "step_skipped")) == 2
     lines = runs.lines(name, "metrics.jsonl")
-    assert [line["applied"] for line in lines] == [step != 10 for step in range(STEPS)]
-    assert lines[10]["grad_norm"] > 12 * lines[9]["grad_norm"] and lines[10]["loss"] < 10, (
+    spike = lines[SPIKE]
+    assert spike["grad_norm"] > 12 * lines[SPIKE - 1]["grad_norm"] and spike["loss"] < 10, (
         "the numbers of the skipped step"
     )
-    if world_size == 1:  # as if the step had been skipped for its loss
-        other = runs.lines("spike_skipped", "metrics.jsonl")
-        assert [line["loss"] for line in lines[11:]] == [line["loss"] for line in other[11:]]
-    else:
-        alone = runs.lines("steep_skipped_1_deepspeed", "metrics.jsonl")
-        assert [line["loss"] for line in lines] == pytest.approx(
-            [line["loss"] for line in alone], rel=1e-4
+    if world_size > 1:
+        alone = runs.lines(skipping(1, "deepspeed"), "metrics.jsonl")
+        assert [line["loss"] for line in lines if line["step"] != NAN] == pytest.approx(
+            [line["loss"] for line in alone if line["step"] != NAN], rel=1e-4
         )
 
 

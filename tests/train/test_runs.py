@@ -262,7 +262,7 @@ def test_killed_runs_resume_bit_identically(runner: Runner, two: str) -> None:
     assert "rank 1 failed first (ended by SIGKILL" in output
     assert runner.exit("killed")["status"] == "failed"
 
-    code, output = runner.run("killed")
+    code, output = runner.fork("killed")
     assert code == 0, output
     assert "resumes step-" in output
     assert_same_run(runner, "killed", two)
@@ -388,7 +388,8 @@ def test_wrong_usage_is_refused_with_exit_code_two(
     runner: Runner, keys: dict[str, Any], message: str
 ) -> None:
     name = "wrong_" + next(iter(keys))
-    code, output = runner.run(name, 1, **keys)
+    start = runner.run if "train__stepz" in keys else runner.fork
+    code, output = start(name, 1, **keys)
     assert code == 2, output
     assert message in output
     assert "Traceback" not in output
