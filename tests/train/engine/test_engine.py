@@ -153,3 +153,10 @@ def test_a_checkpoint_of_two_ranks_resumes_at_other_sizes_stages_and_engines(
         assert found["steps"] == 5, name
         assert found["losses"] < 1e-5, name
         assert found["update_error"] < 1e-4, name
+
+
+def test_a_start_loads_no_compiler(tmp_path: Path) -> None:
+    """DeepSpeed's Muon would load inductor in every rank, which takes 2 s."""
+    out = tmp_path / "loaded.json"
+    run_ranks(WORKER.with_name("modules_worker.py"), [str(out)], 1)
+    assert json.loads(out.read_text()) == {"inductor": False, "muon": True, "switched off": False}

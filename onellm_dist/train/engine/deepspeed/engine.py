@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ from onellm_dist.train.engine.parameters import (
     set_learning_rates,
 )
 from onellm_dist.train.engine.settings import EngineSettings
+
+COMPILER_SWITCH = "TORCHDYNAMO_DISABLE"
+"""Where it is 1, `torch.compile` gives back what it is given (torch 2.11)."""
 
 
 class DeepSpeedEngine(Engine):
@@ -246,4 +249,23 @@ def import_deepspeed() -> Any:
     quiet = ("unknown inputs or outputs type", "untested optimizer")
     logger.addFilter(lambda record: not any(words in record.getMessage() for words in quiet))
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon without compiling it.
+
+    `deepspeed.initialize` imports it whatever the optimizer is (0.19.8:
+    `is_zero_supported_optimizer`), and its decorators load torch's inductor: 2 s of CPU in every
+    rank, for functions that nothing here calls.
+    """
+    before = os.environ.get(COMPILER_SWITCH)
+    os.environ[COMPILER_SWITCH] = "1"
+    try:
+        with suppress(ImportError):
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        del os.environ[COMPILER_SWITCH]
+        if before is not None:
+            os.environ[COMPILER_SWITCH] = before
