@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -17,10 +11,10 @@ import pytest
 import requests
 import served_model as served
 import torch
+from mock_vllm import Mock, run_mock
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model.presets import load_toy_tokenizer
-from onellm_dist.serving.answer_text import AnswerText
 from onellm_dist.serving.generate import build_prompt, encode_prompt
 from onellm_dist.serving.server.remote_llm import (
     EmbeddingsAlone,
@@ -31,89 +25,6 @@ from onellm_dist.serving.server.settings import ServerSettings
 
 KIND = {"Content-Type": "application/json"}
 FILES = served.make_files()
-
-
-class Mock:
-    """What a vLLM with `--enable-prompt-embeds` does, one request at a time.
-
-    Args:
-        llm: the LLM.
-    """
-
-    def __init__(self, llm: Any) -> None:
-        self.llm = llm
-        self.embeds: list[torch.Tensor] = []
-        self.status = 200
-        self.pause = 0.0
-        self.written = 0
-        self.change: Callable[[Iterator[Any]], Iterator[Any]] = iter
-        self._lock = threading.Lock()
-
-    def complete(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        assert asked["model"] == "llm" and asked["stream"] and "prompt" not in asked
-        data = io.BytesIO(base64.b64decode(asked["prompt_embeds"], validate=True))
-        embeds = torch.load(data, weights_only=True)
-        assert embeds.ndim == 2 and embeds.is_floating_point()
-        with self._lock, torch.no_grad():
-            self.embeds.append(embeds)
-            tokens = self.llm.generate(
-                inputs_embeds=embeds[None],
-                attention_mask=torch.ones((1, len(embeds)), dtype=torch.int64),
-                max_new_tokens=asked["max_tokens"],
-                do_sample=False,
-                eos_token_id=asked["stop_token_ids"],
-                pad_token_id=0,
-            )[0].tolist()
-        text = AnswerText(load_toy_tokenizer(), asked["stop"])
-        count = 0
-        while count < len(tokens) and not text.stopped:
-            time.sleep(self.pause)
-            yield {"choices": [{"text": text.add(tokens[count]), "finish_reason": None}]}
-            count += 1
-        yield {"choices": [{"text": text.finish(), "finish_reason": None}]}
-        stopped = text.stopped or tokens[-1] in asked["stop_token_ids"]
-        yield {"choices": [{"text": "", "finish_reason": "stop" if stopped else "length"}]}
-        yield {"choices": [], "usage": {"completion_tokens": count}}
-
-
-@contextmanager
-def run_mock(mock: Mock) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"data": [{"id": "llm"}]}).encode())
-
-        def do_POST(self) -> None:
-            assert self.path == "/v1/completions"
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(mock.status)
-            self.end_headers()
-            if mock.status != 200:
-                return
-            for event in mock.change(mock.complete(asked)):
-                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-                mock.written += 1
-            self.wfile.write(b"data: [DONE]\n\n")
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    class Quiet(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_: Any) -> None:  # a client that left
-            pass
-
-    server = Quiet(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 WHOLE = served.make_model()
@@ -139,21 +50,6 @@ def ask(address: str, media: dict[str, Any], **options: Any) -> Any:
     parts = [served.make_part(name, files) for name, files in media.items()]
     body = served.make_body("What is it?", *parts, **{"max_tokens": 12, **options})
     return requests.post(address, data=body, headers=KIND)
-
-
-def test_a_client_that_leaves_ends_its_request_there(
-    mock: Mock, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mock, "pause", 0.05)
-    metrics = address.replace("/v1/chat/completions", "/metrics")
-    body = served.make_body("What is it?", max_tokens=60, stream=True)
-    with requests.post(address, data=body, headers=KIND, stream=True) as leaving:
-        next(leaving.iter_content(10))
-        assert "onellm_running_requests 1.0" in requests.get(metrics).text
-    left = time.monotonic()
-    while "onellm_running_requests 0.0" not in requests.get(metrics).text:
-        assert time.monotonic() - left < 1
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

@@ -34,6 +34,8 @@ from onellm_dist.serving.server.metrics import ServerMetrics
 _log = get_logger(__name__)
 _MOST_LINE = 1 << 20
 """Bytes of the longest event that is read."""
+_CONNECT_SECONDS = 10.0
+"""Longest wait for a connection to the other server: nothing can end it sooner."""
 _REASONS = ("stop", "length")
 """How a whole answer ends; anything else (vLLM's `abort`) is a part of one."""
 
@@ -81,7 +83,7 @@ class RemoteAddress:
             UsageError: the server cannot be reached, or does not have the LLM.
         """
         try:
-            with closing(self.connect(10.0)) as connection:
+            with closing(self.connect(_CONNECT_SECONDS)) as connection:
                 connection.request("GET", self.get_path("models"), headers=self.headers)
                 response = connection.getresponse()
                 content = json.loads(response.read(_MOST_LINE))
@@ -248,9 +250,9 @@ class RemoteEngine:
             RequestError: it is refused there.
         """
         seconds = max(job.deadline - time.monotonic(), 0.1)
-        with closing(self._address.connect(seconds)) as connection:
-            connection.connect()
-            job.on_cancel(lambda: _end(connection))
+        with closing(self._address.connect(min(seconds, _CONNECT_SECONDS))) as connection:
+            reading = _connect(connection, seconds)
+            job.on_cancel(lambda: _end(reading))
             path = self._address.get_path("completions")
             connection.request("POST", path, body, self._address.headers)
             response = connection.getresponse()
@@ -287,10 +289,27 @@ class StrippedText:
         return shown
 
 
-def _end(connection: http.client.HTTPConnection) -> None:
-    """Wake a thread that reads from a connection: its client has left."""
-    if connection.sock is not None:
-        try:
-            connection.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return
+def _connect(connection: http.client.HTTPConnection, seconds: float) -> socket.socket:
+    """Connect, and let each later wait take so many seconds; returns the socket.
+
+    Raises:
+        OSError: there is no connection.
+    """
+    try:
+        connection.connect()
+    except TimeoutError:  # the request is not late, the server is away
+        raise ConnectionError("no connection in time") from None
+    connection.sock.settimeout(seconds)
+    return connection.sock
+
+
+def _end(reading: socket.socket) -> None:
+    """Wake a thread that reads from a connection: its client has left.
+
+    The connection itself does not know its socket any more where the other server closes it behind
+    the answer (HTTP/1.0, `Connection: close`).
+    """
+    try:
+        reading.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return

@@ -1,0 +1,113 @@
+"""Clients that leave, and servers of the LLM that do not answer: no place is kept by either."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from itertools import islice
+from typing import Any
+
+import pytest
+import requests
+import served_model as served
+from mock_vllm import Mock, run_mock
+
+from onellm_dist.serving.server import remote_llm
+from onellm_dist.serving.server.remote_llm import EmbeddingsAlone, RemoteAddress
+
+KIND = {"Content-Type": "application/json"}
+RUNNING = "onellm_running_requests"
+WHOLE = served.make_model()
+
+
+def read_running(address: str) -> float:
+    text = requests.get(f"{address}/metrics").text
+    return float(next(line for line in text.splitlines() if line.startswith(RUNNING)).split()[-1])
+
+
+def wait_for(address: str, running: int, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while (found := read_running(address)) != running:
+        assert time.monotonic() < end, f"{found} requests run"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def mock() -> Mock:
+    return Mock(WHOLE.llm)
+
+
+@contextmanager
+def serve(url: str, **settings: Any) -> Iterator[str]:
+    model = served.make_model()
+    model.llm = EmbeddingsAlone(model.llm)
+    with served.serve(model, llm_url=url, max_new_tokens=60, **settings) as address:
+        yield address
+
+
+@pytest.mark.parametrize("protocol", ["HTTP/1.0", "HTTP/1.1"])
+@pytest.mark.parametrize("whole_events", [0, 3])
+def test_the_place_of_a_client_that_left_is_free_within_a_second(
+    mock: Mock, monkeypatch: pytest.MonkeyPatch, protocol: str, whole_events: int
+) -> None:
+    """The other server says nothing more, as one that is busy with others."""
+    released = threading.Event()
+
+    def stall(events: Iterator[Any]) -> Iterator[Any]:
+        yield from islice(events, whole_events)
+        released.wait(30)
+
+    monkeypatch.setattr(mock, "change", stall)
+    with run_mock(mock, protocol) as url, serve(url, batch=1) as address:
+        try:
+            for stream in (True, False):
+                body = served.make_body("What is it?", max_tokens=60, stream=stream)
+                host, port = address.removeprefix("http://").split(":")
+                head = (
+                    f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+                    f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                )
+                begun = mock.written
+                with socket.create_connection((host, int(port))) as leaving:
+                    leaving.sendall(head.encode() + body)
+                    wait_for(address, 1, 20)
+                    while mock.written < begun + whole_events:
+                        time.sleep(0.01)
+                wait_for(address, 0, 1)
+            monkeypatch.setattr(mock, "change", iter)
+            body = served.make_body("What is it?", max_tokens=4)
+            answer = requests.post(f"{address}/v1/chat/completions", data=body, headers=KIND)
+            assert answer.status_code == 200  # by the one place there is
+        finally:
+            released.set()
+
+
+def test_a_server_that_takes_no_connections_is_given_up(
+    mock: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_llm, "_CONNECT_SECONDS", 0.3)
+    # A backlog that is full: the kernel answers no more handshakes.
+    full, *held = (socket.socket() for _ in range(5))
+    full.bind(("127.0.0.1", 0))
+    full.listen(0)
+    for each in held:
+        each.setblocking(False)
+        each.connect_ex(full.getsockname())
+
+    def connect(_: RemoteAddress, seconds: float) -> HTTPConnection:
+        return HTTPConnection(*full.getsockname(), timeout=seconds)
+
+    with run_mock(mock) as url, serve(url) as address:
+        monkeypatch.setattr(RemoteAddress, "connect", connect)
+        body = served.make_body("What is it?", max_tokens=4)
+        began = time.monotonic()
+        answer = requests.post(f"{address}/v1/chat/completions", data=body, headers=KIND)
+        took = time.monotonic() - began
+    for each in (full, *held):
+        each.close()
+    assert answer.status_code == 502 and "no whole answer" in answer.json()["error"]["message"]
+    assert took < 10
