@@ -54,7 +54,7 @@ class ChatService:
         media: decodes media.
         queue: where requests wait for the engine.
         gate: lets requests read their media.
-        fetchers: threads that fetch media.
+        resolvers: threads that find the hosts of media.
         settings: the server's.
     """
 
@@ -63,7 +63,7 @@ class ChatService:
     media: MediaReader
     queue: JobQueue
     gate: PreparationGate
-    fetchers: ThreadPoolExecutor
+    resolvers: ThreadPoolExecutor
     settings: ServerSettings
 
     async def prepare(self, body: bytes) -> RunningChat:
@@ -134,19 +134,15 @@ class ChatService:
     async def _read_media(self, media: list[HeldMedium]) -> list[list[Medium]]:
         """The spans of each medium."""
         budget = FetchBudget(self.settings.request_mb << 20)
-        try:
-            given = self._share_spans([await self._read_item(medium, budget) for medium in media])
-        finally:
-            budget.close()
-        hashes = await asyncio.to_thread(lambda: [hash_files(files) for files in given])
+        given = self._share_spans([await self._read_item(medium, budget) for medium in media])
+        digests = await asyncio.to_thread(lambda: [hash_files(files) for files in given])
+        spans = await self.media.read(given, digests)
         return [
             [
                 Medium(files.modality, value, f"{digest} {number}")
                 for number, value in enumerate(values)
             ]
-            for files, digest, values in zip(
-                given, hashes, await self.media.read(given), strict=True
-            )
+            for files, digest, values in zip(given, digests, spans, strict=True)
         ]
 
     def _read(
@@ -207,11 +203,7 @@ class ChatService:
     async def _read_item(self, medium: HeldMedium, budget: FetchBudget) -> GivenFiles:
         modality, item = medium
         if isinstance(item, str):
-            # In threads of their own: a slow host keeps no other request from being read.
-            loop = asyncio.get_running_loop()
-            item = await loop.run_in_executor(
-                self.fetchers, fetch, item, self.settings.url_hosts, budget
-            )
+            item = await fetch(item, self.settings.url_hosts, budget, self.resolvers)
         try:
             return to_files(modality, item)
         except TypeError as error:

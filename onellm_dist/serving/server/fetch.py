@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
+import asyncio
+import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import Executor
 from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
 
 from onellm_dist.serving.server.errors import RequestError
 
 SECONDS = 20.0
-"""Longest wait for a host, and for all files of a request."""
-_CHUNK = 1 << 16
+"""Longest time for all files of a request: finding hosts, connecting, headers and content."""
 
 
 class FetchBudget:
@@ -22,14 +24,17 @@ class FetchBudget:
 
     Args:
         most: bytes.
-        seconds: time.
     """
 
-    def __init__(self, most: int, seconds: float | None = None) -> None:
+    def __init__(self, most: int) -> None:
         self._most = most
         self._left = most
-        self._end = time.monotonic() + (SECONDS if seconds is None else seconds)
-        self._closed = False
+        self._end = time.monotonic() + SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """Time that is left."""
+        return max(0.0, self._end - time.monotonic())
 
     def spend(self, size: int) -> None:
         """Count bytes that came.
@@ -39,26 +44,49 @@ class FetchBudget:
 
         Raises:
             RequestError: they are more than the request may fetch.
-            TimeoutError: its time is over, or nobody waits for the request.
         """
         self._left -= size
         if self._left < 0:
             raise RequestError(
                 f"the fetched files of the request are larger than {self._most >> 20} MiB together"
             )
-        if self._closed or time.monotonic() > self._end:
-            raise TimeoutError
-
-    def close(self) -> None:
-        """Stop what is still being fetched (from any thread)."""
-        self._closed = True
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect could lead to a host that is not trusted."""
+class _Resolver(AbstractResolver):
+    """Finds the addresses of hosts in threads of its own.
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
+    A name server that is slow to answer holds up fetching alone, not the threads in which requests
+    are read.
+
+    Args:
+        threads: where names are looked up.
+    """
+
+    def __init__(self, threads: Executor) -> None:
+        self._threads = threads
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        loop = asyncio.get_running_loop()
+        kind = socket.SOCK_STREAM
+        found = await loop.run_in_executor(
+            self._threads, socket.getaddrinfo, host, port, family, kind
+        )
+        return [
+            ResolveResult(
+                hostname=host,
+                host=str(address[0]),
+                port=port,
+                family=each,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for each, _, protocol, _, address in found
+        ]
+
+    async def close(self) -> None:
+        return
 
 
 def check_url(url: str, hosts: Sequence[str]) -> None:
@@ -71,6 +99,12 @@ def check_url(url: str, hosts: Sequence[str]) -> None:
     Raises:
         RequestError: it may not be fetched.
     """
+    _parse_url(url, hosts)
+
+
+def _parse_url(url: str, hosts: Sequence[str]) -> URL:
+    """The address that may be opened, made of the parts that were checked."""
+    url = url.strip()
     try:
         parts = urlsplit(url)
         usual = {"http": 80, "https": 443}.get(parts.scheme)
@@ -85,39 +119,55 @@ def check_url(url: str, hosts: Sequence[str]) -> None:
             "(data:TYPE;base64,DATA)",
             code="url_not_allowed",
         )
+    if not all("!" <= character <= "~" for character in url):
+        raise RequestError("a URL of the request has characters that must be percent-encoded")
+    # As it is written: signed URLs do not survive another encoding.
+    return URL.build(
+        scheme=parts.scheme,
+        authority=f"[{name}]:{port}" if ":" in name else f"{name}:{port}",
+        path=parts.path or "/",
+        query_string=parts.query,
+        encoded=True,
+    )
 
 
-def fetch(url: str, hosts: Sequence[str], budget: FetchBudget) -> bytes:
+async def fetch(url: str, hosts: Sequence[str], budget: FetchBudget, threads: Executor) -> bytes:
     """Fetch a file from a trusted host.
+
+    Nothing waits for a host beyond the budget's time, be it for its address, a header or the next
+    byte: the connection is closed then, and as soon as the caller is cancelled.
 
     Args:
         url: its URL.
         hosts: as of `check_url`.
         budget: what it and the other files of the request may take.
+        threads: where the names of hosts are looked up.
 
     Raises:
         RequestError: it may not be fetched, cannot be, or is too large.
     """
-    check_url(url, hosts)
-    # No proxies and no other protocols: what is opened is what was checked.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        _NoRedirects(),
-    ):
-        opener.add_handler(handler)
-    data = bytearray()
+    address = _parse_url(url, hosts)
     try:
-        budget.spend(0)
-        with opener.open(url, timeout=SECONDS) as response:
-            while chunk := response.read1(_CHUNK):
-                budget.spend(len(chunk))
-                data += chunk
-    except urllib.error.HTTPError as error:
-        raise RequestError(f"a file of the request cannot be fetched: HTTP {error.code}") from None
-    except (OSError, ValueError, http.client.HTTPException):
+        return await asyncio.wait_for(_read(address, budget, threads), budget.seconds)
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
         raise RequestError("a file of the request cannot be fetched") from None
+
+
+async def _read(address: URL, budget: FetchBudget, threads: Executor) -> bytes:
+    data = bytearray()
+    # No proxies, no redirects and nothing unpacked: what is read is what was checked and counted.
+    async with (
+        aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(resolver=_Resolver(threads), use_dns_cache=False),
+            auto_decompress=False,
+            headers={"Accept-Encoding": "identity"},
+            timeout=aiohttp.ClientTimeout(),
+        ) as session,
+        session.get(address, allow_redirects=False) as response,
+    ):
+        if not 200 <= response.status < 300:
+            raise RequestError(f"a file of the request cannot be fetched: HTTP {response.status}")
+        async for chunk in response.content.iter_any():
+            budget.spend(len(chunk))
+            data += chunk
     return bytes(data)

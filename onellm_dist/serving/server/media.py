@@ -52,11 +52,14 @@ class MediaReader:
         for future in [self._pool.submit(_prepare) for _ in range(self._workers)]:
             future.result()
 
-    async def read(self, media: Sequence[GivenFiles]) -> list[torch.Tensor]:
+    async def read(
+        self, media: Sequence[GivenFiles], digests: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
         """Decode the media of a request; those of the last requests are kept.
 
         Args:
             media: their files.
+            digests: `hash_files` of each; default: they are computed.
 
         Returns:
             [spans, *value_shape] of each.
@@ -65,7 +68,9 @@ class MediaReader:
             SampleError: one of them cannot be decoded within its limits.
             MachineError: the processes end without a word.
         """
-        keys = await asyncio.to_thread(_make_keys, media)
+        if digests is None:
+            digests = await asyncio.to_thread(lambda: [hash_files(one) for one in media])
+        keys = [f"{one.modality} {digest}" for one, digest in zip(media, digests, strict=True)]
         values = {key: value for key in keys if (value := self._kept.get(key)) is not None}
         numbered: dict[str, tuple[int, GivenFiles]] = {}
         for number, (key, one) in enumerate(zip(keys, media, strict=True), start=1):
@@ -163,12 +168,8 @@ def to_files(modality: str, item: Any) -> GivenFiles:
     raise TypeError(f"a medium of {modality} is a {type(item).__name__}")
 
 
-def _make_keys(media: Sequence[GivenFiles]) -> list[str]:
-    return [f"{given.modality} {given.most} {hash_files(given)}" for given in media]
-
-
 def hash_files(given: GivenFiles) -> str:
-    """SHA-256 of the files of a medium: what its encoded tokens are kept by."""
+    """SHA-256 of the files of a medium and its spans: what is made of it is kept by this."""
     digest = hashlib.sha256(f"{given.most} ".encode())
     for role, data in sorted(given.files.items()):
         digest.update(f"{role} {len(data)} ".encode())

@@ -155,8 +155,8 @@ def build_service(
         engine = AnswerEngine(
             model, tokenizer, text.end_ids, queue, metrics, settings.batch, adapters
         )
-    fetchers = ThreadPoolExecutor(settings.preparing, thread_name_prefix="fetch")
-    return ChatService(model, text, reader, queue, gate, fetchers, settings), engine, metrics
+    resolvers = ThreadPoolExecutor(settings.preparing, thread_name_prefix="resolve")
+    return ChatService(model, text, reader, queue, gate, resolvers, settings), engine, metrics
 
 
 def listen(host: str, port: int) -> socket.socket:
