@@ -46,6 +46,8 @@ class GivenFiles(NamedTuple):
     """The modality's part -> the bytes of its file."""
     most: int = 1
     """The most spans it may take."""
+    names: Mapping[str, str] | None = None
+    """The modality's part -> what its sender calls the file."""
 
 
 def read_files(
@@ -128,8 +130,8 @@ def read_given_files(
         [spans, *value_shape] fp32 of each.
 
     Raises:
-        SampleError: a medium cannot be decoded within its limits; the message begins with its place
-            and modality.
+        SampleError: a medium cannot be decoded within its limits; the message begins with its
+            modality and the names of its files, or its place.
     """
     numbered = list(enumerate(media, start=first))
     function = SampleFunction[tuple[int, GivenFiles], "torch.Tensor"](
@@ -165,11 +167,17 @@ def _read_given(medium: tuple[int, GivenFiles]) -> torch.Tensor:
             rng = np.random.default_rng(0)
             return torch.stack(modality.read_spans(parts, {}, spans=spans, train=False, rng=rng))
     except SampleError as error:
-        name = _name_given(number, given)
-        raise SampleError(f"{name}: {error.what}", error.why, error.do) from error
+        # Files are read under names that were made up here.
+        made_up = {f".{part.extension}": role for role, part in parts.items()}
+        what = error.what
+        for name, role in sorted(made_up.items(), key=lambda pair: -len(pair[0])):
+            what = what.replace(name, (given.names or {}).get(role, f"its {role} file"))
+        raise SampleError(f"{_name_given(number, given)}: {what}", error.why, error.do) from error
 
 
 def _name_given(number: int, given: GivenFiles) -> str:
+    if given.names:
+        return f"{given.modality} {', '.join(given.names.values())}"
     return f"medium {number} ({given.modality})"
 
 

@@ -176,13 +176,13 @@ class BrowserChecks:
             user.question.fill("What is it?")
             user.put_files([bad])
             user.page.locator("#attach").click()
-            expect(user.page.get_by_role("alert")).to_contain_text("image", timeout=SECONDS)
+            expect(user.page.get_by_role("alert")).to_contain_text("broken.png", timeout=SECONDS)
             user.show("bad-file")
             user.page.locator("#detach").click()
             expect(user.status).to_contain_text("Nothing is attached", timeout=SECONDS)
             user.put_files([bad])
             user.question.press("Enter")  # it is refused again, and nothing is lost
-            expect(user.page.get_by_role("alert")).to_contain_text("image", timeout=SECONDS)
+            expect(user.page.get_by_role("alert")).to_contain_text("broken.png", timeout=SECONDS)
             assert user.question.input_value() == "What is it?"
             assert user.answers() == []
 

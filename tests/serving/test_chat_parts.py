@@ -187,8 +187,8 @@ def test_bad_files_are_refused_in_words_and_nothing_is_lost(desk: ChatDesk, tmp_
     large.write_bytes(b"x" * (1 << 20) + b"x")
     good = write_files(tmp_path, "depth")
     cases: list[tuple[str, dict[str, Path], str]] = [
-        ("image", {"image": broken}, "image"),
-        ("audio", {"audio": broken}, "audio"),
+        ("image", {"image": broken}, r"^image broken\.png: broken\.png \(10 bytes\) is not"),
+        ("audio", {"audio": broken}, r"^audio broken\.png: broken\.png "),
         ("image", {"image": large}, "1 MiB are read at most"),
         ("image", {"image": tmp_path / "gone.png"}, "gone.png cannot be read"),
         ("depth", {"depth": good["depth"]}, "choose a file for image"),

@@ -98,7 +98,8 @@ class ChatDesk:
             medium = ChatMedium(modality, dict(files), self._folder)
             content = await asyncio.to_thread(read_medium, medium)
             self._check_size(content)
-            given = GivenFiles(modality, content, self._spans.get(modality, 1))
+            names = {part: path.name for part, path in files.items()}
+            given = GivenFiles(modality, content, self._spans.get(modality, 1), names)
             (value,) = await self._service.gate.run(self._service.media.read([given]))
             picture = await asyncio.to_thread(self._draw, modality, list(value))
         session.attached.append(dataclasses.replace(medium, picture=picture))

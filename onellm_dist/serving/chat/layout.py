@@ -16,7 +16,7 @@ CSS = """
 #conversation { height: 60vh; min-height: 320px }
 #status { min-height: 1.5em }
 #seen img { image-rendering: auto; object-fit: contain }
-#seen .grid-wrap { padding-top: 32px }
+#seen .grid-wrap { padding-top: 32px; min-height: 0 }
 #seen .thumbnail-item { aspect-ratio: auto; height: auto }
 .chosen .icon-wrap, #conversation button[aria-label="Share"] { display: none }
 footer { display: none !important }

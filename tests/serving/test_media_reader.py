@@ -1,0 +1,84 @@
+"""Media of requests: hashed once, and called by the names that their senders gave them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+import served_model as served
+import torch
+
+from onellm_dist.common.errors import SampleError
+from onellm_dist.common.workers.samples import SampleLimits
+from onellm_dist.serving.media import GivenFiles, read_given_files
+from onellm_dist.serving.server import media as server_media
+from onellm_dist.serving.server.media import MediaReader, hash_files
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[MediaReader]:
+    reader = MediaReader(1, SampleLimits(30, 1500))
+    yield reader
+    reader.close()
+
+
+def test_media_are_known_by_the_digests_that_they_were_given(reader: MediaReader) -> None:
+    one, other = (GivenFiles("image", {"image": served.make_picture(seed)}) for seed in (0, 1))
+    first = asyncio.run(reader.read([one, other], ["a", "b"]))
+    again = asyncio.run(reader.read([other, one], ["a", "b"]))  # not hashed again
+    assert all(torch.equal(value, kept) for value, kept in zip(first, again, strict=True))
+    plain = asyncio.run(reader.read([other]))
+    assert torch.equal(plain[0], first[1]) and reader.decoded == 3
+    assert hash_files(one) == hash_files(one._replace(names={"image": "cat.png"}))
+    assert len({hash_files(each) for each in (one, other, one._replace(most=2))}) == 3
+
+
+def test_a_medium_of_a_request_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+
+    def sha256(data: bytes = b"") -> Any:
+        digest = hashlib.sha256(data)
+
+        class Counting:
+            hexdigest = staticmethod(digest.hexdigest)
+
+            def update(self, more: bytes) -> None:
+                hashed.append(len(more))
+                digest.update(more)
+
+        return Counting()
+
+    monkeypatch.setattr(server_media.hashlib, "sha256", sha256)
+    picture = served.make_picture(0)
+    with served.serve(served.make_model(), max_new_tokens=2) as address:
+        body = served.make_body("What?", served.make_part("image", picture))
+        headers = {"Content-Type": "application/json"}
+        answer = requests.post(f"{address}/v1/chat/completions", data=body, headers=headers)
+    assert answer.status_code == 200
+    assert hashed.count(len(picture)) == 1
+
+
+@pytest.mark.parametrize(
+    ("modality", "parts"),
+    [
+        *((name, (name,)) for name in ("image", "video", "audio", "point", "imu", "fmri")),
+        ("depth", ("depth", "image")),
+        ("normal", ("normal", "image")),
+    ],
+)
+def test_a_bad_file_is_called_by_its_own_name(modality: str, parts: tuple[str, ...]) -> None:
+    """Never by a name that was made up for it."""
+    files = dict.fromkeys(parts, b"no medium at all")
+    named = GivenFiles(modality, files, names={part: f"my {part}.bin" for part in parts})
+    with pytest.raises(SampleError) as error:
+        read_given_files([named])
+    assert error.value.what.startswith(f"{modality} my {parts[0]}.bin")
+    assert "my " in error.value.what.split(": ", 1)[1]
+    with pytest.raises(SampleError) as error:
+        read_given_files([named._replace(names=None)], first=3)
+    assert error.value.what.startswith(f"medium 3 ({modality}): its ")
+    assert not any(f".{name}" in error.value.what for name in ("jpg", "png", "npy", "wav", "mp4"))
