@@ -333,19 +333,17 @@ def test_a_full_queue_and_late_answers() -> None:
         assert "took longer" in streamed.text and streamed.text.endswith("data: [DONE]\n\n")
 
 
-def run_clients(address: str, clients: int, seconds: float, rounds: int) -> int:
+def run_clients(address: str, clients: int, rounds: int) -> int:
     """Ask from many connections at once; returns the number of answers, each of which was right."""
     parts = {
         seed: served.make_part("imu", served.make_array((6, 400), seed=seed)) for seed in range(4)
     }
     wanted: dict[int, str] = {}
     lock = threading.Lock()
-    end = time.monotonic() + seconds
 
     def work(number: int) -> int:
-        asked = 0
         with requests.Session() as session:
-            while asked < rounds or time.monotonic() < end:
+            for asked in range(rounds):
                 seed = (number + asked) % len(parts)
                 body = served.make_body("What?", parts[seed], max_tokens=8 + 4 * seed)
                 answer = session.post(
@@ -357,8 +355,7 @@ def run_clients(address: str, clients: int, seconds: float, rounds: int) -> int:
                 text = answer.json()["choices"][0]["message"]["content"]
                 with lock:
                     assert wanted.setdefault(seed, text) == text
-                asked += 1
-        return asked
+        return rounds
 
     with ThreadPoolExecutor(clients) as pool:
         total = sum(pool.map(work, range(clients)))
@@ -368,15 +365,4 @@ def run_clients(address: str, clients: int, seconds: float, rounds: int) -> int:
 
 @pytest.mark.slow
 def test_clients_at_once_get_their_own_answers(address: str) -> None:
-    assert run_clients(address, 16, 0, 2) == 32
-
-
-@pytest.mark.soak
-def test_64_clients_for_a_minute(address: str) -> None:
-    import psutil
-
-    one = run_clients(address, 1, 10, 4) / 10
-    memory = psutil.Process().memory_info().rss
-    many = run_clients(address, 64, 60, 1) / 60
-    assert psutil.Process().memory_info().rss - memory < 300 << 20
-    assert many >= 3 * one, (many, one)
+    assert run_clients(address, 16, 2) == 32

@@ -13,7 +13,7 @@ import torch
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.model.adapter_set import AdapterSet
-from onellm_dist.model.batched_generation import generate_batch
+from onellm_dist.model.batched_generation import BatchStatistics, generate_batch
 from onellm_dist.model.media_cache import MediaCache
 from onellm_dist.serving.answer_text import AnswerText
 from onellm_dist.serving.server.errors import RequestError, make_internal_error, make_late_error
@@ -118,16 +118,21 @@ class AnswerEngine:
         adapter = jobs[0].adapter  # of all: the queue does not mix them
         self._adapters.select(adapter)
         wants_logits = any(job.top_logprobs is not None for job in jobs)
-        generate_batch(
-            self._model,
-            [job.prompt for job in jobs],
-            end_ids=self._end_ids,
-            on_token=lambda place, token: rows[place].add(token),
-            on_logits=(lambda place, logits: rows[place].see(logits)) if wants_logits else None,
-            stop=lambda place, _: rows[place].has_ended,
-            batch=self._batch,
-            media_cache=self._media[adapter],
-        )
+        statistics = BatchStatistics()
+        try:
+            generate_batch(
+                self._model,
+                [job.prompt for job in jobs],
+                end_ids=self._end_ids,
+                on_token=lambda place, token: rows[place].add(token),
+                on_logits=(lambda place, logits: rows[place].see(logits)) if wants_logits else None,
+                stop=lambda place, _: rows[place].has_ended,
+                batch=self._batch,
+                media_cache=self._media[adapter],
+                statistics=statistics,
+            )
+        finally:
+            self._metrics.count_positions(statistics.positions, statistics.padding)
 
 
 class _RunningAnswer:

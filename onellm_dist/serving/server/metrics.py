@@ -48,6 +48,16 @@ class ServerMetrics:
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=self._registry,
         )
+        self._continued = Counter(
+            "onellm_continued_positions",
+            "Positions of the answers under way, summed over all steps.",
+            registry=self._registry,
+        )
+        self._padding = Counter(
+            "onellm_padding_positions",
+            "Padding between them, which the steps attend to in vain.",
+            registry=self._registry,
+        )
         self.first_token = Histogram(
             "onellm_first_token_seconds",
             "From a request to the first text of its answer.",
@@ -89,6 +99,16 @@ class ServerMetrics:
         """
         self._prompts.inc(positions)
         self._answers.inc(tokens)
+
+    def count_positions(self, positions: int, padding: int) -> None:
+        """Count what the steps of a batch attended to.
+
+        Args:
+            positions: real ones of its rows.
+            padding: the others.
+        """
+        self._continued.inc(positions)
+        self._padding.inc(padding)
 
     def write(self) -> bytes:
         """All of it in Prometheus' text format."""
