@@ -13,6 +13,7 @@ from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.model.layout import PackedLayout
 from onellm_dist.model.llm_per_layer import get_token_ids
 from onellm_dist.model.media_cache import MediaCache, Medium, encode_media
+from onellm_dist.model.placement import get_device
 from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.model.token_ids import check_tokens, count_embeddings
 
@@ -152,11 +153,11 @@ def pack_prompts(
         known,
         [p.places or (1,) * len(p.media) for p in prompts],
     )
-    device, embedding = model.llm.device, model.llm.get_input_embeddings()
+    device, embedding = get_device(model.llm), model.llm.get_input_embeddings()
     host = torch.from_numpy(np.concatenate([np.asarray(p.ids, np.int64) for p in prompts]))
     check_tokens(host, count_embeddings(embedding))
     ids = to_device_tensor(host, device)
     text = embedding(ids)
-    table = torch.cat([text, *(t.to(text.dtype) for t in tokens), model.get_tags().to(text.dtype)])
+    table = torch.cat([text, *(t.to(text) for t in tokens), model.get_tags().to(text)])
     gather = to_device_tensor(layout.gather, device)
     return PackedPrompts(table.index_select(0, gather), get_token_ids(ids, gather), layout)

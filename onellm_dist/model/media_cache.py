@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from onellm_dist.model.placement import get_device
+
 CACHE_BYTES = 256 * 1024**2
 """Memory of a MediaCache: some 1000 media of a 7B model in bf16."""
 
@@ -92,7 +94,8 @@ def encode_media(
         value = medium.value if isinstance(medium.value, torch.Tensor) else medium.value()
         values.setdefault(medium.modality, []).append(value)
     own.encoded += len(wanted)
-    stacked = {name: torch.stack(rows).to(model.llm.device) for name, rows in values.items()}
+    device = get_device(model.llm)
+    stacked = {name: torch.stack(rows).to(device) for name, rows in values.items()}
     # Runs without media too: every rank of a sharded model must run every module.
     tokens_by_modality, _ = model.encode(stacked)
     rows = {name: iter(tokens) for name, tokens in tokens_by_modality.items()}

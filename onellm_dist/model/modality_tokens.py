@@ -14,6 +14,7 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import QUERY_TOKENS, get_modality
+from onellm_dist.model.placement import get_device
 from onellm_dist.model.sequence_lengths import SequenceLengths
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _make_no_features(model: OneLLMForConditionalGeneration, name: str) -> torch
     vision, weight = model.config.vision, model.encoder.patches.weight
     sized = get_modality(name).with_encoder(patches=vision.patches, prefix_tokens=vision.prefix)
     shape = (0, vision.prefix + sized.tokens, vision.width)
-    return torch.zeros(shape, dtype=weight.dtype, device=model.llm.device)
+    return torch.zeros(shape, dtype=weight.dtype, device=get_device(model.llm))
 
 
 def _check_value(
@@ -118,7 +119,7 @@ def _check_value(
 ) -> torch.Tensor:
     """[n, *value_shape] on the model's device; n = 0 for None."""
     shape = get_modality(name).value_shape
-    device: torch.device = model.llm.device
+    device = get_device(model.llm)
     if value is None:
         return torch.zeros((0, *shape), dtype=torch.float32, device=device)
     if tuple(value.shape[1:]) != tuple(shape):
@@ -172,7 +173,8 @@ def _encode_tokenized(
         model.tokenizers[name](values[name], model.encoder.prepend_prefix) for name in names
     ]
     lengths = [t.shape[1] for t in tokens for _ in range(len(t))]
-    flat = torch.cat([t.reshape(t.shape[0] * t.shape[1], t.shape[2]) for t in tokens])
+    device = tokens[0].device  # tokenizers may be on several (`device_map`)
+    flat = torch.cat([t.reshape(t.shape[0] * t.shape[1], t.shape[2]).to(device) for t in tokens])
     x = model.encoder(flat, SequenceLengths.from_lengths(lengths, device=flat.device))
     parts = x.split([t.shape[0] * t.shape[1] for t in tokens])
     return {name: part.reshape(t.shape) for name, part, t in zip(names, parts, tokens, strict=True)}
@@ -185,9 +187,9 @@ def _run_upm(
 ) -> torch.Tensor:
     """[n_m, Q + L_m, D] of every modality -> [sum of n_m * Q, D]."""
     lengths = tuple(x.shape[1] for x in inputs for _ in range(len(x)))
-    flat = torch.cat([x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in inputs])
-    rows = torch.cat(
-        [w.repeat(len(x), 1) for x, w in zip(inputs, router_weights.values(), strict=True)]
-    )
+    device = inputs[0].device  # projectors may be on several (`device_map`)
+    flat = torch.cat([x.reshape(x.shape[0] * x.shape[1], x.shape[2]).to(device) for x in inputs])
+    weights = zip(inputs, router_weights.values(), strict=True)
+    rows = torch.cat([w.repeat(len(x), 1).to(device) for x, w in weights])
     mixed: torch.Tensor = model.upm(flat, rows, lengths, QUERY_TOKENS)
     return mixed

@@ -32,8 +32,9 @@ from onellm_dist.model.padded import (
 )
 from onellm_dist.model.padded_inputs import build_padded_inputs
 from onellm_dist.model.placed_spans import PlacedSpan
+from onellm_dist.model.placement import get_device, list_layer_classes
 from onellm_dist.model.projector import ModalityTokenizer, Projector
-from onellm_dist.model.refused_changes import refuse_attention, refuse_disk, refuse_resize
+from onellm_dist.model.refused_changes import refuse_attention, refuse_resize
 from onellm_dist.model.saving import KeepsSums, check_source
 from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.model.token_ids import check_tokens, count_embeddings
@@ -58,8 +59,8 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    # transformers declares a plain list, not a ClassVar.
-    _no_split_modules = ["EncoderBlock", "UPMBlock", "LlamaDecoderLayer"]  # noqa: RUF012
+    # transformers declares a plain list, not a ClassVar; it adds the LLM's own.
+    _no_split_modules = ["EncoderBlock", "UPMBlock"]  # noqa: RUF012
 
     config: OneLLMConfig
     llm: Any
@@ -92,6 +93,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         self.generation_settings: Mapping[str, Any] | None = None
         """As in the `generation_config.json` of the model's folder (`open_model`)."""
         self.post_init()  # type: ignore[no-untyped-call]  # transformers has no annotation
+        self._no_split_modules = {*self._no_split_modules, *list_layer_classes(self.llm)}
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: `initialisation.initialise` fills the parts that are not pretrained.
@@ -114,10 +116,8 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         wants_info = kwargs.pop("output_loading_info", False)
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         check_source(source, kwargs.get("subfolder"))
-        refuse_disk(kwargs.get("device_map"))
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        refuse_disk(getattr(model, "hf_device_map", None))
         problems = [
             f"{kind}: {', '.join(map(str, sorted(info[kind])))}"
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -147,6 +147,11 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             if converted.dtype != buffer.dtype and not buffer.is_meta:
                 setattr(self.get_submodule(owner), leaf, buffer.to(converted.device))
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model expects its inputs."""
+        return get_device(self.llm)
 
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embedding."""
@@ -204,7 +209,8 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
 
     def get_tags(self) -> torch.Tensor:
         """[2 * modalities, d]: start and end tag of every modality."""
-        return torch.cat([self.get_projector(name).get_tags() for name in self.config.modalities])
+        tags = [self.get_projector(name).get_tags() for name in self.config.modalities]
+        return torch.cat([each.to(tags[0].device) for each in tags])
 
     @name_values
     def forward(
@@ -311,8 +317,8 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         if device.type == "cpu":  # elsewhere, looking at the ids would wait for the device
             check_tokens(batch.input_ids, count_embeddings(embedding))
         text = embedding(batch.input_ids)
-        media = [t.flatten(0, 1).to(text.dtype) for t in tokens.values()]
-        table = torch.cat([text, *media, self.get_tags().to(text.dtype)])
+        media = [t.flatten(0, 1).to(text) for t in tokens.values()]
+        table = torch.cat([text, *media, self.get_tags().to(text)])
         gather = to_device_tensor(layout.gather, device)
         sequence = table.index_select(0, gather)
         supervised = (
@@ -376,7 +382,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         """
         values = {key: kwargs.pop(key) for key in list(kwargs) if key.endswith(VALUES_SUFFIX)}
         own, llms, text = self.generation_config, self.llm.generation_config, input_ids.shape[1]
-        config, options = choose_settings(own, llms, kwargs, text, self.llm.device)
+        config, options = choose_settings(own, llms, kwargs, text, self.device)
         update_dropout(self.llm)
         inputs = self.build_inputs(input_ids, attention_mask, values, modality_order, media_spans)
         return generate_text(

@@ -52,7 +52,7 @@ def build_padded_inputs(
     tokens, _ = model.encode(by_name)
     embedding = model.llm.get_input_embeddings()
     text = embedding(replace_padding(input_ids, attention_mask, count_embeddings(embedding)))
-    tags = model.get_tags().to(text.dtype)
+    tags = model.get_tags().to(text)
     starts = find_text_starts(input_ids, attention_mask)
     if media_spans is not None:
         rows = list_span_rows(media_spans, tokens, tags, known)
@@ -62,7 +62,7 @@ def build_padded_inputs(
         start = 2 * known.index(name)
         spans += [
             tags[start].expand(batch, 1, -1),
-            tokens[name].to(text.dtype),
+            tokens[name].to(text),
             tags[start + 1].expand(batch, 1, -1),
         ]
     return insert_spans(text, attention_mask, torch.cat(spans, 1), starts)

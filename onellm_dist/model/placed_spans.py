@@ -83,7 +83,7 @@ def list_span_rows(
         pieces = [tags[:0]]
         for name, _ in own:
             first = 2 * modalities.index(name)
-            own_tokens = tokens[name][used[name]].to(tags.dtype)
+            own_tokens = tokens[name][used[name]].to(tags)
             pieces += [tags[first : first + 1], own_tokens, tags[first + 1 : first + 2]]
             used[name] += 1
         rows.append(torch.cat(pieces))

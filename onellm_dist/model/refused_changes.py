@@ -26,24 +26,6 @@ def refuse_attention(wanted: str | dict[Any, Any], own: str) -> None:
         )
 
 
-def refuse_disk(places: Any) -> None:
-    """Refuse parts of a model that stay on a disk; only transformers' own layers are fetched.
-
-    Args:
-        places: part to device, as transformers' `device_map`; anything else is no such map.
-
-    Raises:
-        UsageError: a part's device is the disk.
-    """
-    found = places.items() if isinstance(places, dict) else ()
-    if on_disk := [name or "the model" for name, device in found if device == "disk"]:
-        raise UsageError(
-            f"{', '.join(on_disk[:3])} would stay on the disk (device_map)",
-            "its weights would be missing in a forward.",
-            'give it more memory, or use device_map={"": "cpu"}.',
-        )
-
-
 def refuse_resize(tokens: int | None) -> None:
     """Refuse another number of embeddings; None: the number stays.
 

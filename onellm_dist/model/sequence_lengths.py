@@ -73,6 +73,20 @@ class SequenceLengths:
             raise ValueError(f"{len(q)} query lengths but {len(k)} key lengths")
         return cls(q, k, cu_seqlens_q, _accumulate(k, device))
 
+    def to(self, device: Any, *, non_blocking: bool = False) -> SequenceLengths:
+        """The same lengths on another device (accelerate calls it, as it does a tensor's).
+
+        Args:
+            device: as of torch.
+            non_blocking: as of torch.
+        """
+        q = self.cu_seqlens_q.to(device, non_blocking=non_blocking)
+        if q.device == self.cu_seqlens_q.device:
+            return self
+        same = self.cu_seqlens_k is self.cu_seqlens_q
+        k = q if same else self.cu_seqlens_k.to(device, non_blocking=non_blocking)
+        return SequenceLengths(self.q_lengths, self.k_lengths, q, k)
+
     @property
     def max_seqlen_q(self) -> int:
         """Query tokens of the longest sequence; 0 for an empty pack."""

@@ -191,8 +191,10 @@ class UPM(nn.Module):
         )
         starts = last_lengths.cu_seqlens_k[:-1].long()
         rows = (starts[:, None] + torch.arange(queries, device=x.device)).flatten()
+        # Experts may be on several devices (`device_map`).
         mixed = [
-            router_weights[:, k : k + 1].to(x.dtype) * expert(x, seq_lengths, last_lengths, rows)
+            router_weights[:, k : k + 1].to(x.dtype)
+            * expert(x, seq_lengths, last_lengths, rows).to(x.device)
             for k, expert in enumerate(self.experts)
         ]
         return torch.stack(mixed).sum(0)

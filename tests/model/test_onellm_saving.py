@@ -47,16 +47,6 @@ def test_a_saved_model_comes_back_the_same(auto: Any, tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in again.encoder.parameters())
 
 
-@pytest.mark.parametrize("places", [{"": "disk"}, {"llm": "disk", "": "cpu"}])
-def test_weights_that_stay_on_a_disk_are_refused(places: dict[str, str], tmp_path: Path) -> None:
-    small_model(modalities=["imu"]).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"would stay on the disk \(device_map\)"):
-        AutoModelForCausalLM.from_pretrained(
-            tmp_path, device_map=places, offload_folder=tmp_path / "offload"
-        )
-    assert AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}) is not None
-
-
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     config = small_model().config
     config = OneLLMConfig(
