@@ -34,7 +34,7 @@ from onellm_dist.model.padded_inputs import build_padded_inputs
 from onellm_dist.model.placed_spans import PlacedSpan
 from onellm_dist.model.placement import get_device, list_layer_classes
 from onellm_dist.model.projector import ModalityTokenizer, Projector
-from onellm_dist.model.refused_changes import refuse_attention, refuse_resize
+from onellm_dist.model.refused_changes import refuse_attention, refuse_overlap, refuse_resize
 from onellm_dist.model.saving import KeepsSums, check_source
 from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.model.token_ids import check_tokens, count_embeddings
@@ -111,12 +111,14 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             kwargs: as of transformers' `from_pretrained`.
 
         Raises:
-            UsageError: a file does not have the SHA-256 that its folder records.
+            UsageError: a file does not have the SHA-256 that its folder records, or `device_map`
+                places a part twice.
             OneLLMError: the checkpoint does not fit the model of its config; all keys are named.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         check_source(source, kwargs.get("subfolder"))
+        refuse_overlap(kwargs.get("device_map"))
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         problems = [

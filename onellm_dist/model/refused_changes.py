@@ -26,6 +26,26 @@ def refuse_attention(wanted: str | dict[Any, Any], own: str) -> None:
         )
 
 
+def refuse_overlap(places: Any) -> None:
+    """Refuse maps that place a part twice: once with the whole that it belongs to, once alone.
+
+    Args:
+        places: part to device, as transformers' `device_map`; anything else is no such map.
+
+    Raises:
+        UsageError: a part is placed twice.
+    """
+    names = list(places) if isinstance(places, dict) else []
+    for name in names:
+        for other in names:
+            if other != name and (not other or name.startswith(f"{other}.")):
+                raise UsageError(
+                    f"device_map places {name} in {other or '(the model)'} and apart",
+                    "transformers would leave some weights without values.",
+                    "name parts that do not contain each other, or use device_map='auto'.",
+                )
+
+
 def refuse_resize(tokens: int | None) -> None:
     """Refuse another number of embeddings; None: the number stays.
 

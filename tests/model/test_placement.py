@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
+from accelerate import infer_auto_device_map
 from llm_families import FAMILIES, tiny_config
 from packs import small_model
 from transformers import AutoModelForCausalLM
 
+from onellm_dist.common.errors import UsageError
 from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration
 from onellm_dist.model.batched_generation import Medium, Prompt, generate_batch
 from onellm_dist.model.initialisation import initialise
@@ -22,6 +23,7 @@ MODALITIES = ["image", "imu"]
 
 def make_model(family: str) -> Any:
     small = small_model().config
+    torch.manual_seed(0)
     config = OneLLMConfig(
         vision=small.vision,
         upm=small.upm,
@@ -29,7 +31,7 @@ def make_model(family: str) -> Any:
         modalities=MODALITIES,
     )
     model = OneLLMForConditionalGeneration(config)
-    initialise(model, 0)
+    initialise(model, 0, skip=("llm.",))
     return model.eval()
 
 
@@ -66,18 +68,34 @@ def check_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["batch"] == wanted["batch"]
 
 
-@pytest.mark.parametrize("places", ["parts", "layers", "all"])
-def test_weights_on_a_disk_are_fetched_when_they_are_needed(places: str, tmp_path: Path) -> None:
+OWN = ("encoder", "tokenizers", "projectors", "upm")
+MAPS: dict[str, dict[str, str]] = {
+    "parts": {"encoder": "disk", "tokenizers": "cpu", "projectors": "disk", "upm": "disk"}
+    | {"llm": "cpu"},
+    "layers": dict.fromkeys(OWN, "cpu")
+    | {"llm.model.embed_tokens": "disk", "llm.model.layers.0": "cpu"}
+    | {"llm.model.layers.1": "disk", "llm.model.norm": "disk"}
+    | {"llm.model.rotary_emb": "cpu", "llm.lm_head": "cpu"},
+    "all": {"": "disk"},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A model's folder, and what the model gives."""
+    folder = tmp_path_factory.mktemp("saved")
     model = make_model("llama")
-    wanted = compute(model)
-    model.save_pretrained(tmp_path / "model")
-    maps: dict[str, Any] = {
-        "parts": {"": "cpu", "encoder": "disk", "upm": "disk", "projectors": "disk"},
-        "layers": {"": "cpu", "llm.model.embed_tokens": "disk", "llm.model.layers.1": "disk"},
-        "all": {"": "disk"},
-    }
+    model.save_pretrained(folder)
+    return folder, compute(model)
+
+
+@pytest.mark.parametrize("places", MAPS)
+def test_weights_on_a_disk_are_fetched_when_they_are_needed(
+    places: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, wanted = saved
     placed: Any = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", device_map=maps[places], offload_folder=tmp_path / "offload"
+        folder, device_map=MAPS[places], offload_folder=tmp_path
     )
     assert any(parameter.is_meta for parameter in placed.parameters())
     assert placed.device == get_device(placed.llm) == torch.device("cpu")
@@ -85,52 +103,56 @@ def test_weights_on_a_disk_are_fetched_when_they_are_needed(places: str, tmp_pat
     assert any(parameter.is_meta for parameter in placed.parameters())  # fetched, and given back
 
 
-def test_the_map_that_memory_allows_gives_the_same_numbers(tmp_path: Path) -> None:
-    model = make_model("qwen2")
-    wanted = compute(model)
-    model.save_pretrained(tmp_path / "model")
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+def test_the_map_that_memory_allows_gives_the_same_numbers(
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, wanted = saved
+    size = (folder / "model.safetensors").stat().st_size
     placed: Any = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model",
-        device_map="auto",
-        max_memory={"cpu": size // 2},
-        offload_folder=tmp_path / "offload",
+        folder, device_map="auto", max_memory={"cpu": size // 2}, offload_folder=tmp_path
     )
     assert {"cpu", "disk"} <= set(placed.hf_device_map.values())
     check_same(compute(placed), wanted)
 
 
+@pytest.mark.slow
+def test_tied_embeddings_and_learned_positions_come_from_a_disk(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    wanted = compute(model)
+    model.save_pretrained(tmp_path / "model")
+    placed: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    check_same(compute(placed), wanted)
+
+
+def test_maps_that_place_a_part_twice_are_refused(
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"device_map places llm in \(the model\) and apart"):
+        AutoModelForCausalLM.from_pretrained(
+            saved[0], device_map={"llm": "disk", "": "cpu"}, offload_folder=tmp_path
+        )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_layer_of_any_llm_is_split(family: str) -> None:
-    model = make_model(family)
-    classes = list_layer_classes(model.llm)
-    assert classes and classes <= model._no_split_modules
-    assert {"EncoderBlock", "UPMBlock"} <= model._no_split_modules
-    whole = [name for name, part in model.named_modules() if type(part).__name__ in classes]
+    llm = AutoModelForCausalLM.from_config(tiny_config(family))
+    classes = list_layer_classes(llm)
+    whole = [name for name, part in llm.named_modules() if type(part).__name__ in classes]
     assert len(whole) == 2
-    largest = max(
-        sum(p.numel() * p.element_size() for p in part.parameters())
-        for part in model.modules()
-        if type(part).__name__ in model._no_split_modules or not any(part.children())
-    )
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    sizes = {name: count_bytes(part) for name, part in llm.named_modules()}
     for share in (3, 5, 7):
-        room = max(largest + 1, size * share // 8)
-        places = infer_auto_device_map(
-            model, {"cpu": room}, no_split_module_classes=model._no_split_modules
-        )
-        for name in whole:
-            inside = [place for place in places if place.startswith(f"{name}.")]
-            assert not inside, inside
+        room = max(*(sizes[name] + 1 for name in whole), sizes[""] * share // 8)
+        places = infer_auto_device_map(llm, {"cpu": room}, no_split_module_classes=list(classes))
+        assert "disk" in places.values()
+        assert not [place for place in places if place.startswith(tuple(f"{n}." for n in whole))]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "mixtral", "falcon"])
-def test_llms_of_other_families_run_from_a_disk(family: str, tmp_path: Path) -> None:
-    model = make_model(family)
-    wanted = compute(model)
-    places = infer_auto_device_map(
-        model, {"cpu": 1}, no_split_module_classes=model._no_split_modules
-    )
-    assert "disk" in places.values()
-    placed = dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
-    check_same(compute(placed), wanted)
+def test_a_model_names_its_own_blocks_and_the_layers_of_its_llm() -> None:
+    model = make_model("llama")
+    assert model._no_split_modules == {"EncoderBlock", "UPMBlock", "LlamaDecoderLayer"}
+
+
+def count_bytes(module: Any) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,9 +40,10 @@ def test_media_are_known_by_the_digests_that_they_were_given(reader: MediaReader
 
 def test_a_medium_of_a_request_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
+    original = hashlib.sha256
 
     def sha256(data: bytes = b"") -> Any:
-        digest = hashlib.sha256(data)
+        digest = original(data)
 
         class Counting:
             hexdigest = staticmethod(digest.hexdigest)
@@ -81,4 +83,4 @@ def test_a_bad_file_is_called_by_its_own_name(modality: str, parts: tuple[str, .
     with pytest.raises(SampleError) as error:
         read_given_files([named._replace(names=None)], first=3)
     assert error.value.what.startswith(f"medium 3 ({modality}): its ")
-    assert not any(f".{name}" in error.value.what for name in ("jpg", "png", "npy", "wav", "mp4"))
+    assert not re.search(r"\.\w+ \(\d+ bytes\)", error.value.what)
