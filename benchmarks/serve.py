@@ -5,8 +5,8 @@
 `onellm serve` runs in a process of its own, with the toy model (random weights) on a CPU or a GPU.
 Requests differ in the length of their texts, in their media (none, or up to two of five
 modalities, read from files) and in how many tokens they ask for. Rounds take turns: one client asks
-all of them one by one, then many clients ask as many others at once. The ratio of the requests per
-second is to be at least 3. Printed with it: the share of padding in what the steps attend to, the
+one by one, then many clients ask others at once. The ratio of the requests per second is to be at
+least 3. Printed with it: the share of padding in what the steps attend to, the
 mean size of a batch, and the time to the first text.
 """
 
@@ -45,18 +45,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=128, help="of a round")
+    parser.add_argument("--alone", type=int, default=32, help="requests of a round, one by one")
+    parser.add_argument("--requests", type=int, default=128, help="of a round, at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--text", action="store_true", help="no media")
     args = parser.parse_args()
     ratios, single, at_once = [], [], []
     with run_server(args.batch) as address:
-        asyncio.run(ask_all(address, make_requests(8, seed=999, text=args.text), clients=1))
+        asyncio.run(ask_all(address, make_requests(8, seed=999, text=args.text), clients=8))
         before = read_metrics(address)
         for turn in range(args.rounds):
             seed = 2 * turn
-            one = make_requests(args.requests, seed=seed, text=args.text)
+            one = make_requests(args.alone, seed=seed, text=args.text)
             many = make_requests(args.requests, seed=seed + 1, text=args.text)
             slow = asyncio.run(ask_all(address, one, clients=1))
             middle = read_metrics(address)
