@@ -43,7 +43,7 @@ class Question:
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
     found = []
-    for seed in range(12):
+    for seed in range(8):
         media: dict[str, Any] = {
             0: {"imu": served.make_array((6, 400), seed=seed)},
             1: {"image": served.make_picture(seed)},
