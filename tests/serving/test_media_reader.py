@@ -16,7 +16,6 @@ import torch
 from onellm_dist.common.errors import SampleError
 from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.serving.media import GivenFiles, read_given_files
-from onellm_dist.serving.server import media as server_media
 from onellm_dist.serving.server.media import MediaReader, hash_files
 
 
@@ -54,7 +53,7 @@ def test_a_medium_of_a_request_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -
 
         return Counting()
 
-    monkeypatch.setattr(server_media.hashlib, "sha256", sha256)
+    monkeypatch.setattr(hashlib, "sha256", sha256)
     picture = served.make_picture(0)
     with served.serve(served.make_model(), max_new_tokens=2) as address:
         body = served.make_body("What?", served.make_part("image", picture))

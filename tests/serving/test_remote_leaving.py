@@ -99,7 +99,8 @@ def test_a_server_that_takes_no_connections_is_given_up(
         each.connect_ex(full.getsockname())
 
     def connect(_: RemoteAddress, seconds: float) -> HTTPConnection:
-        return HTTPConnection(*full.getsockname(), timeout=seconds)
+        host, port = full.getsockname()
+        return HTTPConnection(host, port, timeout=seconds)
 
     with run_mock(mock) as url, serve(url) as address:
         monkeypatch.setattr(RemoteAddress, "connect", connect)
