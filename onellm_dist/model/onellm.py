@@ -93,7 +93,6 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         self.generation_settings: Mapping[str, Any] | None = None
         """As in the `generation_config.json` of the model's folder (`open_model`)."""
         self.post_init()  # type: ignore[no-untyped-call]  # transformers has no annotation
-        # A list: accelerate takes a set for one class.
         whole = {*(self._no_split_modules or ()), *list_layer_classes(self.llm)}
         self._no_split_modules = sorted(whole)
 
