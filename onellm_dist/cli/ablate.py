@@ -33,7 +33,11 @@ def ablate(
         ),
     ] = None,
     size: Annotated[
-        str, typer.Option(help="full (hours), or tiny, which learns nothing: it tries the queue.")
+        str,
+        typer.Option(
+            help="full (hours); quick (images alone, a minute or two a run); or tiny, which "
+            "learns nothing: it tries the queue."
+        ),
     ] = "full",
 ) -> None:
     """Train the paper's ablations (Tables 7 and 8) on the toy world, and compare with its scores.

@@ -77,7 +77,7 @@ class Ablation:
         counts = ",".join(f"{name}={count}" for name, count in self.size.train.items())
         shards = [find_command("onellm"), "shards", "build", "toyworld", str(self.toy)]
         shards += ["-o", f"train={counts}", "-o", f"test={self.size.test}"]
-        shards += ["-o", f"modalities={','.join(MODALITIES)}"]
+        shards += ["-o", f"modalities={','.join(self.size.modalities)}"]
         weak = [] if self.size.least_quality else ["--any-quality"]
         clip, dino, llm = map(self.get_tower, ("clip", "dino", "llm"))
         steps = {
@@ -103,7 +103,7 @@ class Ablation:
         assemble = [*OWN_TOWERS, "assemble", *towers, str(entry.seed), str(start), *upm]
         steps = [Step("assemble", assemble, folder / "assemble.done")]
         if variant.training == "separate":
-            for modality in MODALITIES:
+            for modality in self.size.modalities:
                 alone = self.size.image_steps if modality == "image" else 0
                 length = alone + self.size.get_share(modality)
                 run = self._train(entry, modality, start, length, {modality: 1})
@@ -114,6 +114,9 @@ class Ablation:
         if variant.init == "image":
             first = self._train(entry, "align_image", start, self.size.image_steps, {"image": 1})
             steps.append(first)
+            if not self.size.joint_steps:
+                captions = self._caption(entry, "align_image", self.size.modalities, "all")
+                return [*steps, captions]
             model = folder / "align_image" / run_files.MODEL
         copied = [name for name in MODALITIES if name != "image"] if variant.init == "image" else []
         joint = self._train(entry, "joint", model, self.size.joint_steps, WEIGHTS, copied)
@@ -121,7 +124,8 @@ class Ablation:
 
     def list_captions(self, entry: Entry) -> list[Path]:
         """The files of captions that an entry writes."""
-        parts = MODALITIES if entry.variant.training == "separate" else ("all",)
+        separate = entry.variant.training == "separate"
+        parts = self.size.modalities if separate else ("all",)
         return [self.get_folder(entry) / f"captions-{part}.jsonl" for part in parts]
 
     def _train(

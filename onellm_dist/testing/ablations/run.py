@@ -42,15 +42,17 @@ def run_ablations(out: Path, size: str, seeds: int, only: Sequence[str] = ()) ->
         0, or 1 if an entry failed.
 
     Raises:
-        UsageError: an unknown variant or size, or `out` holds something else.
+        UsageError: an unknown variant or size, a variant that this size cannot train, or `out`
+            holds something else.
         OneLLMError: the datasets or the towers could not be made.
     """
-    variants = choose_variants(tuple(only))
     if size not in SIZES:
         raise UsageError(
             f"unknown size {size!r}", "nothing was started.", f"use one of: {', '.join(SIZES)}."
         )
-    ablation = Ablation(out.resolve(), SIZES[size], count_ranks())
+    chosen = SIZES[size]
+    variants = choose_variants(tuple(only), joint=chosen.joint_steps > 0)
+    ablation = Ablation(out.resolve(), chosen, chosen.ranks or count_ranks())
     open_journal(ablation)
     handle_termination(exit_by_signal)  # so that the child processes are ended too
     # seed by seed, so that a whole table is there after the first one
@@ -64,7 +66,7 @@ def run_ablations(out: Path, size: str, seeds: int, only: Sequence[str] = ()) ->
     failed = _run_entries(ablation, missing)
     tables = build_tables(list_results(ablation.out))
     logger.info("%s", format_tables(tables))
-    page = write_tables(ablation.out, tables, size, describe_device())
+    page = write_tables(ablation.out, tables, chosen, describe_device())
     logger.info("\nreport: %s", page)
     if failed:
         logger.error("failed: %s; the same command tries them again", ", ".join(failed))

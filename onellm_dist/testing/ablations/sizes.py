@@ -1,4 +1,4 @@
-"""How much an ablation trains: the whole, and one that only shows that everything works."""
+"""How much an ablation trains: the whole, its image part alone, or hardly anything."""
 
 from __future__ import annotations
 
@@ -27,9 +27,18 @@ class AblationSize:
     image_steps: int
     """Steps of the alignment with images."""
     joint_steps: int
-    """Steps of the joint training behind it; a multiple of the sum of WEIGHTS."""
+    """Steps of the joint training behind it; a multiple of the sum of WEIGHTS, or 0: none."""
     least_quality: bool = True
     """Whether towers that are too weak to learn from end the ablation."""
+    ranks: int | None = None
+    """Ranks of a training run; default: as many as the demo's."""
+    note: str = ""
+    """What the page says of this size."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those that are trained and tested."""
+        return tuple(self.train)
 
     def get_share(self, modality: str) -> int:
         """Steps of the joint training that a modality takes part in, were it alone in them."""
@@ -46,6 +55,19 @@ FULL = AblationSize(
     image_steps=160,
     joint_steps=240,
 )
+QUICK = AblationSize(
+    "quick",
+    train={"image": 4000},
+    test=200,
+    clip=FULL.clip,
+    dino=FULL.dino,
+    llm=FULL.llm,
+    image_steps=64,
+    joint_steps=0,
+    ranks=1,
+    note="Images alone, and the alignment with them cut to 64 steps: nothing is trained jointly, "
+    "so that joint training and initialisation cannot be compared.",
+)
 TINY = AblationSize(
     "tiny",
     train={"image": 64, "video": 48, "audio": 48},
@@ -56,5 +78,6 @@ TINY = AblationSize(
     image_steps=2,
     joint_steps=12,
     least_quality=False,
+    note="Too small to learn anything: it shows that the queue works.",
 )
-SIZES = {size.name: size for size in (FULL, TINY)}
+SIZES = {size.name: size for size in (FULL, QUICK, TINY)}

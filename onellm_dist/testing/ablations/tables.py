@@ -54,7 +54,7 @@ class Row:
     title: str
     seeds: int
     cells: Mapping[str, Cell]
-    """Modality -> what was measured."""
+    """Modality -> what was measured; those that all results of the row have."""
     paper: tuple[float, ...]
 
 
@@ -85,9 +85,10 @@ def build_tables(results: Sequence[EntryResult]) -> list[Table]:
 
 def _build_row(name: str, title: str, by_variant: Mapping[str, Mapping[int, EntryResult]]) -> Row:
     own, default = by_variant[name], by_variant.get(DEFAULT, {})
+    measured = set.intersection(*(set(result.scores) for result in own.values()))
     paper = VARIANTS[name].paper
     cells = {}
-    for modality in MODALITIES:
+    for modality in filter(measured.__contains__, MODALITIES):
         column = PAPER_COLUMNS.index(COMPARED[modality])
         shared = sorted(own.keys() & default.keys()) if name != DEFAULT else []
         pairs = [_get_share(own[s], modality) - _get_share(default[s], modality) for s in shared]
@@ -141,7 +142,10 @@ def format_interval(interval: Interval, sign: str = "") -> str:
 
 def list_cells(row: Row) -> list[str]:
     """The cells of a row, as text."""
-    cells = [format_cell(row.cells[modality]) for modality in MODALITIES]
+    cells = [
+        format_cell(row.cells[modality]) if modality in row.cells else "not trained"
+        for modality in MODALITIES
+    ]
     return [row.title, str(row.seeds), *cells, *(f"{value:.1f}" for value in row.paper)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.html.page import build_html_page, build_html_table, write_page
+from onellm_dist.testing.ablations.sizes import AblationSize
 from onellm_dist.testing.ablations.tables import (
     Table,
     format_tables,
@@ -29,29 +30,30 @@ EXPLAINED = (
 )
 
 
-def write_tables(out: Path, tables: Sequence[Table], size: str, device: str) -> Path:
+def write_tables(out: Path, tables: Sequence[Table], size: AblationSize, device: str) -> Path:
     """Write the page, the tables in Markdown and their numbers; returns the page.
 
     Args:
         out: the folder of the ablation.
         tables: its tables.
-        size: name of its size.
+        size: its size.
         device: what the last start ran on.
     """
-    write_atomic(out / MARKDOWN, f"{EXPLAINED}\n\n{format_tables(tables)}\n")
+    note = f"**{size.note}**\n\n" if size.note else ""
+    write_atomic(out / MARKDOWN, f"{note}{EXPLAINED}\n\n{format_tables(tables)}\n")
     write_atomic(out / NUMBERS, json.dumps([asdict(table) for table in tables], indent=1) + "\n")
     body = list(_build_body(tables, size, device))
     write_page(out / PAGE, build_html_page("Ablations on the toy world", body))
     return out / PAGE
 
 
-def _build_body(tables: Sequence[Table], size: str, device: str) -> Iterator[str]:
+def _build_body(tables: Sequence[Table], size: AblationSize, device: str) -> Iterator[str]:
     yield "<h1>Ablations on the toy world</h1>"
-    yield f'<p class="dim">Size {escape(size)}, on {escape(device)}.</p><p>{EXPLAINED}</p>'
+    yield f'<p class="dim">Size {escape(size.name)}, on {escape(device)}.</p><p>{EXPLAINED}</p>'
     pairs = ", ".join(f"{modality} with {column}" for modality, column in COMPARED.items())
     yield f"<p>Compared with the paper: {escape(pairs)}.</p>"
-    if size != "full":
-        yield "<p><b>Too small to learn anything: it shows that the queue works.</b></p>"
+    if size.note:
+        yield f"<p><b>{escape(size.note)}</b></p>"
     for table in tables:
         yield f"<h2>{escape(table.part.title)}: {escape(table.part.table)} of the paper</h2>"
         head = ["", *list_headings()]

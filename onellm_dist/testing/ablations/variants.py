@@ -34,6 +34,11 @@ class Variant:
     upm: Mapping[str, int | str] = field(default_factory=dict)
     """Keys of the UPM's config."""
 
+    @property
+    def needs_joint(self) -> bool:
+        """Whether it differs from the default only where modalities are trained jointly."""
+        return self.training == "separate" or self.init == "random"
+
 
 VARIANTS: Mapping[str, Variant] = {
     variant.name: variant
@@ -90,11 +95,15 @@ TABLE_PARTS = (
 )
 
 
-def choose_variants(names: tuple[str, ...]) -> list[Variant]:
-    """The variants of some names, in their own order; all without names.
+def choose_variants(names: tuple[str, ...], *, joint: bool = True) -> list[Variant]:
+    """The variants of some names, in their own order; all that can be trained without names.
+
+    Args:
+        names: their names.
+        joint: whether modalities are trained jointly.
 
     Raises:
-        UsageError: there is no such variant.
+        UsageError: there is no such variant, or it needs joint training where there is none.
     """
     if unknown := [name for name in names if name not in VARIANTS]:
         raise UsageError(
@@ -102,4 +111,11 @@ def choose_variants(names: tuple[str, ...]) -> list[Variant]:
             "the paper's ablations have names here.",
             f"use any of: {', '.join(VARIANTS)}.",
         )
-    return [variant for variant in VARIANTS.values() if not names or variant.name in names]
+    if not joint and (lost := [name for name in names if VARIANTS[name].needs_joint]):
+        raise UsageError(
+            f"the variant {lost[0]!r} needs joint training",
+            "this size trains images alone, where it equals the default.",
+            f"use --size full, or leave out {' and '.join(lost)}.",
+        )
+    chosen = [variant for variant in VARIANTS.values() if not names or variant.name in names]
+    return [variant for variant in chosen if joint or not variant.needs_joint]

@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from onellm_dist.testing.ablations import run as queue
 from onellm_dist.testing.ablations.layout import Ablation, Entry, Step
 from onellm_dist.testing.ablations.results import EntryResult, SplitScore, list_results
 from onellm_dist.testing.ablations.run import run_ablations
-from onellm_dist.testing.ablations.sizes import FULL, SIZES, TINY, AblationSize
+from onellm_dist.testing.ablations.sizes import FULL, QUICK, TINY, AblationSize
 from onellm_dist.testing.ablations.tables import (
     build_tables,
     compute_mean_interval,
@@ -36,7 +37,12 @@ from onellm_dist.testing.ablations.toy_dino import (
     pretrain_dino,
     spread,
 )
-from onellm_dist.testing.ablations.variants import MODALITIES, TABLE_PARTS, VARIANTS
+from onellm_dist.testing.ablations.variants import (
+    MODALITIES,
+    TABLE_PARTS,
+    VARIANTS,
+    choose_variants,
+)
 from onellm_dist.testing.demo import processes
 from onellm_dist.testing.demo.toy_clip import ClipPretraining, ImageBank
 from onellm_dist.testing.demo.toy_llm import LLMPretraining
@@ -53,7 +59,7 @@ def get_runs(size: AblationSize, name: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("size", [FULL, TINY], ids=["full", "tiny"])
 def test_every_variant_trains_what_the_paper_varies_and_nothing_else(size: AblationSize) -> None:
     override(ClipPretraining(), size.clip)
     override(DinoPretraining(), size.dino)
@@ -83,6 +89,23 @@ def test_every_variant_trains_what_the_paper_varies_and_nothing_else(size: Ablat
             seen[str(entry.path)] += config.train.steps * entry.weight / total
     assert {name: run.train.steps for name, run in alone.items()} == seen
     assert all([str(e.path) for e in run.data.mixture] == [n] for n, run in alone.items())
+
+
+def test_a_quick_variant_trains_images_alone() -> None:
+    override(ClipPretraining(), QUICK.clip)
+    override(LLMPretraining(), QUICK.llm)
+    default = get_runs(QUICK, "default")
+    assert list(default) == ["align_image"]
+    assert default["align_image"].train.steps == QUICK.image_steps
+    quick = Ablation(Path("/out"), QUICK, ranks=1)
+    *_, captions = quick.list_steps(Entry(VARIANTS["router-sparse"], 1))
+    assert captions.name == "captions-all" and captions.command[-1] == "/out/toy/image"
+    shards = quick.list_preparation(["clip"])[0].command
+    assert "modalities=image" in shards and f"train=image={QUICK.train['image']}" in shards
+    names = [variant.name for variant in choose_variants((), joint=False)]
+    assert "experts-1" in names and not {"separate", "random-init"} & set(names)
+    with pytest.raises(UsageError, match="'random-init' needs joint training"):
+        run_ablations(Path("/out"), "quick", 1, ["default", "random-init"])
 
 
 def test_the_tables_of_the_paper_are_whole() -> None:
@@ -147,6 +170,9 @@ def test_only_a_clear_difference_confirms_or_contradicts_the_paper() -> None:
     cell = single.rows[0].cells["image"]
     assert cell.difference is None and cell.agreement == "" and cell.score.low < 20
     assert build_tables([make_result("default", 0, 80)]) == []
+    # what was not trained is said
+    alone = [replace(r, scores={"image": r.scores["image"]}) for r in results]
+    assert "| not trained | not trained | 98.8 |" in format_tables(build_tables(alone))
 
 
 def test_intervals_are_students() -> None:
