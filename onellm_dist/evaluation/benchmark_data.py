@@ -100,6 +100,21 @@ def list_media(
     return found
 
 
+def count_split(dataset: Dataset, split: str, listed: int) -> int:
+    """The questions of a split: the official number, or what a larger set has.
+
+    A dataset that was built with `any_count=true` may have fewer.
+
+    Args:
+        dataset: the benchmark's dataset.
+        split: its split.
+        listed: how many it has, for a dataset that does not say.
+    """
+    attributes = dataset.manifest.attributes
+    found = (attributes.get(key, {}).get(split) for key in ("questions", "official_questions"))
+    return max((int(n) for n in found if n is not None), default=listed)
+
+
 def _read_questions(dataset: Dataset, shard: ShardInfo, row: int) -> AskedMedium:
     key = dataset.index(shard).key(row)
     listed = read_meta(read_parts(dataset, shard, row, ("json",))).get("questions")

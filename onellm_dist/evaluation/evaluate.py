@@ -33,6 +33,7 @@ from onellm_dist.evaluation.assignment import assign
 from onellm_dist.evaluation.benchmark_data import (
     AskedMedium,
     ReadMedium,
+    count_split,
     list_media,
     read_media,
 )
@@ -206,8 +207,7 @@ def _evaluate_task(
     folder = out / task.name
     depends = {"split": split, "prompt": prompt_name, "model": identity}
     depends["dataset"] = dataset.fingerprint()
-    counts = dataset.manifest.attributes.get("questions", {})
-    whole = int(counts.get(split, len(questions)))
+    whole = count_split(dataset, split, len(questions))
     write_task(folder, _describe(task, options, len(questions), whole, depends), questions)
     answered = read_answers(folder).keys()
     mine = _choose_media(task, dataset, media, options, answered)

@@ -62,7 +62,7 @@ class TaskScore:
         unasked = self.whole - len(self.questions) - self.left_out
         lacking = [q.id for q in self.questions if q.id not in self.answers]
         limit = self.settings.get("limit")
-        why = f"--limit {limit}" if limit is not None else "--any-count: not in the dataset"
+        why = f"--limit {limit}" if limit is not None else "not in the dataset"
         gaps = [
             f"{unasked:,} not asked ({why})" if unasked else "",
             f"{self.left_out:,} left out" if self.left_out else "",
@@ -72,7 +72,7 @@ class TaskScore:
 
     @property
     def whole(self) -> int:
-        """Questions of the split, also of one that --limit cut."""
+        """Questions of the split, also where --limit or the dataset lacks some."""
         return int(self.settings.get("split_questions", self.settings["questions"]))
 
 
@@ -169,7 +169,8 @@ def write_scores(out: Path, scores: Sequence[TaskScore]) -> list[Path]:
 def build_results(scores: Sequence[TaskScore]) -> dict[str, Any]:
     """Build the content of results.json in the form of lm-evaluation-harness.
 
-    Scores are on the scale of the papers, mostly 0 to 100; `intervals` has the 95% intervals.
+    Scores are on the scale of the papers, mostly 0 to 100; `intervals` has the 95% intervals, and
+    `incomplete` the tasks of which questions are missing.
     """
     results: dict[str, Any] = {}
     intervals: dict[str, dict[str, list[float]]] = {}
@@ -202,6 +203,11 @@ def build_results(scores: Sequence[TaskScore]) -> dict[str, Any]:
         },
         "n-samples": {
             s.task.name: {"original": s.whole, "effective": len(s.answers)} for s in scores
+        },
+        "incomplete": {
+            s.task.name: {"answered": len(s.answers), "of": s.whole, "why": gaps}
+            for s in scores
+            if (gaps := s.describe_gaps())
         },
         "not-computed": {s.task.name: dict(s.missing) for s in scores if s.missing},
         "model_name": scores[0].settings["model"] if scores else "",

@@ -23,10 +23,9 @@ _STYLE = ".ex{display:flex;gap:1rem;margin:.8rem 0}.ex img{max-width:300px;objec
 def list_rows(scores: Sequence[TaskScore]) -> Iterator[tuple[str, str, str, str, str, str]]:
     """The rows of the main table, as text."""
     for score in scores:
-        notes = (
-            [] if score.is_complete else [f"{len(score.answers):,} of {score.whole:,} questions"]
-        )
-        name = score.task.name + (f" ({', '.join(notes)})" if notes else "")
+        name = score.task.name
+        if not score.is_complete:
+            name += f" (incomplete: {len(score.answers):,} of {score.whole:,} questions)"
         for measure in score.measures:
             interval = measure.compute_interval()
             paper = score.task.paper.get(measure.name)
@@ -101,6 +100,11 @@ def _build_task(score: TaskScore) -> Iterator[str]:
         f"format {escape(settings['format'])}"
         f"{', decoded as the reference' if settings['as_reference'] else ', greedy'}.</p>"
     )
+    if gaps := score.describe_gaps():
+        yield (
+            f"<p><b>Incomplete: {len(score.answers):,} of {score.whole:,} questions.</b> "
+            f"{escape(gaps)}. Do not compare it with the paper or with another set.</p>"
+        )
     for measure in score.measures:
         for table in measure.labels:
             yield from _build_categories(measure, table)

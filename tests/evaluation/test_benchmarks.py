@@ -140,6 +140,9 @@ def test_a_model_answers_every_benchmark(
     assert {score.task.name for score in scores} == set(TREES)
     for score in scores:
         assert_answered(score)
+    whole = {score.task.name: score.whole for score in scores}
+    assert (whole["gqa"], whole["vqav2"], whole["music-avqa"]) == (12_578, 214_354, 9_129)
+    assert whole["seedbench"] == QUESTIONS["seedbench"]  # there is no official number
 
 
 def assert_answered(score: TaskScore) -> None:

@@ -24,6 +24,8 @@ from onellm_dist.evaluation.answer_folder import (
 from onellm_dist.evaluation.assignment import assign
 from onellm_dist.evaluation.datasets import find_dataset
 from onellm_dist.evaluation.evaluate import EvaluationOptions, evaluate_model
+from onellm_dist.evaluation.score import build_results, score_folder, write_scores
+from onellm_dist.evaluation.score_page import format_scores
 from onellm_dist.evaluation.stop_request import StoppedError
 from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.model.batched_generation import BatchStatistics
@@ -33,6 +35,7 @@ DataOf = Callable[[str], Path]
 Ask = Callable[..., BatchStatistics]
 TASK = "mme"
 COUNT = 10
+OFFICIAL = 2_374
 
 
 @pytest.fixture
@@ -212,10 +215,20 @@ def test_answers_of_another_evaluation_are_not_mixed(ask: Ask, tmp_path: Path) -
         ask(tmp_path, identity="other")
     assert ask(tmp_path, limit=5).prompts == 2  # a limit may grow
     (settings,) = (json.loads(path.read_text()) for path in tmp_path.glob("**/task.json"))
-    assert (settings["questions"], settings["split_questions"]) == (5, COUNT)
+    assert (settings["questions"], settings["split_questions"]) == (5, OFFICIAL)
     with pytest.raises(UsageError, match="which is not asked"):
         ask(tmp_path, limit=4)
     assert ask(tmp_path).prompts == COUNT - 5
+
+
+def test_a_part_of_a_benchmark_never_counts_as_all_of_it(ask: Ask, tmp_path: Path) -> None:
+    ask(tmp_path)
+    (score,) = scores = score_folder(tmp_path)
+    assert score.describe_gaps() == "2,364 not asked (not in the dataset)"
+    assert build_results(scores)["incomplete"][TASK]["of"] == OFFICIAL
+    assert "(incomplete: 10 of 2,374 questions)" in format_scores(scores)
+    write_scores(tmp_path, scores)
+    assert not list((tmp_path / TASK).glob("*.txt")), "the file for its own program"
 
 
 def test_the_references_decoding_is_repeatable_and_another(

@@ -89,7 +89,8 @@ def test_scores_files_and_page(tmp_path: Path) -> None:
     wrong = write_evaluation(tmp_path / "wrong", 0.0)
     assert "a &lt;b&gt;" in write_score_page(wrong, score_folder(wrong)).read_text()
     table = format_scores(scores)
-    assert "vqav2" in table and "71.6" in table
+    assert "vqav2" in table and "71.6" in table and "ncomplete" not in table + page
+    assert build_results(scores)["incomplete"] == {}
 
 
 def test_results_have_the_form_of_lm_evaluation_harness(tmp_path: Path) -> None:
@@ -125,8 +126,14 @@ def test_a_limit_makes_no_complete_score(tmp_path: Path) -> None:
     (out / "vqav2" / "task.json").write_text(json.dumps(settings))
     (score,) = scores = score_folder(out)
     assert "60 of 1,000 questions" in format_scores(scores) and not score.is_complete
-    assert "60 of 1,000 questions" in write_score_page(out, scores).read_text()
-    assert build_results(scores)["n-samples"]["vqav2"] == {"original": 1000, "effective": COUNT}
+    page = write_score_page(out, scores).read_text()
+    assert "vqav2 (incomplete: 60 of 1,000 questions)" in page
+    assert "<b>Incomplete: 60 of 1,000 questions.</b> 940 not asked (--limit 60)" in page
+    results = build_results(scores)
+    assert results["n-samples"]["vqav2"] == {"original": 1000, "effective": COUNT}
+    assert results["incomplete"] == {
+        "vqav2": {"answered": 60, "of": 1000, "why": "940 not asked (--limit 60)"}
+    }
     write_scores(out, scores)
     assert not (out / "vqav2" / "vqav2.json").exists()
 
@@ -134,7 +141,7 @@ def test_a_limit_makes_no_complete_score(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "answered", "without", "says"),
     [
-        ({"split_questions": 1000}, 60, [], "940 not asked (--any-count: not in the dataset)"),
+        ({"split_questions": 1000}, 60, [], "940 not asked (not in the dataset)"),
         ({"split_questions": 1000, "limit": 60}, 60, [], "940 not asked (--limit 60)"),
         ({}, 50, ["7"], "1 left out, 10 without an answer (50, ...)"),
     ],

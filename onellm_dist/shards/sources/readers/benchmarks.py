@@ -203,9 +203,21 @@ class BenchmarkSet:
                 ids = [rows[0].record["id"] for _, rows in (groups[first], groups[last - 1])]
                 description = {"split": split, "first": first, "last": last, "ids": ids}
                 parts.append(InputSplit(f"{split}:{first}", description, split, last - first))
-        return DatasetDescription(
-            self.modalities, parts, attributes={"benchmark": self.name, "questions": counts}
-        )
+        attributes = {
+            "benchmark": self.name,
+            "questions": counts,
+            "official_questions": {
+                split: self._get_official_count(split, count)
+                for split, count in counts.items()
+                if self.splits[split]
+            },
+        }
+        return DatasetDescription(self.modalities, parts, attributes=attributes)
+
+    def _get_official_count(self, split: str, count: int) -> int:
+        """The official number of questions that `count` is, or is a part of; else the largest."""
+        official = self.splits[split]
+        return min((n for n in official if n >= count), default=max(official))
 
     def _check_count(self, inputs: Path, split: str, count: int) -> None:
         official = self.splits[split]
