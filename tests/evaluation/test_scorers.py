@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from onellm_dist.evaluation.questions import BenchmarkQuestion, GivenAnswer
-from onellm_dist.evaluation.scorers import choices, coco_captions, exact, mme, vqa_accuracy
+from onellm_dist.evaluation.scorers import (
+    choices,
+    coco_captions,
+    exact,
+    mmbench,
+    mme,
+    people,
+    vqa_accuracy,
+)
 from onellm_dist.evaluation.scorers.measure import Measure
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "scorers"
@@ -102,12 +110,12 @@ def test_circular_counts_a_question_if_all_its_orders_are_right() -> None:
         return give(said, "A", key=key, options=("x", "y"), extra={"group": group})
 
     rows = [row("0", 0, "A"), row("1000000", 0, "A"), row("1", 1, "A"), row("1000001", 1, "B")]
-    found = choices.measure_circular(rows)
+    found = mmbench.measure_circular(rows)
     assert value(found, "CircularEval accuracy") == 50
     assert value(found, "accuracy of the first order") == 100
-    cut = choices.measure_circular(rows[:3])  # a limit leaves the second one's first row
+    cut = mmbench.measure_circular(rows[:3])  # a limit leaves the second one's first row
     assert cut[0].n == 1 and cut[0].value == 100 and cut[1].n == 2
-    assert [m.name for m in choices.measure_circular(rows[:1])] == ["accuracy of the first order"]
+    assert [m.name for m in mmbench.measure_circular(rows[:1])] == ["accuracy of the first order"]
 
 
 def test_mme_adds_accuracy_and_accuracy_plus() -> None:
@@ -155,10 +163,12 @@ def test_classes_are_found_in_sentences() -> None:
 
 def test_three_people() -> None:
     rows = [give("rain", "rain", "wind", "storm"), give("no", "no", "no", "yes", key="2")]
-    found = {m.name: (m.n, m.value) for m in exact.measure_agreement(rows)}
+    found = {m.name: (m.n, m.value) for m in people.measure_people(rows)}
     assert found["exact match (any)"] == (2, 100)
     assert found["exact match (majority)"] == (1, 100)
     assert "exact match (unanimous)" not in found
+    assert found["each person's answer (yes or no)"] == (1, pytest.approx(200 / 3))
+    assert found["each person's answer (one word)"] == (1, pytest.approx(100 / 3))
 
 
 @pytest.fixture(scope="module")

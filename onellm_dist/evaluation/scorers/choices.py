@@ -7,7 +7,7 @@ many there were.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,33 +97,3 @@ def measure_choices(answers: Sequence[GivenAnswer], read: Reader = read_choice) 
 def measure_scienceqa(answers: Sequence[GivenAnswer]) -> list[Measure]:
     """ScienceQA: LLaVA's reading of the letter."""
     return measure_choices(answers, read_scienceqa)
-
-
-def measure_circular(answers: Sequence[GivenAnswer]) -> list[Measure]:
-    """MMBench's CircularEval: a question counts if it is right in every order of its options.
-
-    The rows of a question, as many as it has options, have the same `extra["group"]`; one of which
-    rows are missing (--limit, --partial, --without) does not count. Beside it, the share of right
-    first rows.
-    """
-    single = measure_choices(answers)[0]
-    right = dict(zip(single.units, single.rows[:, 0].tolist(), strict=True))
-    groups: dict[str, list[GivenAnswer]] = {}
-    for answer in answers:
-        groups.setdefault(str(answer.question.extra["group"]), []).append(answer)
-    firsts = [members[0] for members in groups.values()]
-    whole = {n: rows for n, rows in groups.items() if len(rows) >= len(rows[0].question.options)}
-    values: Mapping[str, float] = {
-        name: float(all(right[a.question.id] for a in members)) for name, members in whole.items()
-    }
-    labels = collect_labels([members[0] for members in whole.values()])
-    circular = Measure.from_values("CircularEval accuracy", values, labels)
-    vanilla = measure_choices(firsts)[0]
-    return [
-        *([circular] if whole else ()),
-        Measure.from_values(
-            "accuracy of the first order",
-            dict(zip(vanilla.units, vanilla.rows[:, 0].tolist(), strict=True)),
-            vanilla.labels,
-        ),
-    ]

@@ -33,10 +33,14 @@ def match_reference_script(answer: str, references: Sequence[str]) -> bool:
 
 
 def match_numbers(answer: str, references: Sequence[str]) -> bool:
-    """MUSIC-AVQA: its numbers are words, `more than ten` included; digits are read as words."""
+    """MUSIC-AVQA: its numbers are words, `more than ten` included; digits are read as words.
+
+    An instrument's underscore (`acoustic_guitar`) is a space.
+    """
     words = {digits: word for word, digits in load_words("number_words").items()}
-    said = re.sub(r"\d+", lambda m: words.get(m[0], "more than ten"), normalize_text(answer))
-    return bool(said) and any(said == normalize_text(r) for r in references)
+    plain, *named = (normalize_text(text.replace("_", " ")) for text in (answer, *references))
+    said = re.sub(r"\d+", lambda m: words.get(m[0], "more than ten"), plain)
+    return bool(said) and said in named
 
 
 def match_class(answer: str, references: Sequence[str], classes: Sequence[str]) -> bool:
@@ -98,34 +102,6 @@ def measure_classes(answers: Sequence[GivenAnswer]) -> list[Measure]:
         for a in answers
     }
     return [Measure.from_values("accuracy", values, collect_labels(answers))]
-
-
-def measure_agreement(answers: Sequence[GivenAnswer]) -> list[Measure]:
-    """Clotho-AQA, three people a question: right for any, for most, and where all agree."""
-    measures = []
-    for name, least in (("any", 1), ("majority", 2), ("unanimous", 3)):
-        counted = [a for a in answers if _count_most(a.question.answers) >= least]
-        values = {
-            a.question.id: float(
-                match_strict(
-                    a.text,
-                    [r for r in a.question.answers if _count(r, a.question.answers) >= least],
-                )
-            )
-            for a in counted
-        }
-        if values:
-            labels = collect_labels(counted)
-            measures.append(Measure.from_values(f"exact match ({name})", values, labels))
-    return measures
-
-
-def _count(reference: str, references: Sequence[str]) -> int:
-    return sum(normalize_text(r) == normalize_text(reference) for r in references)
-
-
-def _count_most(references: Sequence[str]) -> int:
-    return max(_count(r, references) for r in references)
 
 
 def measure_nothing(answers: Sequence[GivenAnswer]) -> list[Measure]:

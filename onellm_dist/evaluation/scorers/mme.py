@@ -28,12 +28,14 @@ _A_PICTURE = 2
 """Questions of a picture."""
 
 
+def flatten(text: str) -> str:
+    """A text as a field of MME's answer files: every white space one space, none outside."""
+    return " ".join(text.split())
+
+
 def read_yes_no(answer: str) -> Literal["yes", "no", "other"]:
-    """Read an answer as calculation.py does: `yes` or `no` within the first four letters."""
-    said = answer.lower()
-    if said in ("yes", "no"):
-        return "yes" if said == "yes" else "no"
-    start = said[:4]
+    """Read an answer as calculation.py does from its file: within the first four letters."""
+    start = flatten(answer).lower()[:4]
     if "yes" in start:
         return "yes"
     return "no" if "no" in start else "other"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onellm_dist.evaluation.scorers.exact import measure_agreement
+from onellm_dist.evaluation.scorers.people import measure_people
 from onellm_dist.evaluation.tasks.base import Task
 from onellm_dist.evaluation.tasks.prompts import make_short
 
@@ -13,6 +13,6 @@ TASK = Task(
     modalities=("audio",),
     split="test",
     prompts=make_short(),
-    measure=measure_agreement,
+    measure=measure_people,
     paper={"exact match (any)": 57.9},
 )

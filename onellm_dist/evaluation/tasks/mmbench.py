@@ -1,8 +1,8 @@
-"""MMBench: CircularEval, with letters read by rule and no other model."""
+"""MMBench: CircularEval, with options read by VLMEvalKit's rule and no other model."""
 
 from __future__ import annotations
 
-from onellm_dist.evaluation.scorers.choices import measure_circular
+from onellm_dist.evaluation.scorers.mmbench import measure_circular
 from onellm_dist.evaluation.tasks.base import Task
 from onellm_dist.evaluation.tasks.mmbench_table import check_table, write_table
 from onellm_dist.evaluation.tasks.prompts import CHOICE

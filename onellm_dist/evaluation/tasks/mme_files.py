@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from onellm_dist.evaluation.questions import GivenAnswer
+from onellm_dist.evaluation.scorers.mme import flatten
 
 
 def write_lists(answers: Sequence[GivenAnswer]) -> Mapping[str, bytes]:
@@ -18,7 +19,7 @@ def write_lists(answers: Sequence[GivenAnswer]) -> Mapping[str, bytes]:
             question.answers[0] if question.answers else "",
             answer.text,
         )
-        line = "\t".join(" ".join(field.split()) for field in fields)
+        line = "\t".join(map(flatten, fields))
         pictures = lines.setdefault(question.labels["task"], {})
         pictures.setdefault(question.medium, []).append(line)
     return {
