@@ -167,8 +167,9 @@ def test_three_people() -> None:
     assert found["exact match (any)"] == (2, 100)
     assert found["exact match (majority)"] == (1, 100)
     assert "exact match (unanimous)" not in found
-    assert found["each person's answer (yes or no)"] == (1, pytest.approx(200 / 3))
-    assert found["each person's answer (one word)"] == (1, pytest.approx(100 / 3))
+    for kind, right in (("yes or no", 2), ("one word", 1)):
+        n, share = found[f"each person's answer ({kind})"]
+        assert n == 1 and share == pytest.approx(100 * right / 3)
 
 
 @pytest.fixture(scope="module")
