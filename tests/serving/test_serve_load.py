@@ -85,13 +85,13 @@ def start_server(folder: Path, *options: str) -> Iterator[tuple[Any, str]]:
 
 @dataclass
 class Load:
-    """Clients that ask one question after the other, until they are told to stop."""
+    """Clients that ask one question after the other, until they are stopped."""
 
     address: str
     questions: list[Question]
     ended: threading.Event = field(default_factory=threading.Event)
     signalled: float = float("inf")
-    """When the server was told to end."""
+    """When the server was sent SIGTERM."""
     answered: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

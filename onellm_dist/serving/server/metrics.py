@@ -55,7 +55,7 @@ class ServerMetrics:
         )
         self._padding = Counter(
             "onellm_padding_positions",
-            "Padding between them, which the steps attend to in vain.",
+            "Padding between them, which the steps attend to for nothing.",
             registry=self._registry,
         )
         self.first_token = Histogram(
