@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -204,6 +205,21 @@ def _stop(step: int, rank: int) -> None:
     Preemption.is_requested = ask_once  # type: ignore[method-assign]
 
 
+def _kill(step: int, rank: int) -> None:
+    """Every rank gets SIGKILL in this step of the start (the first is 0)."""
+    from onellm_dist.train.callbacks.preemption import Preemption
+
+    ask, asked = Preemption.is_requested, [0]
+
+    def ask_or_die(self: Preemption) -> bool:
+        if asked[0] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        asked[0] += 1
+        return ask(self)
+
+    Preemption.is_requested = ask_or_die  # type: ignore[method-assign]  # the fault
+
+
 def _unreadable(modality: str, rank: int) -> None:
     """No sample of a modality can be decoded, as where a library is missing."""
     from onellm_dist.modalities import get_modality
@@ -255,6 +271,7 @@ PLANTS: dict[str, Callable[[Any, int], None]] = {
     "slow_steps": _slow_steps,
     "impatient": _impatient,
     "stop": _stop,
+    "kill": _kill,
     "unreadable": _unreadable,
     "blocked_outputs": _blocked_outputs,
 }
