@@ -89,6 +89,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, compute(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("places", MAPS)
 def test_weights_on_a_disk_are_fetched_when_they_are_needed(
     places: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path
@@ -103,6 +104,7 @@ def test_weights_on_a_disk_are_fetched_when_they_are_needed(
     assert any(parameter.is_meta for parameter in placed.parameters())  # fetched, and given back
 
 
+@pytest.mark.slow
 def test_the_map_that_memory_allows_gives_the_same_numbers(
     saved: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ def reader() -> Iterator[MediaReader]:
     reader.close()
 
 
+@pytest.mark.slow
 def test_media_are_known_by_the_digests_that_they_were_given(reader: MediaReader) -> None:
     one, other = (GivenFiles("image", {"image": served.make_picture(seed)}) for seed in (0, 1))
     first = asyncio.run(reader.read([one, other], ["a", "b"]))
@@ -37,6 +38,7 @@ def test_media_are_known_by_the_digests_that_they_were_given(reader: MediaReader
     assert len({hash_files(each) for each in (one, other, one._replace(most=2))}) == 3
 
 
+@pytest.mark.slow
 def test_a_medium_of_a_request_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
     original = hashlib.sha256
