@@ -39,6 +39,8 @@ class PackedBatch:
             host wait for the device.
         places: for each span of each sample, how many of its text tokens stand before it, BOS
             included, ascending; () if all spans stand behind BOS.
+        span_numbers: for each span of each sample, its number within its medium: 0, 1, ...; () if
+            every medium takes one span.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +54,7 @@ class PackedBatch:
     skipped_samples: dict[int, str] = field(default_factory=dict)
     supervised: torch.Tensor | None = None
     places: tuple[tuple[int, ...], ...] = ()
+    span_numbers: tuple[tuple[int, ...], ...] = ()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
         """The same batch with its tensors on `device`."""
@@ -74,6 +77,7 @@ class PackedBatch:
             self.skipped_samples,
             None if supervised is None else move(supervised),
             self.places,
+            self.span_numbers,
         )
 
     def pin_memory(self) -> PackedBatch:
@@ -90,6 +94,7 @@ class PackedBatch:
             self.skipped_samples,
             None if self.supervised is None else self.supervised.pin_memory(),
             self.places,
+            self.span_numbers,
         )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+MOST_SPANS = 128
+"""The most spans of a medium: 22 minutes of sound, or 4096 positions."""
+
 
 class MediaSize(NamedTuple):
     """The size of one medium; 0 where its kind has no such size, or its header does not say."""

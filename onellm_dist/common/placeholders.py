@@ -29,6 +29,22 @@ class PlacedMedium(NamedTuple):
     """How many text tokens stand before it, BOS included."""
 
 
+PlacedSpan = tuple[str, int] | tuple[str, int, int]
+"""Modality of a span, how many text tokens stand before it, and its number within its medium (left
+out where it is 0)."""
+
+
+def list_medium_spans(modality: str, place: int, count: int) -> list[PlacedSpan]:
+    """List the spans of one medium.
+
+    Args:
+        modality: its modality.
+        place: how many text tokens stand before it.
+        count: how many spans it takes.
+    """
+    return [(modality, place, number) if number else (modality, place) for number in range(count)]
+
+
 def make_mark(modality: str) -> str:
     """Make the mark that stands for a placeholder while a text is encoded."""
     return f"{_OPEN}{modality}{_CLOSE}"

@@ -7,10 +7,11 @@ site show it. It says what the key does, its unit, and what the default means.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
+from onellm_dist.common.media_size import MOST_SPANS
 from onellm_dist.common.secrets import mask_value
 from onellm_dist.common.workers.sandbox import SAMPLE_MB, SAMPLE_SECONDS
 from onellm_dist.config.paths import LocalPath, Location
@@ -22,6 +23,7 @@ from onellm_dist.config.yaml_text import dump_yaml
 MOST_STEPS = 1 << 40
 MOST_SAMPLES = 1 << 20
 """No run has more steps, or more samples in one: records of a run that say so are damaged."""
+SpanCount = Annotated[int, Field(gt=0, le=MOST_SPANS)]
 
 
 class RunSection(Section):
@@ -47,6 +49,11 @@ class ModelSection(Section):
     init_from_image: tuple[str, ...] = ()
     """Modalities whose projections, queries, router and tags start as copies of image's (paper,
     section 3.3). Default: none."""
+    span_positions: Literal["none", "fixed", "learned"] | None = None
+    """How the LLM knows the spans of one medium from each other (`data.spans`): `fixed` adds sines
+    and cosines of a span's number to its tokens, `learned` a trained row, which starts at zero; the
+    first span of a medium gets nothing. Default: as in the model of `model.path`; `none` for a
+    preset."""
 
     @model_validator(mode="after")
     def _require_one_source(self) -> ModelSection:
@@ -131,11 +138,12 @@ class DataSection(Section):
     max_text_tokens: PositiveInt = 96
     """Longer texts are cut to this many tokens (the reference's `max_words`: 96 for pretraining,
     2018 for tuning)."""
-    spans: dict[str, PositiveInt] = Field(default_factory=dict)
+    spans: dict[str, SpanCount] = Field(default_factory=dict)
     """Modality to the most spans that the media of one sample may take: `{image: 5, audio: 6,
     video: 4}`. A sound takes one for each 10.24 seconds, a film one for each 10 seconds, a picture
     one for the whole and one for each tile of the best grid; several media of a sample share them.
-    The indexes must state sizes (`onellm shards index --media`). Default: one span each."""
+    The indexes must state sizes (`onellm shards index --media`). At most 128. Default: one span
+    each."""
     augment: bool = True
     """Whether the training transforms are used (random crops, spectrogram masking); false uses the
     evaluation transforms."""

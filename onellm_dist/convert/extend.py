@@ -160,6 +160,7 @@ def extend_modalities(
         upm=config.upm,
         text_config=config.text_config,
         modalities=[*config.modalities, *names],
+        span_positions=config.span_positions,
     )
     dtype = opened.tensors[f"projectors.{source}.queries.weight"].dtype
     prefixes = tuple(f"tokenizers.{name}." for name in names)

@@ -23,6 +23,8 @@ def describe_checkpoint(opened: OpenedCheckpoint) -> list[str]:
             f"UPM: {config.upm.experts} experts of {config.upm.blocks} blocks, "
             f"router {config.upm.router}"
         )
+        if config.span_positions != "none":
+            lines.append(f"span positions: {config.span_positions}")
     dtypes: dict[str, set[str]] = defaultdict(set)
     for name, tensor in opened.tensors.items():
         part = name.split(".", 1)[0] if opened.kind == "onellm" else opened.kind

@@ -79,7 +79,8 @@ def _find_fault(manifest: dict[str, Any]) -> str:
     if not isinstance(model, dict) or not _is_size(manifest.get("seed", 0)):
         return "model or seed"
     copied = model.get("init_from_image") or []
-    texts = (model.get("path"), model.get("preset"), *(copied if isinstance(copied, list) else [0]))
+    keys = ("path", "preset", "span_positions")
+    texts = (*map(model.get, keys), *(copied if isinstance(copied, list) else [0]))
     return "" if all(text is None or _is_text(text) for text in texts) else "model"
 
 

@@ -49,6 +49,8 @@ class _Sample:
     """The modality of each span, in the order of the sequence."""
     places: tuple[int, ...] = ()
     """Text tokens before each span; empty: all stand behind BOS."""
+    numbers: tuple[int, ...] = ()
+    """The number of each span within its medium; empty: each medium takes one span."""
     reason: str | None = None
     """Why the sample is skipped; None: it was read."""
 
@@ -216,6 +218,7 @@ class Reader:
         values: dict[str, list[torch.Tensor]] = {}
         spans: list[str] = []
         places: list[int] = []
+        numbers: list[int] = []
         for number, place in order:
             medium = media[number]
             own = meta if encoder is None else get_medium_meta(meta, number)
@@ -224,8 +227,15 @@ class Reader:
             )
             spans += [medium.modality] * medium.spans
             places += [place] * medium.spans
-        behind = all(place == 1 for place in places)
-        return _Sample(ids, labels, values, tuple(spans), () if behind else tuple(places))
+            numbers += range(medium.spans)
+        return _Sample(
+            ids,
+            labels,
+            values,
+            tuple(spans),
+            () if places.count(1) == len(places) else tuple(places),
+            tuple(numbers) if any(numbers) else (),
+        )
 
     def _read_medium(
         self,
@@ -315,6 +325,9 @@ class Reader:
             supervised=(labels != IGNORE).nonzero().squeeze(1),
             places=tuple(s.places or (1,) * len(s.spans) for s in samples)
             if any(s.places for s in samples)
+            else (),
+            span_numbers=tuple(s.numbers or (0,) * len(s.spans) for s in samples)
+            if any(s.numbers for s in samples)
             else (),
         )
 

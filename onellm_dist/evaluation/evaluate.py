@@ -219,7 +219,7 @@ def _evaluate_task(
     def ask(question: BenchmarkQuestion, read: ReadMedium) -> _Asked:
         text, ids = form.encode(build(question))
         own = [
-            Medium(name, row, f"{read.content[name]} {i}" if options.reuse_media else None)
+            Medium(name, row, f"{read.content[name]} {i}" if options.reuse_media else None, i)
             for name, rows in read.values.items()
             for i, row in enumerate(rows)
         ]

@@ -14,6 +14,7 @@ from onellm_dist.model.saving import KeepsSums
 
 ROUTERS = ("soft", "constant", "sparse")
 EXPERT_INITS = ("separate", "copied")
+SPAN_POSITIONS = ("none", "fixed", "learned")
 
 
 class OneLLMVisionConfig(PretrainedConfig):
@@ -195,10 +196,12 @@ class OneLLMConfig(KeepsSums, PretrainedConfig):
         text_config: config of the LLM, or a mapping with its `model_type`.
         modalities: names of the modalities; default: all that the package has. They are kept in the
             order of the modalities' own `order`.
+        span_positions: how the LLM knows the spans of one medium from each other: `none`,
+            `fixed` or `learned` (`span_positions.py`).
         kwargs: as of transformers' PretrainedConfig.
 
     Raises:
-        UsageError: an unknown modality or LLM, or sizes that do not fit.
+        UsageError: an unknown modality, LLM or form, or sizes that do not fit.
     """
 
     model_type = "onellm"
@@ -212,8 +215,11 @@ class OneLLMConfig(KeepsSums, PretrainedConfig):
         upm: OneLLMUPMConfig | dict[str, Any] | None = None,
         text_config: PretrainedConfig | dict[str, Any] | None = None,
         modalities: Sequence[str] | None = None,
+        span_positions: str = "none",
         **kwargs: Any,
     ) -> None:
+        self.span_positions = span_positions
+        _check_choice("span_positions", span_positions, SPAN_POSITIONS)
         self.vision = (
             vision
             if isinstance(vision, OneLLMVisionConfig)

@@ -56,7 +56,7 @@ def generate_text(
     config.pad_token_id = choose_padding(
         config.pad_token_id, config.eos_token_id, count_embeddings(llm.get_input_embeddings())
     )
-    like_reference = decode_offset == "reference" and inputs.span_positions
+    like_reference = decode_offset == "reference" and inputs.media_positions
     ids = inputs.get_token_ids(input_ids)
     batches = split_prompts(support, inputs.embeds, ids, inputs.mask)
     if config.return_dict_in_generate and (like_reference or len(batches) > 1):

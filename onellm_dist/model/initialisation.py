@@ -69,6 +69,7 @@ _RULES: tuple[tuple[str, _Fill], ...] = (
     (r"tokenizers\.\w+\.positions\.weight", _normal(0.02)),
     (r"projectors\.\w+\.queries\.weight", _normal(0.02)),
     (r"projectors\.\w+\.(start|end)_tag\.weight", _fill_unit),
+    (r"projectors\.\w+\.span_positions\.weight", _constant(0)),  # at first as without them
     (r"projectors\.\w+\.\w+\.norm\.weight", _constant(1)),
     (r"projectors\.\w+\.\w+\.norm\.bias", _constant(0)),
     (r"(encoder|tokenizers|projectors)\..*\.weight", _fill_default),

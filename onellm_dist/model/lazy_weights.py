@@ -6,7 +6,7 @@ No process has to hold all of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from onellm_dist.model.presets import (
     load_smollm2_weights,
 )
 from onellm_dist.model.processing import OneLLMProcessor
+from onellm_dist.model.span_positions import SPAN_ROWS, set_span_positions
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,9 +49,13 @@ class InitialWeights:
     Args:
         default: source of all parameters.
         llm: source of the LLM's parameters; default: `default`.
+        zeros: parameters that start from zero because no training has seen them.
     """
 
-    def __init__(self, default: RowSource, llm: RowSource | None = None) -> None:
+    def __init__(
+        self, default: RowSource, llm: RowSource | None = None, zeros: Sequence[str] = ()
+    ) -> None:
+        self.zeros = tuple(zeros)
         self._default = default
         self._llm = llm
         self._copies: dict[str, str] = {}
@@ -67,7 +72,7 @@ class InitialWeights:
 
 
 def open_model(
-    *, path: Path | None, preset: str | None, seed: int
+    *, path: Path | None, preset: str | None, seed: int, span_positions: str | None = None
 ) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor, InitialWeights]:
     """Open what `load_model` would load, with every parameter on the meta device.
 
@@ -75,34 +80,43 @@ def open_model(
         path: a model directory; or
         preset: a name of `presets.PRESETS`.
         seed: seed of a preset's random weights.
+        span_positions: `none`, `fixed` or `learned`; default: as the model has them.
 
     Returns:
         (the model, its processor, its weights, which are still to be read).
 
     Raises:
-        UsageError: not exactly one of path and preset, or no OneLLM directory at `path`.
+        UsageError: not exactly one of path and preset, no OneLLM directory at `path`, or the model
+            has other span positions.
         OneLLMError: the directory's weights do not fit its config.
     """
-    model, processor = open_empty_model(path=path, preset=preset)
+    model, processor = open_empty_model(path=path, preset=preset, span_positions=span_positions)
+    rows = {n: p.shape for n, p in model.named_parameters() if n.endswith(SPAN_ROWS)}
     if path is not None:
-        return model, processor, InitialWeights(_open_directory(path, model))
+        has_rows = rows and OneLLMConfig.from_pretrained(path).span_positions == "learned"
+        added = {} if has_rows else rows
+        source = _open_directory(path, model, added)
+        source = AddedRows(source, added) if added else source
+        return model, processor, InitialWeights(source, zeros=list(added))
     llm: RowSource | None = None
     if preset == "smollm2-135m":
         llm = InMemoryWeights({f"llm.{key}": t for key, t in load_smollm2_weights().items()})
-    return model, processor, InitialWeights(RandomWeights(model, seed), llm)
+    return model, processor, InitialWeights(RandomWeights(model, seed), llm, list(rows))
 
 
 def open_empty_model(
-    *, path: Path | None, preset: str | None
+    *, path: Path | None, preset: str | None, span_positions: str | None = None
 ) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
     """Open a model with every parameter on the meta device; no file of weights is opened.
 
     Args:
         path: a model directory; or
         preset: a name of `presets.PRESETS`.
+        span_positions: as of `open_model`.
 
     Raises:
-        UsageError: not exactly one of path and preset, or no OneLLM directory at `path`.
+        UsageError: not exactly one of path and preset, no OneLLM directory at `path`, or the model
+            has other span positions.
     """
     if (path is None) == (preset is None):
         raise UsageError(
@@ -111,7 +125,9 @@ def open_empty_model(
             "set model.path or model.preset.",
         )
     if path is None:
-        model = build_empty_model(build_config(str(preset)))
+        config = build_config(str(preset))
+        set_span_positions(config, span_positions)
+        model = build_empty_model(config)
         return model, load_preset_processor(str(preset))
     check_directory(path)
     if is_adapter(path):
@@ -121,7 +137,9 @@ def open_empty_model(
             f"merge it first: onellm convert adapter {path} MERGED, or use the folder model/ that "
             "its run exported.",
         )
-    model = build_empty_model(OneLLMConfig.from_pretrained(path))
+    config = OneLLMConfig.from_pretrained(path)
+    set_span_positions(config, span_positions)
+    model = build_empty_model(config)
     set_generation(model, path)
     processor = load_processor(path)
     check_vocabulary(path, model, processor)
@@ -172,6 +190,25 @@ class InMemoryWeights:
         return self._state[name][first:end]
 
 
+class AddedRows:
+    """Weights of a model that was saved without learned span positions, which start from zero.
+
+    Args:
+        saved: the weights that were saved.
+        shapes: name to shape of the parameters that were added.
+    """
+
+    def __init__(self, saved: RowSource, shapes: Mapping[str, torch.Size]) -> None:
+        self._saved = saved
+        self._shapes = shapes
+
+    def rows(self, name: str, first: int, end: int) -> torch.Tensor:
+        """Rows [first, end) of a parameter."""
+        if name not in self._shapes:
+            return self._saved.rows(name, first, end)
+        return torch.zeros(self._shapes[name])[first:end]
+
+
 class SafetensorsWeights:
     """Weights in safetensors files, which are memory-mapped.
 
@@ -199,13 +236,16 @@ class SafetensorsWeights:
         return self._open[path].get_slice(name)
 
 
-def _open_directory(path: Path, model: OneLLMForConditionalGeneration) -> RowSource:
+def _open_directory(
+    path: Path, model: OneLLMForConditionalGeneration, added: Container[str]
+) -> RowSource:
+    """The weights of a directory, which lacks the parameters `added`."""
     if not (path / INDEX).is_file() and not (path / SINGLE).is_file():
         # Weights of an older format (.bin): transformers reads all of them.
         return InMemoryWeights(OneLLMForConditionalGeneration.from_pretrained(path).state_dict())
     files = find_weight_files(path)
     source = ConvertedWeights(model, SafetensorsWeights(files), files)
-    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    own = {n: tuple(p.shape) for n, p in model.named_parameters() if n not in added}
     known = set(model.state_dict())
     groups: dict[str, Iterable[str]] = {
         "missing_keys": own.keys() - source.names,

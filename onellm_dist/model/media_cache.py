@@ -23,11 +23,18 @@ class Medium:
         modality: name of its modality.
         value: its model input [*value_shape], or a function that reads it when it is needed.
         key: what identifies it, so that its tokens can be reused; None: they are not.
+        number: of several spans of one medium, which this is; the same key is another one then.
     """
 
     modality: str
     value: torch.Tensor | Callable[[], torch.Tensor]
     key: str | None = None
+    number: int = 0
+
+    @property
+    def identity(self) -> tuple[str, str, int] | None:
+        """What media with the same tokens share; None: the tokens are not reused."""
+        return None if self.key is None else (self.modality, self.key, self.number)
 
 
 class MediaCache:
@@ -44,24 +51,24 @@ class MediaCache:
         """Media whose tokens were there already."""
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._tokens: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
+        self._tokens: OrderedDict[tuple[str, str, int], torch.Tensor] = OrderedDict()
 
     def get(self, medium: Medium) -> torch.Tensor | None:
         """Tokens of a medium; None if they are not kept."""
-        if medium.key is None:
+        identity = medium.identity
+        if identity is None or identity not in self._tokens:
             return None
-        tokens = self._tokens.get((medium.modality, medium.key))
-        if tokens is not None:
-            self._tokens.move_to_end((medium.modality, medium.key))
-        return tokens
+        self._tokens.move_to_end(identity)
+        return self._tokens[identity]
 
     def put(self, medium: Medium, tokens: torch.Tensor) -> None:
         """Keep the tokens of a medium in place of those that were not used for longest."""
-        if medium.key is None:
+        identity = medium.identity
+        if identity is None:
             return
-        if (medium.modality, medium.key) not in self._tokens:
+        if identity not in self._tokens:
             self._bytes += _count_bytes(tokens)
-        self._tokens[medium.modality, medium.key] = tokens
+        self._tokens[identity] = tokens
         while self._bytes > self._max_bytes:
             _, dropped = self._tokens.popitem(last=False)
             self._bytes -= _count_bytes(dropped)
@@ -80,7 +87,7 @@ def encode_media(
     own = MediaCache() if cache is None else cache
     found: dict[object, torch.Tensor] = {}
     wanted: dict[object, Medium] = {}
-    names = [_identify(place, medium) for place, medium in enumerate(media)]
+    names: list[object] = [medium.identity or place for place, medium in enumerate(media)]
     for name, medium in zip(names, media, strict=True):
         if name in found or name in wanted:
             own.reused += 1
@@ -90,23 +97,21 @@ def encode_media(
         else:
             wanted[name] = medium
     values: dict[str, list[torch.Tensor]] = {}
+    numbers: dict[str, list[int]] = {}
     for medium in wanted.values():
         value = medium.value if isinstance(medium.value, torch.Tensor) else medium.value()
         values.setdefault(medium.modality, []).append(value)
+        numbers.setdefault(medium.modality, []).append(medium.number)
     own.encoded += len(wanted)
     device = get_device(model.llm)
     stacked = {name: torch.stack(rows).to(device) for name, rows in values.items()}
     # Runs without media too: every rank of a sharded model must run every module.
-    tokens_by_modality, _ = model.encode(stacked)
+    tokens_by_modality, _ = model.encode(stacked, numbers)
     rows = {name: iter(tokens) for name, tokens in tokens_by_modality.items()}
     for name, medium in wanted.items():
         found[name] = next(rows[medium.modality])
         own.put(medium, found[name].clone())
     return [found[name] for name in names]
-
-
-def _identify(place: int, medium: Medium) -> object:
-    return place if medium.key is None else (medium.modality, medium.key)
 
 
 def _count_bytes(tokens: torch.Tensor) -> int:

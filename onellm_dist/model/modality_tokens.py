@@ -16,6 +16,7 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import QUERY_TOKENS, get_modality
 from onellm_dist.model.placement import get_device
 from onellm_dist.model.sequence_lengths import SequenceLengths
+from onellm_dist.model.span_positions import SpanNumbers, add_span_positions
 
 if TYPE_CHECKING:
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
@@ -48,20 +49,23 @@ def find_idle_passes(
 
 
 def compute_modality_tokens(
-    model: OneLLMForConditionalGeneration, values: Mapping[str, torch.Tensor]
+    model: OneLLMForConditionalGeneration,
+    values: Mapping[str, torch.Tensor],
+    numbers: SpanNumbers | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Encode, project and route the values of all modalities.
 
     Args:
         model: a OneLLM.
         values: modality -> [n_m, *value_shape]; a modality that is not named has n_m = 0.
+        numbers: number of each span within its medium; default: 0.
 
     Returns:
         (modality -> [n_m, Q, d] tokens, modality -> [Q, E] router weights), with every modality of
         the model in the model's order.
 
     Raises:
-        OneLLMError: values have another shape than their modality.
+        OneLLMError: values have another shape than their modality, or numbers do not fit them.
     """
     names = model.config.modalities
     features = compute_features(model, values)
@@ -73,8 +77,14 @@ def compute_modality_tokens(
     mixed = _run_upm(model, inputs, router_weights).split([n * QUERY_TOKENS for n in counts])
     tokens = {}
     for name, rows, n in zip(names, mixed, counts, strict=True):
-        projected = model.get_projector(name).out_proj(rows)
-        tokens[name] = projected.reshape(n, QUERY_TOKENS, projected.shape[-1])
+        projector = model.get_projector(name)
+        projected = projector.out_proj(rows)
+        tokens[name] = add_span_positions(
+            model.config.span_positions,
+            projector,
+            projected.reshape(n, QUERY_TOKENS, projected.shape[-1]),
+            None if numbers is None else numbers.get(name),
+        )
     return tokens, router_weights
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.placeholders import PlacedSpan
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.encoder import Encoder
 from onellm_dist.model.generation import generate_text
@@ -31,12 +32,12 @@ from onellm_dist.model.padded import (
     compute_padded_loss,
 )
 from onellm_dist.model.padded_inputs import build_padded_inputs
-from onellm_dist.model.placed_spans import PlacedSpan
 from onellm_dist.model.placement import get_device, list_layer_classes
 from onellm_dist.model.projector import ModalityTokenizer, Projector
 from onellm_dist.model.refused_changes import refuse_attention, refuse_overlap, refuse_resize
 from onellm_dist.model.saving import KeepsSums, check_source
 from onellm_dist.model.sequence_lengths import to_device_tensor
+from onellm_dist.model.span_positions import SpanNumbers, list_span_numbers
 from onellm_dist.model.token_ids import check_tokens, count_embeddings
 from onellm_dist.model.upm import UPM
 from onellm_dist.packed import IGNORE, PackedBatch, PackedOutput
@@ -197,18 +198,19 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         refuse_attention(attn_implementation, self.llm_support.attention)
 
     def encode(
-        self, values: Mapping[str, torch.Tensor]
+        self, values: Mapping[str, torch.Tensor], numbers: SpanNumbers | None = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Turn the values of any modalities into the tokens that the LLM reads.
 
         Args:
             values: modality -> [n_m, *value_shape]; a modality that is not named has n_m = 0.
+            numbers: modality -> number of each span within its medium; default: 0.
 
         Returns:
             (modality -> [n_m, Q, d] tokens, modality -> [Q, E] router weights), with every modality
             of the model in the model's order.
         """
-        return compute_modality_tokens(self, values)
+        return compute_modality_tokens(self, values, numbers)
 
     def get_tags(self) -> torch.Tensor:
         """[2 * modalities, d]: start and end tag of every modality."""
@@ -237,8 +239,9 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             modality_order: order of the media spans; default: image, video, audio, point, depth,
                 normal, imu, fmri.
             media_spans: (modality, place) of each span of each text, for any number of media
-                anywhere; `place` is how many of the text's tokens stand before it. Default: one
-                span of each modality, behind BOS.
+                anywhere; `place` is how many of the text's tokens stand before it; (modality,
+                place, number) of the later spans of a medium. Default: one span of each modality,
+                behind BOS.
             values: `image_values=[B, 3, 224, 224]` and so on, for any of the modalities (with
                 `media_spans`, a row for each span, text by text); and `num_items_in_batch`, the
                 supervised tokens of the whole batch of a trainer.
@@ -315,7 +318,8 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             batch.text_token_counts, batch.modalities, self.config.modalities, batch.places
         )
         layout.check(batch)
-        tokens, router_weights = self.encode(batch.values)
+        numbers = list_span_numbers(batch.modalities, batch.span_numbers)
+        tokens, router_weights = self.encode(batch.values, numbers)
         embedding = self.llm.get_input_embeddings()
         if device.type == "cpu":  # elsewhere, looking at the ids would wait for the device
             check_tokens(batch.input_ids, count_embeddings(embedding))

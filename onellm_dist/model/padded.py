@@ -26,14 +26,14 @@ class PaddedInputs:
         mask: [B, S + R] int64, 1 for real positions.
         position_ids: [B, S + R]; real positions count 0, 1, ...
         text: [B, S + R], index of the text token at each position; -1 inside a span.
-        span_positions: R.
+        media_positions: R.
     """
 
     embeds: torch.Tensor
     mask: torch.Tensor
     position_ids: torch.Tensor
     text: torch.Tensor
-    span_positions: int
+    media_positions: int
 
     def get_token_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Id of the token at each position; MEDIA inside a span: [B, S + R].

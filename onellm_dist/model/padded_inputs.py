@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.placeholders import PlacedSpan
 from onellm_dist.model.padded import (
     PaddedInputs,
     check_values,
@@ -15,11 +16,12 @@ from onellm_dist.model.padded import (
     insert_spans,
 )
 from onellm_dist.model.placed_spans import (
-    PlacedSpan,
     check_placed_spans,
     insert_placed_spans,
     list_span_rows,
+    read_row_spans,
 )
+from onellm_dist.model.span_positions import list_span_numbers
 from onellm_dist.model.token_ids import count_embeddings, replace_padding
 
 
@@ -44,19 +46,25 @@ def build_padded_inputs(
     batch = len(input_ids)
     known = model.config.modalities
     by_name = check_values(values, known, batch if media_spans is None else None)
-    if media_spans is not None:
-        check_placed_spans(media_spans, by_name, attention_mask, (batch, input_ids.shape[1]))
+    placed = None if media_spans is None else read_row_spans(media_spans)
+    numbers = None
+    if placed is not None:
+        check_placed_spans(placed, by_name, attention_mask, (batch, input_ids.shape[1]))
         order: list[str] = []
+        numbers = list_span_numbers(
+            [[span.modality for span in own] for own in placed],
+            [[span.number for span in own] for own in placed],
+        )
     else:
         order = get_span_order(by_name, known, modality_order)
-    tokens, _ = model.encode(by_name)
+    tokens, _ = model.encode(by_name, numbers)
     embedding = model.llm.get_input_embeddings()
     text = embedding(replace_padding(input_ids, attention_mask, count_embeddings(embedding)))
     tags = model.get_tags().to(text)
     starts = find_text_starts(input_ids, attention_mask)
-    if media_spans is not None:
-        rows = list_span_rows(media_spans, tokens, tags, known)
-        return insert_placed_spans(text, attention_mask, media_spans, rows, starts)
+    if placed is not None:
+        rows = list_span_rows(placed, tokens, tags, known)
+        return insert_placed_spans(text, attention_mask, placed, rows, starts)
     spans = [text[:, :0]]
     for name in order:
         start = 2 * known.index(name)

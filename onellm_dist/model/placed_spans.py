@@ -4,18 +4,52 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.media_size import MOST_SPANS
+from onellm_dist.common.placeholders import PlacedSpan
 from onellm_dist.model.padded import PaddedInputs
 
-PlacedSpan = tuple[str, int]
-"""Modality of a span, and how many text tokens of its row stand before it (padding not counted)."""
+
+class RowSpan(NamedTuple):
+    """One span of a row."""
+
+    modality: str
+    place: int
+    """How many text tokens of its row stand before it (padding not counted)."""
+    number: int = 0
+    """Its number within its medium."""
+
+
+def read_row_spans(spans: Sequence[Sequence[PlacedSpan]]) -> list[list[RowSpan]]:
+    """Read `media_spans` of the model's forward.
+
+    Raises:
+        UsageError: a span is not (modality, place) or (modality, place, number).
+    """
+    try:
+        rows = [[RowSpan(*span) for span in own] for own in spans]
+    except TypeError:
+        raise UsageError(
+            f"media_spans={spans!r:.200}",
+            "a span is (modality, place), or (modality, place, number) of a medium's later spans.",
+            "give a list of these for each text.",
+        ) from None
+    wrong = [span for own in rows for span in own if not 0 <= span.number < MOST_SPANS]
+    if wrong:
+        raise UsageError(
+            f"media_spans: a span of {wrong[0].modality} has the number {wrong[0].number}",
+            f"a medium has at most {MOST_SPANS} spans.",
+            "count the spans of each medium from 0.",
+        )
+    return rows
 
 
 def check_placed_spans(
-    spans: Sequence[Sequence[PlacedSpan]],
+    spans: Sequence[Sequence[RowSpan]],
     values: Mapping[str, torch.Tensor],
     attention_mask: torch.Tensor | None,
     shape: tuple[int, int],
@@ -39,14 +73,14 @@ def check_placed_spans(
             "give one list for each text.",
         )
     for row, (own, length) in enumerate(zip(spans, lengths, strict=True)):
-        places = [place for _, place in own]
+        places = [span.place for span in own]
         if places != sorted(places) or any(not 1 <= place <= length for place in places):
             raise UsageError(
                 f"media_spans: row {row} has spans at {places} in a text of {length} tokens",
                 "a span stands behind one of the text's tokens, and the spans ascend.",
                 "give places of 1 (behind BOS) to the number of tokens, in order.",
             )
-    counts = Counter(name for own in spans for name, _ in own)
+    counts = Counter(span.modality for own in spans for span in own)
     wrong = [
         f"{counts[name]} spans and {len(values[name]) if name in values else 0} values of {name}"
         for name in sorted({*counts, *values})
@@ -61,7 +95,7 @@ def check_placed_spans(
 
 
 def list_span_rows(
-    spans: Sequence[Sequence[PlacedSpan]],
+    spans: Sequence[Sequence[RowSpan]],
     tokens: Mapping[str, torch.Tensor],
     tags: torch.Tensor,
     modalities: Sequence[str],
@@ -81,7 +115,7 @@ def list_span_rows(
     rows = []
     for own in spans:
         pieces = [tags[:0]]
-        for name, _ in own:
+        for name, _, _ in own:
             first = 2 * modalities.index(name)
             own_tokens = tokens[name][used[name]].to(tags)
             pieces += [tags[first : first + 1], own_tokens, tags[first + 1 : first + 2]]
@@ -93,7 +127,7 @@ def list_span_rows(
 def insert_placed_spans(
     text: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    spans: Sequence[Sequence[PlacedSpan]],
+    spans: Sequence[Sequence[RowSpan]],
     rows: Sequence[torch.Tensor],
     starts: torch.Tensor,
 ) -> PaddedInputs:
@@ -116,7 +150,7 @@ def insert_placed_spans(
         positions = len(row) // len(placed) if placed else 0
         source: list[int] = []
         done, start = 0, int(starts[b])
-        for number, (_, place) in enumerate(placed):
+        for number, (_, place, _) in enumerate(placed):
             source += range(done, start + place)
             done = start + place
             source += range(length + positions * number, length + positions * (number + 1))

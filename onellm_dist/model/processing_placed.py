@@ -9,7 +9,13 @@ import torch
 from transformers import BatchFeature
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.placeholders import add_marks, place_media, take_out_marks
+from onellm_dist.common.placeholders import (
+    PlacedSpan,
+    add_marks,
+    list_medium_spans,
+    place_media,
+    take_out_marks,
+)
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.content_parts import Conversation
 from onellm_dist.model.processing_chat import encode_conversation
@@ -23,8 +29,8 @@ class PlacedConversation(NamedTuple):
     ids: list[int]
     mask: list[int]
     """1 for each token that training supervises."""
-    spans: list[tuple[str, int]]
-    """Modality and place of each span (see the model's `forward`)."""
+    spans: list[PlacedSpan]
+    """The spans, as the model's `forward` takes them."""
     values: list[tuple[str, torch.Tensor]]
     """Modality and [spans, *value_shape] of each medium, in the order of the sequence."""
 
@@ -66,12 +72,12 @@ def encode_prompt_media(
         SampleError: a medium cannot be read.
     """
     names = [name for name, _ in media]
-    spans: list[tuple[str, int]] = []
+    spans: list[PlacedSpan] = []
     values = []
     for number, place in place_media([], names, list(all_modalities())):
         name, item = media[number]
         own = read_medium_spans(name, item, most.get(name, 1), rate)
-        spans += [(name, place)] * len(own)
+        spans += list_medium_spans(name, place, len(own))
         values.append((name, own))
     return PlacedConversation(ids, [0] * len(ids), spans, values)
 
@@ -97,13 +103,13 @@ def encode_placed(
     backend.encode_special_tokens = False
     ids, mask = encode_conversation(tokenizer, conversation.turns, prompt=prompt, backend=backend)
     text, kept, found = take_out_marks(ids, mask, marks)
-    spans: list[tuple[str, int]] = []
+    spans: list[PlacedSpan] = []
     values = []
     for number, place in place_media(found, media, names):
         medium = conversation.media[number]
         share = most.get(medium.modality, 1) // media.count(medium.modality)
         own = read_medium_spans(medium.modality, medium.item, share)
-        spans += [(medium.modality, place)] * len(own)
+        spans += list_medium_spans(medium.modality, place, len(own))
         values.append((medium.modality, own))
     return PlacedConversation(text, kept, spans, values)
 

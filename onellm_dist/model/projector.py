@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.media_size import MOST_SPANS
 from onellm_dist.modalities import QUERY_TOKENS, get_modality
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.encoder import LAYER_NORM_EPS, Positions
@@ -105,6 +106,8 @@ class Projector(nn.Module):
         self.out_proj = Projection(width, llm_width)
         self.start_tag = LearnedRows(1, llm_width)
         self.end_tag = LearnedRows(1, llm_width)
+        if config.span_positions == "learned":
+            self.span_positions = LearnedRows(MOST_SPANS - 1, llm_width)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encoder features [n, L, D] -> (UPM input [n, Q + L, D], router weights [Q, E])."""

@@ -21,6 +21,7 @@ from onellm_dist.model.model_kernels import set_kernels
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.presets import build_config
 from onellm_dist.model.recompute import enable_activation_checkpointing
+from onellm_dist.model.span_positions import set_span_positions
 from onellm_dist.planner.cost_model import PackCostModel, build_cost_model
 from onellm_dist.planner.counting import PackCount, count_pack, measure_frozen_blocks
 from onellm_dist.planner.hardware import GIGA, load_assumptions
@@ -349,10 +350,13 @@ class Planner:
 
 def load_model_config(config: RunConfig) -> OneLLMConfig:
     """The config of a recipe's model, from its folder or its preset."""
-    if config.model.path is not None:
-        found: OneLLMConfig = OneLLMConfig.from_pretrained(config.model.path)
-        return found
-    return build_config(str(config.model.preset))
+    found: OneLLMConfig = (
+        build_config(str(config.model.preset))
+        if config.model.path is None
+        else OneLLMConfig.from_pretrained(config.model.path)
+    )
+    set_span_positions(found, config.model.span_positions)
+    return found
 
 
 def get_modalities(config: OneLLMConfig) -> dict[str, Modality]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from onellm_dist.common.placeholders import mark_placeholders
+from onellm_dist.common.placeholders import PlacedSpan, list_medium_spans, mark_placeholders
 from onellm_dist.common.turns import ConversationTurn
 from onellm_dist.data.media_text import MediaText, MediaTextEncoder
 from onellm_dist.data.text import TextEncoder
@@ -26,8 +26,8 @@ class PlacedPrompt:
 
     ids: list[int]
     """The text, BOS first."""
-    spans: list[tuple[str, int]]
-    """Modality and place of each span (see `forward`)."""
+    spans: list[PlacedSpan]
+    """The spans, as the model's `forward` takes them."""
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     """Modality to [n_m, *value_shape], in the order of the spans."""
 
@@ -77,10 +77,10 @@ def place_prompt(
     else:
         encoded = encoder.encode_media({"txt": Part("txt", text.encode("utf-8"))}, names)
         found = MediaText(encoded.ids[:-1], encoded.labels[:-1], encoded.media)  # without EOS
-    spans: list[tuple[str, int]] = []
+    spans: list[PlacedSpan] = []
     rows: dict[str, list[torch.Tensor]] = {}
     for number, place in found.media:
         name, values = media[number]
-        spans += [(name, place)] * len(values)
+        spans += list_medium_spans(name, place, len(values))
         rows.setdefault(name, []).append(values)
     return PlacedPrompt(found.ids, spans, {name: torch.cat(own) for name, own in rows.items()})

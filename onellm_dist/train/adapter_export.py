@@ -78,4 +78,6 @@ def plan_adapter(
         return None, f"{len(others)} parameters beside the adapters trained, such as {others[0]}"
     if config.model.init_from_image:
         return None, "model.init_from_image changed the model that they were trained over"
+    if config.model.span_positions not in (None, "none"):
+        return None, "model.span_positions belongs to the model that they were trained over"
     return AdapterTarget(folder, section, describe_base), ""

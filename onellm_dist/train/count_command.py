@@ -44,7 +44,10 @@ def count_recipe(
     """
     share = ArrayTask.parse(task)
     config = load_recipe(recipe, overrides).config
-    model, processor = open_empty_model(path=config.model.path, preset=config.model.preset)
+    section = config.model
+    model, processor = open_empty_model(
+        path=section.path, preset=section.preset, span_positions=section.span_positions
+    )
     data, names = config.data, list(model.config.modalities)
     encoder = TextEncoder(processor.tokenizer, data.text_format, data.max_text_tokens)
     for part, split in _list_parts(data):

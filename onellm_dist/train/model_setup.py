@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.lazy_weights import InitialWeights
@@ -48,8 +50,8 @@ def prepare_model(
         device_type: type of the device that computes.
 
     Raises:
-        UsageError: a rule matches nothing, nothing would train, or the recipe names a modality or
-            loss that does not exist.
+        UsageError: a rule matches nothing, nothing would train, new rows of span positions would
+            not, or the recipe names a modality or loss that does not exist.
     """
     model, train = inputs.model, config.train
     if config.model.init_from_image:
@@ -62,6 +64,7 @@ def prepare_model(
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         source = AdapterWeights(weights, shapes, config.run.seed)
     parameters = prepare_parameters(model, train, config.optim, inputs.modalities)
+    _check_new_rows(weights.zeros, parameters)
     model.idle_passes = find_idle_passes(model, inputs.all_modalities)
     model.set_loss(train.loss)
     kernels = set_kernels(model, train.kernels, device_type)
@@ -69,6 +72,17 @@ def prepare_model(
     model.train()
     parts = summarize_parts(model, config.optim, parameters)
     return PreparedModel(model, source, parameters, parts, kernels)
+
+
+def _check_new_rows(rows: Sequence[str], parameters: ParameterPlan) -> None:
+    """Refuse learned span positions that would not change."""
+    if rows and not any(name in parameters.rates for name in rows):
+        raise UsageError(
+            "model.span_positions=learned, and no rule trains the new rows",
+            "they would not change, and spans would all look alike.",
+            "train them: train.parameters=[{match: projectors.*.span_positions.*}], or use "
+            "model.span_positions=fixed.",
+        )
 
 
 def shard_model(

@@ -128,7 +128,10 @@ def open_inputs(
         if config.model.path is not None:
             check_weights(config.model.path, session.dist)
         model, processor, weights = open_model(
-            path=config.model.path, preset=config.model.preset, seed=config.run.seed
+            path=config.model.path,
+            preset=config.model.preset,
+            seed=config.run.seed,
+            span_positions=config.model.span_positions,
         )
     with session.timing.measure("data"):
         plan, validation_plan = open_plans(

@@ -81,6 +81,7 @@ def onellm(
     experts: int = 2,
     router: str = "soft",
     seed: int = 0,
+    span_positions: str = "none",
 ) -> OneLLMForConditionalGeneration:
     config = OneLLMConfig(
         vision=OneLLMVisionConfig(width=64, layers=1, heads=4, patch_size=56, output_dim=32),
@@ -89,6 +90,7 @@ def onellm(
         ),
         text_config=llama().config,
         modalities=modalities,
+        span_positions=span_positions,
     )
     model = OneLLMForConditionalGeneration(config)
     initialise(model, seed)

@@ -25,10 +25,19 @@ from transformers import AutoModelForCausalLM, CLIPVisionModelWithProjection
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import ConversionOptions
 from onellm_dist.convert.conversion import convert
+from onellm_dist.convert.extend import Additions, extend_model
+from onellm_dist.convert.inspect import describe_checkpoint
 from onellm_dist.convert.opening import open_checkpoint
+from onellm_dist.convert.sidecar import SIDECAR
 from onellm_dist.convert.verify import build_model, compare
-from onellm_dist.model import OneLLMForConditionalGeneration, load_model
+from onellm_dist.model import (
+    OneLLMConfig,
+    OneLLMForConditionalGeneration,
+    OneLLMProcessor,
+    load_model,
+)
 from onellm_dist.model.encoder import Encoder
+from onellm_dist.model.presets import load_toy_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 HEADS = ConversionOptions(encoder_heads=4, upm_heads=4, llm_heads=4)
@@ -71,6 +80,29 @@ def test_reference_there_and_back_is_bit_identical(tmp_path: Path) -> None:
     assert len(record["result"]) > 3
     assert back["source"][0]["sha256"] == record["result"][0]["sha256"]
     assert json.loads((tmp_path / "back" / "params.json").read_text())["n_heads"] == 4
+
+
+@pytest.mark.parametrize("kind", ["fixed", "learned"])
+def test_span_positions_go_there_and_back(kind: str, tmp_path: Path) -> None:
+    """In the reference's file too, and without the config beside it where shapes say it."""
+    model = onellm(span_positions=kind)
+    for name, parameter in model.named_parameters():
+        if "span_positions" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "ours")
+    OneLLMProcessor(load_toy_tokenizer()).save_pretrained(tmp_path / "ours")
+    convert("onellm", tmp_path / "ours", tmp_path / "there", to="reference", quiet=True)
+    convert("reference", tmp_path / "there", tmp_path / "back", quiet=True)
+    assert OneLLMConfig.from_pretrained(tmp_path / "back").span_positions == kind
+    same(load_folder(tmp_path / "back"), load_folder(tmp_path / "ours"))
+    (tmp_path / "there" / SIDECAR).unlink()
+    alone = open_checkpoint(tmp_path / "there", HEADS, "reference")
+    assert alone.config.span_positions == ("learned" if kind == "learned" else "none")
+    assert not alone.problems
+    lines = describe_checkpoint(open_checkpoint(tmp_path / "back", ConversionOptions()))
+    assert f"span positions: {kind}" in lines
+    ours = open_checkpoint(tmp_path / "back", ConversionOptions())
+    assert extend_model(ours, Additions(modalities=["audio"]), 0).config.span_positions == kind
 
 
 def test_model_parallel_reference_is_the_same(tmp_path: Path) -> None:

@@ -107,6 +107,21 @@ def test_ranges_of_any_number_of_ranks_become_the_model(
     assert "stage: align" in lines
 
 
+def test_a_run_whose_recipe_gave_the_model_span_positions(tmp_path: Path) -> None:
+    """The rows that trained, and zeros for a run that did not train them."""
+    base = save_onellm(tmp_path / "base")
+    folder = save_run(tmp_path / "run", base, 2, precision="fp32")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["model"]["span_positions"] = "learned"
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
+    opened, _ = convert("run", tmp_path / "run", tmp_path / "out", quiet=True)
+    name = "projectors.imu.span_positions.weight"
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert not found[name].any() and found.keys() == opened.tensors.keys()
+    again = open_checkpoint(tmp_path / "out", ConversionOptions()).config
+    assert again.span_positions == "learned"
+
+
 def test_a_run_that_is_not_complete_or_lost_its_base(tmp_path: Path) -> None:
     base = save_onellm(tmp_path / "base")
     folder = save_run(tmp_path / "run", base, 2)

@@ -161,6 +161,10 @@ def test_a_medium_takes_several_spans(tmp_path: Path) -> None:
     assert spans == {0: 1, 1: 3, 2: 4, 3: 5, 4: 1}
     assert plan.step(0, 1).totals.encoder_tokens == 14 * 257
     assert batch.places == ()
+    assert [list(own) for own in batch.span_numbers] == [
+        list(range(len(s))) for s in batch.modalities
+    ]
+    assert one.span_numbers == ()
 
 
 def test_sounds_take_windows_and_share_them(tmp_path: Path) -> None:
@@ -185,6 +189,7 @@ def test_sounds_take_windows_and_share_them(tmp_path: Path) -> None:
     spans = {r.row: len(s) for r, s in zip(micro.samples, batch.modalities, strict=True)}
     assert spans == {0: 1, 1: 2, 2: 3, 3: 4, 4: 4}
     at = next(i for i, r in enumerate(micro.samples) if r.row == 4)
+    assert batch.span_numbers[at] == (0, 1, 0, 1)
     assert batch.places[at][:2] == (1, 1) and batch.places[at][2] == batch.places[at][3] > 1
 
 
@@ -253,6 +258,22 @@ def test_budgets_that_nobody_has_found_are_refused(root: Path) -> None:
     plan = _open(root, pack_llm_tokens="auto", pack_encoder_tokens="auto")
     with pytest.raises(UsageError, match="a start of training finds them"):
         plan.step(0, 1)
+
+
+def test_too_large_a_sample_of_any_shard_is_named_before_step_0(tmp_path: Path) -> None:
+    """The last of 120 shards has the only picture of four tiles; bounds alone refuse nothing."""
+    sizes = [(200, 200)] * 119 + [(500, 500)]
+    write_wide(tmp_path, "wide", sizes, max_samples=1)
+    index_existing_shards(tmp_path / "wide", media=True)
+    keys: dict[str, Any] = {"spans": {"image": 5}, "pack_encoder_tokens": 8192}
+    tight = open_plan(tmp_path, {"wide": 1.0}, pack_llm_tokens=160, **keys)
+    assert len(tight.corpus.shards[0]) == 120
+    with pytest.raises(UsageError, match=r"0119.* needs \d+ tokens.*\(1 of 120 samples of"):
+        check_corpus(tight.corpus)
+    few = open_plan(tmp_path, {"wide": 1.0}, spans={"image": 5}, pack_encoder_tokens=1200)
+    with pytest.raises(UsageError, match=r"0119@0 .* needs 1285 encoder tokens"):
+        check_corpus(few.corpus)
+    check_corpus(open_plan(tmp_path, {"wide": 1.0}, pack_llm_tokens=180, **keys).corpus)
 
 
 def test_too_long_samples_of_several_captions_are_counted_once(tmp_path: Path) -> None:

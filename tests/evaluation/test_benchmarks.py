@@ -386,6 +386,8 @@ def test_a_medium_takes_the_spans_that_the_model_was_trained_with(
 
     def spy(model: Any, prompts: Any, **options: Any) -> Any:
         lengths.extend(len(prompt.media) for prompt in prompts)
+        for prompt in prompts:
+            assert [medium.number for medium in prompt.media] == list(range(len(prompt.media)))
         return generate_batch(model, prompts, **options)
 
     monkeypatch.setattr("onellm_dist.evaluation.evaluate.generate_batch", spy)

@@ -30,7 +30,8 @@ def test_a_picture_takes_as_many_spans_as_in_training(picture: Path, most: int) 
         found = list(read_medium("image", given, most))
         values = [medium.value for medium in found if isinstance(medium.value, torch.Tensor)]
         assert torch.equal(torch.stack(values), wanted)
-        assert len({medium.key for medium in found}) == most
+        assert [medium.number for medium in found] == list(range(most))
+        assert len({medium.identity for medium in found}) == most
     assert len(list(read_medium("image", picture))) == 1
 
 

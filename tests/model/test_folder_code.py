@@ -16,9 +16,11 @@ import torch
 from packs import small_model
 from PIL import Image
 
+from onellm_dist.common.placeholders import list_medium_spans
 from onellm_dist.modalities import all_modalities, registry
-from onellm_dist.model import OneLLMProcessor
+from onellm_dist.model import OneLLMForConditionalGeneration, OneLLMProcessor
 from onellm_dist.model.folder_code import files
+from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.presets import load_toy_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "without_package.py"
@@ -35,13 +37,21 @@ def write_media(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_folder_loads_without_the_package_and_gives_the_same(tmp_path: Path) -> None:
     processor = OneLLMProcessor(load_toy_tokenizer())
-    model: Any = small_model(seed=3, words=len(processor.tokenizer))
+    config = small_model(words=len(processor.tokenizer)).config
+    config.span_positions = "learned"
+    model: Any = OneLLMForConditionalGeneration(config)
+    initialise(model, 3)
+    torch.nn.init.normal_(model.get_projector("image").span_positions.weight)
     model.eval()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
-    values = {f"{n}_values": torch.randn(1, *m.value_shape) for n, m in all_modalities().items()}
-    inputs: dict[str, Any] = {**processor(text="a red circle"), **values}
+    values = {
+        f"{n}_values": torch.randn(2 if n == "image" else 1, *m.value_shape)
+        for n, m in all_modalities().items()
+    }
+    spans = [*((name, 1) for name in all_modalities()), *list_medium_spans("image", 3, 2)[1:]]
+    inputs: dict[str, Any] = {**processor(text="a red circle"), **values, "media_spans": [spans]}
     media = write_media(tmp_path)
     torch.save({"inputs": inputs, "files": media}, tmp_path / "given.pt")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.placeholders import list_medium_spans
 from onellm_dist.data.media_text import MediaTextEncoder
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.modalities import Part, all_modalities
@@ -188,7 +189,7 @@ def test_every_way_to_ask_takes_the_spans_of_training(
     Image.new("RGB", (900, 300)).save(wide)
     own = OneLLMProcessor(pickle.loads(pickle.dumps(processor.tokenizer)), spans={"image": 5})
     asked = own(text=["what", "and"], images=[str(wide)] * 2, truncation=True, max_length=2)
-    assert asked["media_spans"] == [[("image", 1)] * 4] * 2
+    assert asked["media_spans"] == [list_medium_spans("image", 1, 4)] * 2
     assert len(asked["image_values"]) == 8 and asked["input_ids"].shape == (2, 2)
     part = {"type": "image", "path": str(wide)}
     talk = [{"role": "user", "content": [{"type": "text", "text": "see "}, part]}]
@@ -213,7 +214,8 @@ def test_media_in_memory_take_the_spans_of_their_files(
     )
     files: dict[str, Any] = {"images": tmp_path / "wide.png", "audio": tmp_path / "long.wav"}
     wanted = own(text="what", **files)
-    assert wanted["media_spans"] == [[("image", 1)] * 4 + [("audio", 1)] * 3]
+    tiles, windows = list_medium_spans("image", 1, 4), list_medium_spans("audio", 1, 3)
+    assert wanted["media_spans"] == [tiles + windows]
     timed = {"array": sound, "sampling_rate": 8000}
     for form, heard, rate in (
         (Image.fromarray(pixels), timed, None),

@@ -67,6 +67,7 @@ def test_all_modalities_are_answered_as_by_generate(client: Any) -> None:
 def test_a_large_picture_takes_as_many_spans_as_in_training() -> None:
     model = served.make_model()
     model.config.spans = {"image": 3}
+    model.config.span_positions = "fixed"
     buffer = io.BytesIO()
     Image.effect_noise((448, 224), 80).convert("RGB").save(buffer, "PNG")
     media = {"image": buffer.getvalue()}

@@ -67,6 +67,8 @@ UPM_HEAD_WIDTH = 64
 """Channels of a head of the UPM at the paper's size."""
 LLM_HEAD_WIDTH = 128
 """Channels of a head of the LLM at the paper's size."""
+SPAN_ROWS = "span_positions."
+"""Keys of our own: the reference, which gives a medium one span, has no such rows."""
 REFERENCE_POSITIONS = 4096
 """Length of the reference's rotary table: twice its max_seq_len of 2048."""
 
@@ -191,6 +193,7 @@ def _list_facts(config: OneLLMConfig) -> dict[str, Any]:
         "router width": upm.router_hidden,
         "router": upm.router,
         "modalities": config.modalities,
+        "learned span positions": config.span_positions == "learned",
     }
 
 
@@ -232,7 +235,14 @@ def build_config_from_shapes(
         router_hidden=reader.shape("routers.image.fc1.weight")[0],
     )
     names = [ours for theirs, ours in MODALITIES.items() if f"resample_tokens.{theirs}" in shapes]
-    return OneLLMConfig(vision=vision, upm=upm, text_config=text, modalities=names)
+    learned = any(key.startswith(SPAN_ROWS) for key in shapes)
+    return OneLLMConfig(
+        vision=vision,
+        upm=upm,
+        text_config=text,
+        modalities=names,
+        span_positions="learned" if learned else "none",
+    )
 
 
 class _ShapeReader:

@@ -7,6 +7,7 @@ export: every weight in the dtype that the run computes in.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +34,12 @@ from onellm_dist.convert.checkpoint import (
 )
 from onellm_dist.convert.formats import onellm
 from onellm_dist.convert.formats.preset_model import open_preset
-from onellm_dist.convert.new_parameters import copy_projector
+from onellm_dist.convert.new_parameters import copy_projector, draw_tensors
 from onellm_dist.convert.run_manifest import check_manifest, read_manifest
 from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors, concatenate
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
 from onellm_dist.model.lora import get_base_name
+from onellm_dist.model.span_positions import SPAN_ROWS, set_span_positions
 
 NAME = "run"
 KIND = "onellm"
@@ -294,8 +296,20 @@ def _open_base(
             "frozen weights come from it.",
             "give --base DIR.",
         )
+    base = _add_span_positions(base, model.get("span_positions"))
     source = base.config.modalities[0] if base.config.modalities else ""
     tensors = dict(base.tensors)
     for name in model.get("init_from_image") or ():
         tensors |= copy_projector(base.tensors, source, name)
     return replace(base, tensors=tensors)
+
+
+def _add_span_positions(base: OpenedCheckpoint, kind: str | None) -> OpenedCheckpoint:
+    """The model with the span positions that the run's recipe gave it; learned ones are zero."""
+    if kind in (None, base.config.span_positions):
+        return base
+    config = copy.deepcopy(base.config)
+    set_span_positions(config, kind)
+    rows = [name for name in onellm.get_onellm_shapes(config) if name.endswith(SPAN_ROWS)]
+    added = draw_tensors(config, 0, rows)
+    return replace(base, config=config, tensors={**base.tensors, **added})

@@ -59,6 +59,10 @@ _RULES: tuple[tuple[str, Callable[[_Match], str | None]], ...] = (
         lambda m: f"tokenizers.{m[1]}.positions.weight",
     ),
     (rf"resample_tokens\.({_NAMES})", lambda m: f"projectors.{MODALITIES[m[1]]}.queries.weight"),
+    (
+        rf"span_positions\.({_NAMES})",
+        lambda m: f"projectors.{MODALITIES[m[1]]}.span_positions.weight",
+    ),
     (rf"(start|end)_tag\.({_NAMES})", lambda m: f"projectors.{MODALITIES[m[2]]}.{m[1]}_tag.weight"),
     (
         rf"clip_proj1\.({_NAMES})\.([01])\.(weight|bias)",
@@ -111,6 +115,10 @@ _RULES_BACK: tuple[tuple[str, Callable[[_Match], str | None]], ...] = (
     ),
     (r"tokenizers\.(\w+)\.positions\.weight", lambda m: f"positional_embedding.{m[1]}"),
     (r"projectors\.(\w+)\.queries\.weight", lambda m: f"resample_tokens.{_THEIRS[m[1]]}"),
+    (
+        r"projectors\.(\w+)\.span_positions\.weight",
+        lambda m: f"span_positions.{_THEIRS[m[1]]}",
+    ),
     (r"projectors\.(\w+)\.(start|end)_tag\.weight", lambda m: f"{m[2]}_tag.{_THEIRS[m[1]]}"),
     (
         r"projectors\.(\w+)\.(in|out)_proj\.(linear|norm)\.(weight|bias)",

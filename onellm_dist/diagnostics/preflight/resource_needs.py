@@ -72,12 +72,14 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
     """(all parameters, those that train on all modalities of the model), without loading any.
 
     Raises:
-        UsageError: there is no model at `model.path`, or a rule of `train.parameters` is wrong.
+        UsageError: there is no model at `model.path`, it has other span positions, or a rule of
+            `train.parameters` is wrong.
     """
     from onellm_dist.model.configuration import OneLLMConfig
     from onellm_dist.model.lazy_weights import build_empty_model
     from onellm_dist.model.lora import add_adapters
     from onellm_dist.model.presets import build_config, check_directory
+    from onellm_dist.model.span_positions import set_span_positions
     from onellm_dist.train.optim.rules import prepare_parameters
 
     path = config.model.path
@@ -88,6 +90,7 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
         if path is None
         else OneLLMConfig.from_pretrained(path)
     )
+    set_span_positions(found, config.model.span_positions)
     model = build_empty_model(found)
     if config.train.lora is not None:
         add_adapters(model, config.train.lora)

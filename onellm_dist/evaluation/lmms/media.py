@@ -66,8 +66,8 @@ def read_medium(name: str, given: Any, most: int = 1) -> Iterator[Medium]:
     else:
         picture = given.convert("RGB") if hasattr(given, "convert") else given
         values = read_medium_spans(name, picture, most)
-    for value in values:
-        yield Medium(name, value, f"{name} {_digest(value)}")
+    for number, value in enumerate(values):
+        yield Medium(name, value, f"{name} {_digest(value)}", number)
 
 
 def _digest(value: torch.Tensor) -> str:

@@ -139,7 +139,7 @@ class ChatService:
         spans = await self.media.read(given, digests)
         return [
             [
-                Medium(files.modality, value, f"{digest} {number}")
+                Medium(files.modality, value, f"{digest} {number}", number)
                 for number, value in enumerate(values)
             ]
             for files, digest, values in zip(given, digests, spans, strict=True)

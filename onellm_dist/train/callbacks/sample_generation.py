@@ -231,18 +231,29 @@ def _drop_later_media(batch: PackedBatch, questions: Sequence[_Question]) -> Pac
         return batch
     modalities: list[tuple[str, ...]] = []
     places: list[tuple[int, ...]] = []
+    numbers: list[tuple[int, ...]] = []
     kept: dict[str, list[bool]] = {name: [] for name in batch.values}
-    for question, spans, own in zip(questions, batch.modalities, batch.places, strict=True):
+    all_numbers = batch.span_numbers or [(0,) * len(spans) for spans in batch.modalities]
+    for question, spans, own, theirs in zip(
+        questions, batch.modalities, batch.places, all_numbers, strict=True
+    ):
         there = [place <= len(question.prompt) for place in own]
         for name, is_kept in zip(spans, there, strict=True):
             kept[name].append(is_kept)
         modalities.append(tuple(n for n, keep in zip(spans, there, strict=True) if keep))
         places.append(tuple(p for p, keep in zip(own, there, strict=True) if keep))
+        numbers.append(tuple(n for n, keep in zip(theirs, there, strict=True) if keep))
     values = {
         name: value[torch.tensor(kept[name], dtype=torch.bool)]
         for name, value in batch.values.items()
     }
-    return replace(batch, modalities=tuple(modalities), places=tuple(places), values=values)
+    return replace(
+        batch,
+        modalities=tuple(modalities),
+        places=tuple(places),
+        span_numbers=tuple(numbers),
+        values=values,
+    )
 
 
 def _build_next(batch: PackedBatch, questions: Sequence[_Question], bos: int) -> PackedBatch:

@@ -2,7 +2,8 @@
 
 Checkpoints hold the trainable state alone. The manifest's `frozen` is
 `{"preset": ..., "seed": ...}` for weights that are drawn or come with a preset, or
-`{"path": ..., "files": {name: [bytes, mtime_ns, sha256]}}` for a `model.path`. Before a run
+`{"path": ..., "files": {name: [bytes, mtime_ns, sha256]}}` for a `model.path`; with
+`span_positions` if the recipe sets them. Before a run
 resumes, every file is hashed (`weights.py`): bytes that rotted on the disk keep their size and
 time.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 from onellm_dist.common.checksums import hash_once
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.config.schema import RunConfig
+from onellm_dist.config.schema import ModelSection, RunConfig
 from onellm_dist.train.checkpoint.weights import hash_on_node, is_digest
 from onellm_dist.train.distributed import Distributed
 
@@ -36,8 +37,9 @@ def describe_source(config: RunConfig, known: dict[str, Any] | None = None) -> d
         OSError: a file cannot be read, or was written meanwhile.
     """
     model = config.model
+    own = {} if model.span_positions is None else {"span_positions": model.span_positions}
     if model.path is None:
-        return {"preset": model.preset, "seed": config.run.seed}
+        return {"preset": model.preset, "seed": config.run.seed, **own}
     before: dict[str, list[Any]] = (known or {}).get("files", {})
     files: dict[str, list[Any]] = {}
     for path in _list_weight_files(model.path):
@@ -49,7 +51,7 @@ def describe_source(config: RunConfig, known: dict[str, Any] | None = None) -> d
         if [after.st_size, after.st_mtime_ns] != stamp:
             raise OSError(f"{path} was changed while the run that reads it is running")
         files[path.name] = [*stamp, digest]
-    return {"path": str(model.path.resolve()), "files": files}
+    return {"path": str(model.path.resolve()), "files": files, **own}
 
 
 def check_source(
@@ -65,6 +67,7 @@ def check_source(
     frozen = manifest.get("frozen")
     if frozen is None:  # version 1 did not record it
         return
+    _check_span_positions(folder, frozen.get("span_positions"), config.model)
     problem = _compare_preset(frozen, config) or _compare_files(frozen, config, dist)
     if problem:
         key = "path" if "path" in frozen else "preset"
@@ -72,6 +75,21 @@ def check_source(
             f"checkpoint {folder} was trained over other frozen weights: {problem}",
             "a checkpoint holds only what trains; over other frozen weights it means nothing.",
             f"set model.{key}={frozen.get('path') or frozen['preset']} again, or another run.dir.",
+        )
+
+
+def _check_span_positions(folder: Path, before: str | None, model: ModelSection) -> None:
+    """Refuse to resume with a model that has other span positions.
+
+    Without the key a preset has none; what a `model.path` has is in its `config.json`.
+    """
+    now, none = model.span_positions, None if model.path else "none"
+    if (before or none) != (now or none):
+        raise UsageError(
+            f"checkpoint {folder} was trained with model.span_positions={before or 'unset'}, now "
+            f"it is {now or 'unset'}",
+            "its weights belong to the former.",
+            "set it as before, or another run.dir.",
         )
 
 

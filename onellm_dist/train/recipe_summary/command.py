@@ -88,7 +88,10 @@ def _describe_work(config: RunConfig) -> tuple[list[str], bool]:
 def _open_model(config: RunConfig) -> tuple[Any, Any]:
     from onellm_dist.model.lazy_weights import open_empty_model
 
-    model, processor = open_empty_model(path=config.model.path, preset=config.model.preset)
+    section = config.model
+    model, processor = open_empty_model(
+        path=section.path, preset=section.preset, span_positions=section.span_positions
+    )
     return model, processor.tokenizer
 
 

@@ -285,6 +285,23 @@ def test_frozen_weights_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
         check_source(tmp_path, manifest, config(tmp_path), ONE_RANK)
 
 
+def test_span_positions_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
+    plain, fixed = (
+        config(tmp_path, model={"preset": "toy", "span_positions": kind})
+        for kind in (None, "fixed")
+    )
+    none = config(tmp_path, model={"preset": "toy", "span_positions": "none"})
+    manifest = {"frozen": json.loads(json.dumps(describe_source(fixed)))}
+    check_source(tmp_path, manifest, fixed, ONE_RANK)
+    with pytest.raises(UsageError, match=r"span_positions=fixed, now it is unset"):
+        check_source(tmp_path, manifest, plain, ONE_RANK)
+    before = {"frozen": describe_source(plain)}
+    assert "span_positions" not in before["frozen"]
+    check_source(tmp_path, before, none, ONE_RANK)
+    with pytest.raises(UsageError, match=r"span_positions=unset, now it is fixed"):
+        check_source(tmp_path, before, fixed, ONE_RANK)
+
+
 def test_a_preset_and_its_seed_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
     manifest = {"frozen": describe_source(config(tmp_path, seed=3))}
     check_source(tmp_path, manifest, config(tmp_path, seed=3), ONE_RANK)
