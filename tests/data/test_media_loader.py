@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_worlds import open_plan, write
+from killed_streams import KilledStream
 from media_worlds import write_media, write_wide
 
 from onellm_dist.data.loader import Loader
@@ -32,15 +34,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_here(root: Path, **keys: Any) -> Plan:
-    fixed: dict[str, Any] = {"pack_llm_tokens": 640, "pack_encoder_tokens": 8192}
-    return open_plan(
-        root,
-        MIXTURE,
-        text_format="caption",
-        global_batch=10,
-        spans={"image": 5},
-        **{**fixed, **keys},
-    )
+    fixed: dict[str, Any] = {
+        "text_format": "caption",
+        "global_batch": 10,
+        "spans": {"image": 5},
+        "pack_llm_tokens": 640,
+        "pack_encoder_tokens": 8192,
+    }
+    return open_plan(root, MIXTURE, **{**fixed, **keys})
 
 
 def digest(batch: PackedBatch) -> str:
@@ -55,7 +56,7 @@ def digest(batch: PackedBatch) -> str:
     return found.hexdigest()
 
 
-def test_placed_media_are_the_same_with_0_1_and_3_workers(root: Path) -> None:
+def test_batches_are_the_same_with_0_1_and_3_workers(root: Path) -> None:
     expected: dict[int, list[tuple[int, int, str]]] = {}
     seen: set[str] = set()
     for workers in (0, 1, 3):
@@ -81,13 +82,69 @@ def test_placed_media_are_the_same_with_0_1_and_3_workers(root: Path) -> None:
     assert len({line for found in expected.values() for line in found}) > STEPS
 
 
-def test_a_loader_of_placed_media_goes_on_where_another_was_killed(root: Path) -> None:
-    """From any step, with another number of workers."""
-    whole = {}
-    with Loader(open_here(root), 1, 0, 0, STEPS, 0) as loader:
-        for micro, batch in loader:
-            whole[micro.step, micro.index] = digest(batch)
-    for first, workers in ((1, 3), (3, 1)):
-        with Loader(open_here(root), 1, 0, first, STEPS, workers) as loader:
-            found = {(m.step, m.index): digest(b) for m, b in loader}
-        assert found == {place: d for place, d in whole.items() if place[0] >= first}
+def describe(batch: PackedBatch) -> list[str]:
+    """A line for each sample: its id, and the SHA-256 of all that the model gets of it."""
+    used: Counter[str] = Counter()
+    ids, labels = (t.split(batch.text_token_counts) for t in (batch.input_ids, batch.labels))
+    lines = []
+    for i, name in enumerate(batch.sample_ids):
+        spans = batch.modalities[i]
+        places = batch.places[i] if batch.places else (1,) * len(spans)
+        numbers = batch.span_numbers[i] if batch.span_numbers else (0,) * len(spans)
+        found = hashlib.sha256(repr((spans, places, numbers, batch.weights[i].item())).encode())
+        for tensor in (ids[i], labels[i]):
+            found.update(tensor.numpy().tobytes())
+        for span in spans:
+            found.update(batch.values[span][used[span]].numpy().tobytes())
+            used[span] += 1
+        lines.append(f"{name} {found.hexdigest()}")
+    return lines
+
+
+def read_steps(root: Path, world: int, workers: int) -> list[list[str]]:
+    """The lines of all samples of each step, read by all ranks one after another."""
+    steps: list[list[str]] = [[] for _ in range(STEPS)]
+    plan = open_here(root, workers=workers)
+    for rank in range(world):
+        with Loader(plan, world, rank, 0, STEPS, workers) as loader:
+            for micro, batch in loader:
+                steps[micro.step] += describe(batch)
+    return [sorted(lines) for lines in steps]
+
+
+PAIRS = [(world, workers) for world in (1, 2, 3, 4, 8) for workers in (0, 1, 3)][1:]
+SOME = [(2, 3), (3, 1), (4, 0), (8, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pairs",
+    [SOME, pytest.param([p for p in PAIRS if p not in SOME], marks=pytest.mark.soak)],
+    ids=["some pairs", "the others"],
+)
+def test_one_stream_for_any_number_of_ranks_and_workers(
+    root: Path, pairs: list[tuple[int, int]]
+) -> None:
+    """Texts, places, numbers and values of every sample, however the samples are packed."""
+    expected = read_steps(root, 1, 0)
+    assert [len(lines) for lines in expected] == [10] * STEPS
+    for world, workers in pairs:
+        assert read_steps(root, world, workers) == expected, (world, workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seed", "kills"), [(0, 3), *(pytest.param(s, 12, marks=pytest.mark.soak) for s in (1, 2, 3))]
+)
+def test_kills_at_random_and_other_numbers_of_ranks_leave_one_stream(
+    root: Path, tmp_path: Path, seed: int, kills: int
+) -> None:
+    stream = KilledStream(lambda: open_here(root), describe, STEPS, (1, 2, 3, 4, 8), (0, 1, 3))
+    found, killed = stream.read(tmp_path, seed, kills)
+    assert killed == kills
+    assert [found[step] for step in range(STEPS)] == read_steps(root, 1, 0)
+
+
+def test_tiles_are_balanced_over_sixteen_ranks(root: Path) -> None:
+    plan = open_here(root, global_batch=5120, pack_llm_tokens=2048, pack_encoder_tokens=16384)
+    assert plan.step(0, 16).balance <= 1.05

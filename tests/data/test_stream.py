@@ -8,12 +8,6 @@ is real: tars, indexes, plan, loader, worker processes, kills.
 from __future__ import annotations
 
 import hashlib
-import json
-import multiprocessing
-import os
-import random
-import signal
-import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from data_worlds import open_plan
+from killed_streams import KilledStream
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.data import plan as plan_module
@@ -217,62 +212,10 @@ def test_the_undisturbed_stream_skips_no_sample(sound: Path, broken: Path) -> No
     assert differing == damaged.skipped_samples, "no other sample was touched"
 
 
-def one_start(root: Path, log: Path, first: int, world: int, workers: int) -> None:
-    """All ranks of a start, in lockstep; the log gets a line when all have done a step."""
-    os.setsid()
-    plan = plan_of(root)
-    loaders = [iter(Loader(plan, world, rank, first, STEPS, workers)) for rank in range(world)]
-    with log.open("a") as out:
-        for step in range(first, STEPS):
-            names: list[str] = []
-            for loader in loaders:
-                while True:
-                    micro, batch = next(loader)
-                    assert micro.step == step
-                    names += batch.sample_ids
-                    if micro.last:
-                        break
-            out.write(json.dumps([step, sorted(names)]) + "\n")
-            out.flush()
-
-
-def histories(root: Path, folder: Path, seed: int, kills: int) -> tuple[dict[int, list[str]], int]:
-    """A run that is killed at random moments and resumed on random numbers of ranks.
-
-    Returns the ids of every step, and the number of kills.
-    """
-    draw, context, applied = (
-        random.Random(seed),
-        multiprocessing.get_context("fork"),
-        dict[int, list[str]](),
+def killed_stream(root: Path) -> KilledStream:
+    return KilledStream(
+        lambda: plan_of(root), lambda batch: list(batch.sample_ids), STEPS, WORLDS, WORKERS
     )
-    step, killed = 0, 0
-    for number in range(10 * kills):
-        world = draw.choice(WORLDS)
-        workers = draw.choice(WORKERS if world < 4 else (0, 1))
-        log = folder / f"{number}.jsonl"
-        process = context.Process(target=one_start, args=(root, log, step, world, workers))
-        process.start()
-        if killed < kills:
-            wanted = step + draw.randint(1, STEPS // kills)
-            while process.is_alive() and not (
-                log.exists() and log.read_bytes().count(b"\n") >= wanted - step
-            ):
-                time.sleep(0.005)
-            time.sleep(draw.uniform(0, 0.05))
-            os.kill(process.pid or 0, signal.SIGKILL)
-            killed += 1
-        process.join()
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        for at, names in (json.loads(line) for line in lines if line.endswith("\n")):
-            assert applied.setdefault(at, names) == names, (
-                f"step {at} differs in start {number} (world {world}, {workers} workers)"
-            )
-        done = max(applied, default=-1) + 1
-        if done == STEPS and killed >= kills:
-            return applied, killed
-        step = draw.randint(max(0, min(done, STEPS - 1) - 6), min(done, STEPS - 1))
-    raise AssertionError("the run never came to its end")
 
 
 def digest_of(applied: Mapping[int, list[str]]) -> str:
@@ -282,7 +225,7 @@ def digest_of(applied: Mapping[int, list[str]]) -> str:
 
 
 def test_five_kills_and_changes_of_ranks_leave_one_digest(sound: Path, tmp_path: Path) -> None:
-    applied, kills = histories(sound, tmp_path, seed=0, kills=5)
+    applied, kills = killed_stream(sound).read(tmp_path, seed=0, kills=5)
     assert kills == 5
     assert digest_of(applied) == planned_digest(plan_of(sound))
 
@@ -292,7 +235,7 @@ def test_twenty_kills_and_changes_of_ranks_leave_one_digest(broken: Path, tmp_pa
     for seed in range(1, 4):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        applied, kills = histories(broken, folder, seed=seed, kills=20)
+        applied, kills = killed_stream(broken).read(folder, seed=seed, kills=20)
         assert kills == 20
         assert digest_of(applied) == planned_digest(plan_of(broken))
 
