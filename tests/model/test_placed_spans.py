@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,13 +64,16 @@ def compute_gradients(
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+Mixture = tuple[list[list[str]], list[int], list[list[int]]]
+
+
 @st.composite
-def mixtures(draw: st.DrawFn) -> tuple[list[list[str]], list[int], list[list[int]]]:
+def mixtures(draw: st.DrawFn, names: Sequence[str] = CHEAP[:4]) -> Mixture:
     samples = draw(st.integers(1, 4))
     lengths = draw(st.lists(st.integers(1, 9), min_size=samples, max_size=samples))
     spans, places = [], []
     for length in lengths:
-        own = draw(st.lists(st.sampled_from(CHEAP[:4]), max_size=6))
+        own = draw(st.lists(st.sampled_from(names), max_size=6))
         spans.append(own)
         places.append([draw(st.integers(1, length)) for _ in own])
     return spans, lengths, places
@@ -78,9 +82,21 @@ def mixtures(draw: st.DrawFn) -> tuple[list[list[str]], list[int], list[list[int
 @given(mixtures())
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_packed_equals_each_sample_alone(
-    model: OneLLMForConditionalGeneration,
-    mixture: tuple[list[list[str]], list[int], list[list[int]]],
+    model: OneLLMForConditionalGeneration, mixture: Mixture
 ) -> None:
+    check_logits(model, mixture)
+
+
+@pytest.mark.soak
+@given(mixtures(tuple(all_modalities())))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_packed_equals_each_sample_alone_for_all_modalities(
+    model: OneLLMForConditionalGeneration, mixture: Mixture
+) -> None:
+    check_logits(model, mixture)
+
+
+def check_logits(model: OneLLMForConditionalGeneration, mixture: Mixture) -> None:
     """0 to 6 media a sample anywhere: logits to 1e-5, and nothing of the neighbours in them."""
     spans, lengths, places = mixture
     pack = placed_pack(spans, lengths, places)
@@ -96,12 +112,21 @@ def test_packed_equals_each_sample_alone(
                 assert relative(own, alone) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_samples_alone() -> None:
+    """Of all modalities, 0 to 6 media a sample; logits too."""
     model = small_model()
-    spans = [["image", "image", "imu"], [], ["fmri", "image", "fmri", "point", "audio", "image"]]
-    pack = placed_pack(spans, [6, 4, 9], [[1, 4, 6], [], [1, 1, 3, 7, 9, 9]])
+    spans = [
+        ["image", "image", "imu"],
+        [],
+        ["fmri", "image", "fmri", "point", "audio", "image"],
+        ["video", "depth", "normal", "audio"],
+    ]
+    places = [[1, 4, 6], [], [1, 1, 3, 7, 9, 9], [2, 2, 3, 5]]
+    check_logits(model, (spans, [6, 4, 9, 5], places))
+    pack = placed_pack(spans, [6, 4, 9, 5], places)
     together = compute_gradients(model, [pack])
-    alone = compute_gradients(model, [take_alone(pack, i) for i in range(3)])
+    alone = compute_gradients(model, [take_alone(pack, i) for i in range(4)])
     assert together.keys() == alone.keys()
     for name, gradient in together.items():
         if alone[name].abs().max() > 0:

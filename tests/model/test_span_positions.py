@@ -120,6 +120,7 @@ def test_fixed_rows_differ_from_each_other() -> None:
     assert torch.cdist(rows, rows).fill_diagonal_(1e9).min() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_equals_alone_and_padded(kind: str) -> None:
     """Logits to 1e-5 and gradients to 1e-4, for media of several spans and of one."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.modalities import all_modalities
-from onellm_dist.model.presets import load_model
+from onellm_dist.model import OneLLMForConditionalGeneration
+from onellm_dist.model.initialisation import initialise
+from onellm_dist.model.presets import build_config
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
@@ -36,7 +41,8 @@ ASSIGNED: tuple[tuple[list[list[str]], list[list[str]]], ...] = (
 """Step -> packs of rank 0 and of rank 1.
 
 IMU is in the mixture and comes in no step; audio is absent for two steps. In the last step samples
-have several media, anywhere in their texts, and the ranks different numbers of them.
+have several media, anywhere in their texts, some are the second span of the one before, and the
+ranks hold different numbers of them.
 """
 
 
@@ -78,7 +84,15 @@ def make_pack(names: list[str], number: int) -> PackedBatch:
         )
         if len(flat) > len(names)
         else (),
+        span_numbers=tuple(tuple(map(int, _are_second(own))) for own in spans)
+        if len(flat) > len(names)
+        else (),
     )
+
+
+def _are_second(spans: Sequence[str]) -> list[bool]:
+    """Whether each span is the second of its medium: one that follows a span of its modality."""
+    return [before == own for before, own in itertools.pairwise(("", *spans))]
 
 
 def step_packs(step: int) -> list[list[PackedBatch]]:
@@ -97,9 +111,32 @@ def global_valid_tokens(step: int) -> int:
     return sum(int((pack.labels != IGNORE).sum()) for rank in step_packs(step) for pack in rank)
 
 
+def split_pack(pack: PackedBatch) -> Iterator[PackedBatch]:
+    """The samples of a pack, each alone."""
+    ids, labels = (t.split(pack.text_token_counts) for t in (pack.input_ids, pack.labels))
+    used: Counter[str] = Counter()
+    for i, spans in enumerate(pack.modalities):
+        own = Counter(spans)
+        values = {n: v[used[n] : used[n] + own[n]] for n, v in pack.values.items()}
+        used += own
+        yield PackedBatch(
+            ids[i],
+            labels[i],
+            pack.text_token_counts[i : i + 1],
+            (spans,),
+            values,
+            pack.weights[i : i + 1],
+            pack.sample_ids[i : i + 1],
+            places=pack.places[i : i + 1],
+            span_numbers=pack.span_numbers[i : i + 1],
+        )
+
+
 def new_model() -> torch.nn.Module:
-    model: torch.nn.Module
-    model, _ = load_model(path=None, preset="toy", seed=3)
+    config = build_config("toy")
+    config.span_positions = "learned"
+    model: torch.nn.Module = OneLLMForConditionalGeneration(config)
+    initialise(model, 3)
     freeze_for_stage(model, "align", MIXTURE)
     model.train()
     return model
@@ -137,7 +174,7 @@ def train_sharded(dist: Distributed, name: str) -> tuple[dict[str, torch.Tensor]
 
 
 def train_plain() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
-    """Train with plain torch on every pack of every rank; absent modalities have zero gradient."""
+    """Train with plain torch on each sample of all ranks alone; what is absent has no gradient."""
     model = new_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -147,9 +184,10 @@ def train_plain() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], lis
         optimizer.zero_grad()
         total = 0.0
         for pack in (pack for rank in step_packs(step) for pack in rank if not pack.is_empty):
-            loss = model(packed=pack).loss / global_valid_tokens(step)
-            loss.backward()
-            total += float(loss.detach())
+            for sample in split_pack(pack):
+                loss = model(packed=sample).loss / global_valid_tokens(step)
+                loss.backward()
+                total += float(loss.detach())
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
