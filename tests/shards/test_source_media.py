@@ -491,6 +491,54 @@ def test_mmc4_documents(tmp_path: Path) -> None:
         build("mmc4", strict, missing="fail")
 
 
+@pytest.mark.parametrize("source", ["finevision", "llava-onevision", "obelics", "mmc4"])
+def test_a_picture_cut_short_costs_its_sample_alone(tmp_path: Path, source: str) -> None:
+    """The second of two pictures, in each source of tables and documents."""
+    folder = tmp_path / "in"
+    (folder / "images").mkdir(parents=True)
+    files = {"a.jpg": picture(0), "b.jpg": picture(1), "cut.jpg": picture(2)[:300]}
+    rows: list[Any] = []
+    for number, names in enumerate((["a.jpg", "b.jpg"], ["a.jpg", "cut.jpg"])):
+        held = [{"bytes": files[name], "path": name} for name in names]
+        info = [{"image_name": name, "matched_text_index": i} for i, name in enumerate(names)]
+        rows.append(
+            {
+                "finevision": {
+                    "images": held,
+                    "texts": [{"user": "which", "assistant": "none"}],
+                },
+                "llava-onevision": {
+                    "id": str(number),
+                    "image": held,
+                    "conversations": talk("<image> or <image>"),
+                },
+                "obelics": {
+                    "images": [*(f"https://x.org/{name}" for name in names), None],
+                    "texts": [None, None, "end"],
+                },
+                "mmc4": {"text_list": ["one", "two"], "image_info": info},
+            }[source]
+        )
+    if source in ("obelics", "mmc4"):
+        for name, data in files.items():
+            (folder / "images" / name).write_bytes(data)
+        (folder / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        write_parquet(folder / "t.parquet", rows)
+    options = {
+        "finevision": {"several": "list"},
+        "llava-onevision": {"several": "list"},
+        "obelics": {"names": "last"},
+        "mmc4": {},
+    }
+    dataset, report = build(source, folder, **options[source])
+    (reason,) = (found.reason for found in report.quarantined)
+    assert "unreadable image" in reason
+    ((parts, meta),) = read_all(dataset).values()
+    assert parts == {"0.jpg": files["a.jpg"], "1.jpg": files["b.jpg"]}
+    assert meta["media"] == ["image", "image"]
+
+
 def test_options_that_cannot_be_used(folder: Path) -> None:
     write_rows(folder, [{"conversations": talk("a")}])
     with pytest.raises(UsageError, match="depth is read from several files"):
