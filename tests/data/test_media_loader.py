@@ -56,6 +56,7 @@ def digest(batch: PackedBatch) -> str:
     return found.hexdigest()
 
 
+@pytest.mark.slow
 def test_batches_are_the_same_with_0_1_and_3_workers(root: Path) -> None:
     expected: dict[int, list[tuple[int, int, str]]] = {}
     seen: set[str] = set()
