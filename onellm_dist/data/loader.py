@@ -35,7 +35,8 @@ class Loader:
         first_step: first step to load; 0 for a new run.
         last_step: the step after the last one to load.
         workers: number of reading processes; 0 reads in this one, without the limits of a sample
-            (`data.sample_seconds`, `data.sample_mb`). Default: `data.workers`.
+            (`data.sample_seconds`, `data.sample_mb`), and lets it keep memory that it frees (see
+            `keep_freed_memory`). Default: `data.workers`.
         skipped_samples: sample id to reason, of samples that are not tried again (see Reader).
         pin: whether batches are page-locked; default: if there is a GPU.
 

@@ -258,6 +258,13 @@ class Reader:
                 values = [modality.make_value(modality.decode(own, meta), train=train, rng=rng)]
             else:
                 values = modality.read_spans(own, meta, spans=medium.spans, train=train, rng=rng)
+        if len(values) != medium.spans:
+            raise OneLLMError(
+                f"sample {sample_id}: modality {modality.name} returned {len(values)} values for "
+                f"{medium.spans} spans",
+                "this is a fault of the program, not of the data.",
+                "report it with the sample's id.",
+            )
         for value in values:
             _check_value(modality, value, sample_id)
         return values

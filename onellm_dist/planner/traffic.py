@@ -37,7 +37,8 @@ def measure_padding(model: Any, multiple: int) -> tuple[float, float]:
     """How much larger trainable and frozen weights are with their rows padded to a multiple."""
     size, padded = {True: 0, False: 0}, {True: 0, False: 0}
     for parameter in model.parameters():
-        rows, count = max(1, *parameter.shape[:1]), parameter.numel()
+        count = parameter.numel()
+        rows = max(1, parameter.shape[0]) if parameter.ndim else 1
         size[parameter.requires_grad] += count
         padded[parameter.requires_grad] += count // rows * -(-rows // multiple) * multiple
     trained, frozen = (padded[key] / max(1, size[key]) for key in (True, False))

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from data_worlds import open_plan, write
 from killed_streams import KilledStream
 from media_worlds import write_media, write_wide
 
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.plan import Plan
 from onellm_dist.packed import PackedBatch
@@ -54,6 +56,27 @@ def digest(batch: PackedBatch) -> str:
     rest = (batch.text_token_counts, batch.modalities, batch.places, batch.span_numbers)
     found.update(repr((rest, batch.sample_ids, sorted(batch.skipped_samples))).encode())
     return found.hexdigest()
+
+
+def test_a_modality_that_returns_too_many_values_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its last value would become that of the next sample."""
+    modality = type(open_here(root).corpus.modalities["image"])
+    read = modality.read_spans
+
+    def read_one_more(self: Any, *values: Any, **keys: Any) -> list[torch.Tensor]:
+        found = read(self, *values, **keys)
+        return [*found, found[0]]
+
+    monkeypatch.setattr(modality, "read_spans", read_one_more)
+    with (
+        Loader(open_here(root), 1, 0, 0, STEPS, 0) as loader,
+        pytest.raises(
+            OneLLMError, match=r"sample wide/\S+: modality image returned 6 values for 5"
+        ),
+    ):
+        list(loader)
 
 
 @pytest.mark.slow

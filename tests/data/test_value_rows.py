@@ -1,10 +1,13 @@
-"""Values gathered in a micro-batch's tensors, and the memory they take."""
+"""Values gathered in a micro-batch's tensors, and the allocator of those who read them."""
 
 from __future__ import annotations
+
+import platform
 
 import pytest
 import torch
 
+from onellm_dist.common.workers.allocator import keep_freed_memory
 from onellm_dist.data.value_rows import ValueRows
 from onellm_dist.modalities import Modality, get_modality
 
@@ -39,3 +42,9 @@ def test_more_or_fewer_spans_than_planned_never_pass() -> None:
         rows.finish()
     with pytest.raises(IndexError):
         rows.add({"image": [make_value("image", 2)] * 2})
+
+
+def test_the_c_library_takes_the_thresholds() -> None:
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("the C library is not glibc")
+    assert keep_freed_memory()
