@@ -21,6 +21,7 @@ from onellm_dist.shards.tools.index_existing import index_existing_shards
 
 MIXTURE = {"many": 3.0, "wide": 1.0, "pic": 1.0}
 STEPS = 4
+KILLED_STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +126,12 @@ def describe(batch: PackedBatch) -> list[str]:
     return lines
 
 
-def read_steps(root: Path, world: int, workers: int) -> list[list[str]]:
+def read_steps(root: Path, world: int, workers: int, count: int = STEPS) -> list[list[str]]:
     """The lines of all samples of each step, read by all ranks one after another."""
-    steps: list[list[str]] = [[] for _ in range(STEPS)]
+    steps: list[list[str]] = [[] for _ in range(count)]
     plan = open_here(root, workers=workers)
     for rank in range(world):
-        with Loader(plan, world, rank, 0, STEPS, workers) as loader:
+        with Loader(plan, world, rank, 0, count, workers) as loader:
             for micro, batch in loader:
                 steps[micro.step] += describe(batch)
     return [sorted(lines) for lines in steps]
@@ -163,10 +164,13 @@ def test_one_stream_for_any_number_of_ranks_and_workers(
 def test_kills_at_random_and_other_numbers_of_ranks_leave_one_stream(
     root: Path, tmp_path: Path, seed: int, kills: int
 ) -> None:
-    stream = KilledStream(lambda: open_here(root), describe, STEPS, (1, 2, 3, 4, 8), (0, 1, 3))
+    worlds, workers = (1, 2, 3, 4, 8), (0, 1, 3)
+    stream = KilledStream(lambda: open_here(root), describe, KILLED_STEPS, worlds, workers)
     found, killed = stream.read(tmp_path, seed, kills)
     assert killed == kills
-    assert [found[step] for step in range(STEPS)] == read_steps(root, 1, 0)
+    assert sorted(found) == list(range(KILLED_STEPS))
+    expected = read_steps(root, 1, 0, KILLED_STEPS)
+    assert [found[step] for step in range(KILLED_STEPS)] == expected
 
 
 def test_tiles_are_balanced_over_sixteen_ranks(root: Path) -> None:
