@@ -8,8 +8,10 @@ zero, so that a medium of one span is what it is without.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,6 +91,25 @@ def set_span_positions(config: OneLLMConfig, kind: str | None) -> None:
             "leave model.span_positions out.",
         )
     config.span_positions = kind
+
+
+def read_span_positions(folder: Path | None) -> str | None:
+    """The span positions that the model of a run has without `model.span_positions`.
+
+    Args:
+        folder: `model.path`; None: a preset, which has none.
+
+    Returns:
+        `none`, `fixed` or `learned`; None if the folder's config cannot be read.
+    """
+    if folder is None:
+        return "none"
+    try:
+        return str(json.loads((folder / "config.json").read_text())["span_positions"])
+    except KeyError:
+        return "none"  # saved before there were any
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def list_span_numbers(

@@ -16,6 +16,7 @@ from typing import Any
 from onellm_dist.common.checksums import hash_once
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.config.schema import ModelSection, RunConfig
+from onellm_dist.model.span_positions import read_span_positions
 from onellm_dist.train.checkpoint.weights import hash_on_node, is_digest
 from onellm_dist.train.distributed import Distributed
 
@@ -67,7 +68,7 @@ def check_source(
     frozen = manifest.get("frozen")
     if frozen is None:  # version 1 did not record it
         return
-    _check_span_positions(folder, frozen.get("span_positions"), config.model)
+    _check_span_positions(folder, frozen.get("span_positions"), config.model, dist)
     problem = _compare_preset(frozen, config) or _compare_files(frozen, config, dist)
     if problem:
         key = "path" if "path" in frozen else "preset"
@@ -78,13 +79,15 @@ def check_source(
         )
 
 
-def _check_span_positions(folder: Path, before: str | None, model: ModelSection) -> None:
-    """Refuse to resume with a model that has other span positions.
-
-    Without the key a preset has none; what a `model.path` has is in its `config.json`.
-    """
-    now, none = model.span_positions, None if model.path else "none"
-    if (before or none) != (now or none):
+def _check_span_positions(
+    folder: Path, before: str | None, model: ModelSection, dist: Distributed
+) -> None:
+    """Refuse to resume with a model that has other span positions, be they set or its own."""
+    now = model.span_positions
+    if before == now:
+        return
+    own = dist.broadcast(read_span_positions(model.path) if dist.is_rank_zero else None)
+    if (before or own) != (now or own):
         raise UsageError(
             f"checkpoint {folder} was trained with model.span_positions={before or 'unset'}, now "
             f"it is {now or 'unset'}",

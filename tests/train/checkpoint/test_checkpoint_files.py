@@ -302,6 +302,29 @@ def test_span_positions_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
         check_source(tmp_path, before, fixed, ONE_RANK)
 
 
+@pytest.mark.parametrize("own", ["none", "fixed", "learned"])
+def test_span_positions_of_a_model_may_be_stated_or_not(own: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text(json.dumps({"span_positions": own}))
+    model = {"path": str(tmp_path)}
+    unset, stated = (
+        config(tmp_path, model=model),
+        config(tmp_path, model={**model, "span_positions": own}),
+    )
+    other = config(
+        tmp_path, model={**model, "span_positions": "fixed" if own != "fixed" else "learned"}
+    )
+    for before, now in ((unset, stated), (stated, unset), (stated, stated)):
+        check_source(tmp_path, {"frozen": describe_source(before)}, now, ONE_RANK)
+    for before, now in ((unset, other), (other, unset), (stated, other), (other, stated)):
+        with pytest.raises(UsageError, match=r"was trained with model\.span_positions="):
+            check_source(tmp_path, {"frozen": describe_source(before)}, now, ONE_RANK)
+    (tmp_path / "config.json").write_text("{}")  # saved before there were any
+    frozen = {"frozen": describe_source(unset)}
+    none = config(tmp_path, model={**model, "span_positions": "none"})
+    check_source(tmp_path, frozen, none, ONE_RANK)
+
+
 def test_a_preset_and_its_seed_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
     manifest = {"frozen": describe_source(config(tmp_path, seed=3))}
     check_source(tmp_path, manifest, config(tmp_path, seed=3), ONE_RANK)
