@@ -17,6 +17,8 @@ from onellm_dist.config.schema import RunConfig
 from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.model.adapter_folder import WEIGHTS, write_adapter
 from onellm_dist.model.lora import PATTERN
+from onellm_dist.model.span_positions import read_span_positions
+from onellm_dist.train.distributed import Distributed
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,16 @@ def plan_adapter(
     model: nn.Module,
     folder: Path,
     describe_base: Callable[[], Mapping[str, Any]],
+    dist: Distributed,
 ) -> tuple[AdapterTarget | None, str]:
-    """Plan the folder of the adapters.
+    """Plan the folder of the adapters. All ranks call it together.
 
     Args:
         config: the recipe.
         model: the model inside the engine.
         folder: the folder.
         describe_base: see `AdapterTarget`.
+        dist: the ranks.
 
     Returns:
         (the target, ""); or (None, why the adapters alone are not what was trained); or (None, "")
@@ -78,6 +82,9 @@ def plan_adapter(
         return None, f"{len(others)} parameters beside the adapters trained, such as {others[0]}"
     if config.model.init_from_image:
         return None, "model.init_from_image changed the model that they were trained over"
-    if config.model.span_positions not in (None, "none"):
-        return None, "model.span_positions belongs to the model that they were trained over"
+    kind, path = config.model.span_positions, config.model.path
+    if kind is not None and kind != dist.broadcast(
+        read_span_positions(path) if dist.is_rank_zero else None
+    ):
+        return None, "model.span_positions changed the model that they were trained over"
     return AdapterTarget(folder, section, describe_base), ""

@@ -26,7 +26,9 @@ def export_run(trainer: Trainer) -> None:
     """
     config = trainer.config
     folder, beside = config.run.dir / MODEL, config.run.dir / ADAPTER
-    adapter, reason = plan_adapter(config, trainer.model, beside, partial(describe_source, config))
+    adapter, reason = plan_adapter(
+        config, trainer.model, beside, partial(describe_source, config), trainer.dist
+    )
     export_model(
         folder,
         trainer.engine,

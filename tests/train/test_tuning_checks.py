@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from one_rank import ONE_RANK
 from torch import nn
 
 from onellm_dist.common.checksums import write_sums
 from onellm_dist.common.errors import UsageError
-from onellm_dist.config.schema import RunConfig
+from onellm_dist.config.schema import ModelSection, RunConfig
 from onellm_dist.config.train_sections import (
     LoraSection,
     OptimSection,
@@ -35,6 +36,7 @@ from onellm_dist.model.adapter_folder import (
 from onellm_dist.model.lora import MAGNITUDE, add_adapters, merge_weight
 from onellm_dist.model.presets import build_meta_model
 from onellm_dist.train import run_export
+from onellm_dist.train.adapter_export import plan_adapter
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.optim.groups import build_parameter_groups
 from onellm_dist.train.optim.layers import map_layers
@@ -139,6 +141,23 @@ def test_epochs_are_counted_as_written_and_not_anew(
         "data.mixture"
     ]
     check_epochs_stay(other, target)  # as many steps as before
+
+
+def test_adapters_alone_are_written_where_span_positions_are_the_models_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"span_positions": "learned"}))
+    model: Any = SimpleNamespace(named_parameters=lambda: [])
+    config = make_config(tmp_path, steps=1, lora={"rank": 2})
+    for given, alone in (
+        ({"path": tmp_path}, True),
+        ({"path": tmp_path, "span_positions": "learned"}, True),
+        ({"preset": "toy", "span_positions": "none"}, True),
+        ({"preset": "toy", "span_positions": "learned"}, False),
+        ({"preset": "toy", "span_positions": "fixed"}, False),
+    ):
+        own = config.model_copy(update={"model": ModelSection.model_validate(given)})
+        target, reason = plan_adapter(own, model, tmp_path / "adapter", dict, ONE_RANK)
+        assert (target is not None) == alone, given
+        assert bool(reason) != alone, given
 
 
 @pytest.fixture(scope="module")
