@@ -48,7 +48,7 @@ class ModelSection(Section):
     the pretrained LLM of that name and starts the rest from random weights."""
     init_from_image: tuple[str, ...] = ()
     """Modalities whose projections, queries, router and tags start as copies of image's (paper,
-    section 3.3). Default: none."""
+    section 3.3); learned span positions (`model.span_positions`) are not copied. Default: none."""
     span_positions: Literal["none", "fixed", "learned"] | None = None
     """How the LLM knows the spans of one medium from each other (`data.spans`): `fixed` adds sines
     and cosines of a span's number to its tokens, `learned` a trained row, which starts at zero; the

@@ -10,6 +10,7 @@ from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.initialisation import draw_parameter, get_drawn_name
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+from onellm_dist.model.span_positions import SPAN_ROWS
 
 
 def draw_tensors(config: OneLLMConfig, seed: int, names: Iterable[str] | None = None) -> Tensors:
@@ -44,6 +45,8 @@ def _draw_later(
 def copy_projector(tensors: Mapping[str, LazyTensor], source: str, target: str) -> Tensors:
     """A modality's projections, queries, router and tags as another's (paper, section 3.3).
 
+    As in a run's `model.init_from_image`, learned span positions are not copied.
+
     Args:
         tensors: tensors of the model.
         source: name of the modality that has them.
@@ -53,5 +56,5 @@ def copy_projector(tensors: Mapping[str, LazyTensor], source: str, target: str) 
     return {
         f"projectors.{target}." + name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and not name.endswith(SPAN_ROWS)
     }

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.model.span_positions import SPAN_ROWS
 
 
 def map_parts(model: nn.Module) -> dict[str, str]:
@@ -26,6 +27,8 @@ def map_parts(model: nn.Module) -> dict[str, str]:
 
 def find_copies(model: nn.Module, source: str, modalities: Iterable[str]) -> dict[str, str]:
     """Find the parameters that start as copies of another modality's (paper, section 3.3).
+
+    Learned span positions do not: which tile a span of a picture is says nothing of a sound's.
 
     Args:
         model: has `projectors`, one child per modality.
@@ -52,5 +55,6 @@ def find_copies(model: nn.Module, source: str, modalities: Iterable[str]) -> dic
         copies |= {
             f"projectors.{name}.{key}": f"projectors.{source}.{key}"
             for key, _ in known[source].named_parameters()
+            if not f".{key}".endswith(SPAN_ROWS)
         }
     return copies
