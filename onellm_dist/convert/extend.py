@@ -14,8 +14,9 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import OpenedCheckpoint
 from onellm_dist.convert.new_parameters import copy_projector, draw_tensors
 from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors
-from onellm_dist.modalities import all_modalities
+from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.model.configuration import OneLLMConfig
+from onellm_dist.model.span_positions import SPAN_ROWS
 
 CLOSED_BIAS = -20.0
 """Router bias of an added expert in old modalities. Its weight is sigmoid(-20) = 2e-9, below fp32's
@@ -33,7 +34,7 @@ class Additions:
         experts: experts to add. With a constant router the outputs change, and they must be copies.
         modalities: modalities to add. Projections, queries, router and tags start as those of the
             first modality (image; paper, section 3.3), with added experts open; a tokenizer and its
-            positions are random.
+            positions are random, and learned span positions zero.
         expert_init: `copied` (from the first expert, with some noise) or `separate` (random).
         expert_noise: see EXPERT_NOISE; None: EXPERT_NOISE, or 0 with a constant router.
         router_bias: router bias of added experts in old modalities; its sigmoid is their weight
@@ -155,19 +156,17 @@ def extend_modalities(
             "leave it out.",
         )
     source = config.modalities[0]
-    new = OneLLMConfig(
-        vision=config.vision,
-        upm=config.upm,
-        text_config=config.text_config,
-        modalities=[*config.modalities, *names],
-        span_positions=config.span_positions,
+    config.modalities = sorted(
+        dict.fromkeys([*config.modalities, *names]), key=lambda name: get_modality(name).order
     )
     dtype = opened.tensors[f"projectors.{source}.queries.weight"].dtype
     prefixes = tuple(f"tokenizers.{name}." for name in names)
+    # Learned rows are those of image's tiles: others start at zero.
+    rows = tuple(f"projectors.{name}{SPAN_ROWS}" for name in names)
     random = {
         name: tensor.cast(dtype)
-        for name, tensor in draw_tensors(new, seed).items()
-        if name.startswith(prefixes)
+        for name, tensor in draw_tensors(config, seed).items()
+        if name.startswith((*prefixes, *rows))
     }
     tensors: Tensors = {**opened.tensors, **random}
     for name in names:
@@ -178,7 +177,7 @@ def extend_modalities(
     about = f"{', '.join(names)} from {source}, tokenizers random (seed {seed})"
     return replace(
         opened,
-        config=new,
+        config=config,
         tensors=tensors,
         notes={**opened.notes, "added modalities": about},
         initialised=(*opened.initialised, *random),

@@ -27,6 +27,7 @@ from onellm_dist.common.checksums import check_folder, hash_once, list_recorded_
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.model.lora import ADAPTER, MAGNITUDE, build_peft_config, import_peft
+from onellm_dist.model.trained_spans import read_saved_spans, set_spans
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -189,6 +190,8 @@ def load_adapted(
 ) -> tuple[Any, Any]:
     """Load the base of an adapter, and merge the adapter into it.
 
+    Media then take as many spans as where the adapter was trained.
+
     Args:
         folder: the adapter's folder.
         load_base: loads a base: (model, processor).
@@ -212,6 +215,10 @@ def load_adapted(
     merged: Any = wrapped.merge_and_unload()
     merged.requires_grad_(True)
     merged.encoder.requires_grad_(False)
+    spans = read_saved_spans(folder)
+    if spans is not None:
+        set_spans(merged.config, spans)
+        processor.set_spans(spans)
     return merged, processor
 
 

@@ -21,6 +21,7 @@ from onellm_dist.model.adapter_folder import (
     read_base,
 )
 from onellm_dist.model.lora import import_peft
+from onellm_dist.model.trained_spans import describe_spans, read_saved_spans
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -73,7 +74,7 @@ def check_adapters(base: Path, adapters: Sequence[NamedAdapter]) -> None:
 
     Raises:
         UsageError: the base is an adapter itself, or not what an adapter was trained over; or an
-            adapter's weights are missing or damaged.
+            adapter's weights are missing or damaged, or it was trained with other `data.spans`.
     """
     if adapters and is_adapter(base):
         raise UsageError(
@@ -91,6 +92,20 @@ def check_adapters(base: Path, adapters: Sequence[NamedAdapter]) -> None:
                 "merge it: onellm convert adapter ADAPTER MERGED.",
             )
         check_base(folder, recorded)
+        _check_spans(base, folder)
+
+
+def _check_spans(base: Path, folder: Path) -> None:
+    """Refuse an adapter that was trained with other `data.spans` than its base."""
+    ours, own = read_saved_spans(folder), read_saved_spans(base)
+    if ours is not None and own is not None and ours != own:
+        raise UsageError(
+            f"{folder}: the adapter was trained with the spans {describe_spans(ours)}, "
+            f"{base} with {describe_spans(own)}",
+            "adapters side by side read media as their base does.",
+            "give the adapter's folder alone in place of the model, or merge it: "
+            "onellm convert adapter ADAPTER MERGED.",
+        )
 
 
 class AdapterSet:

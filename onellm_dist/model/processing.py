@@ -62,6 +62,15 @@ class OneLLMProcessor(KeepsSums, ProcessorMixin):
     ) -> None:
         super().__init__(tokenizer, **kwargs)  # type: ignore[no-untyped-call]  # transformers'
         self.tokenizer = tokenizer
+        self.set_spans(spans or {})
+
+    def set_spans(self, spans: Mapping[str, int]) -> None:
+        """Let media take as many spans as in a training.
+
+        Args:
+            spans: `data.spans` of the training; {}: one span a medium.
+        """
+        vars(self).pop("spans", None)
         if spans:
             self.spans = dict(spans)
 

@@ -24,6 +24,7 @@ from onellm_dist.common.files import replace_folder, sync
 from onellm_dist.model.card import CARD, build_card
 from onellm_dist.model.generation_settings import write_generation
 from onellm_dist.model.lora import Adapter, fold_adapters, list_adapters, merge_parts
+from onellm_dist.model.trained_spans import get_spans
 from onellm_dist.train.adapter_export import AdapterTarget
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
@@ -228,6 +229,5 @@ def _write_configs(
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
     write_generation(folder, model.generation_settings, model.config.text_config)
-    if spans := getattr(model.config, "spans", None):
-        processor.spans = dict(spans)
+    processor.set_spans(get_spans(model.config))
     processor.save_pretrained(folder)

@@ -23,6 +23,7 @@ from onellm_dist.data.token_budget import UNLIMITED, set_budget
 from onellm_dist.data.validation import open_validation_plan
 from onellm_dist.model.lazy_weights import InitialWeights, open_model
 from onellm_dist.model.llm_positions import get_context
+from onellm_dist.model.trained_spans import set_spans
 from onellm_dist.train.callbacks.early_stopping import EarlyStopping
 from onellm_dist.train.callbacks.preemption import grace_period_seconds, warn_about_grace_period
 from onellm_dist.train.callbacks.trackers import check_trackers
@@ -179,8 +180,7 @@ def open_plans(
     if data.finds_budgets:
         data = set_budget(data, UNLIMITED)  # until `resolve_budget` knows them
     arguments = (data, tokenizer, seed, list(model.config.modalities))
-    if data.spans or getattr(model.config, "spans", None):
-        model.config.spans = dict(data.spans)  # the saved model reads media as it was trained
+    set_spans(model.config, data.spans)  # the saved model reads media as it was trained
     sizes = model.config.vision.patches, model.config.vision.prefix
     positions = get_context(model.config.text_config, model.llm_support)
 

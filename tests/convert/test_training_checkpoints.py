@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import onellm, save_onellm
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -38,10 +39,12 @@ def save_run(
     *,
     precision: str = "bf16",
     first_version: bool = False,
+    rows: Tensors | None = None,
+    spans: dict[str, int] | None = None,
 ) -> Path:
     """A checkpoint as train/checkpoint/folder.py describes it.
 
-    Each rank holds a range of every parameter; the last ranks may hold none.
+    Each rank holds a range of every parameter; the last ranks may hold none. `rows` trained too.
     """
     folder = run / "checkpoints" / "step-00000010"
     folder.mkdir(parents=True)
@@ -49,7 +52,7 @@ def save_run(
     files: dict[str, int] = {}
     for rank in range(ranks):
         held, file = {}, f"rank-{rank:05d}.safetensors"
-        for name, weight in trained_weights().items():
+        for name, weight in {**trained_weights(), **(rows or {})}.items():
             each = -(-weight.numel() // ranks)
             start, end = min(rank * each, weight.numel()), min((rank + 1) * each, weight.numel())
             if start == end:
@@ -78,7 +81,8 @@ def save_run(
     if not first_version:
         manifest["sha256"] = {file: sha256_file(folder / file) for file in files}
     (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
-    (run / "config.yaml").write_text(f"train: {{precision: {precision}}}\n")
+    recipe = {"train": {"precision": precision}, "data": {"spans": spans or {}}}
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
     (run / "metrics.jsonl").write_text(
         '{"step": 9, "loss": 2.5, "sample_digest": "abc"}\n{"step": 10, "loss": 9}\n'
     )
@@ -108,15 +112,17 @@ def test_ranges_of_any_number_of_ranks_become_the_model(
 
 
 def test_a_run_whose_recipe_gave_the_model_span_positions(tmp_path: Path) -> None:
-    """The rows that trained, and zeros for a run that did not train them."""
+    """The rows that trained, and zeros for those that did not."""
     base = save_onellm(tmp_path / "base")
-    folder = save_run(tmp_path / "run", base, 2, precision="fp32")
+    trained, name = (f"projectors.{n}.span_positions.weight" for n in ("image", "imu"))
+    rows = torch.randn(onellm(span_positions="learned").get_parameter(trained).shape)
+    folder = save_run(tmp_path / "run", base, 2, precision="fp32", rows={trained: rows})
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["model"]["span_positions"] = "learned"
     (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
     opened, _ = convert("run", tmp_path / "run", tmp_path / "out", quiet=True)
-    name = "projectors.imu.span_positions.weight"
     found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found[trained], rows) and rows.any()
     assert not found[name].any() and found.keys() == opened.tensors.keys()
     again = open_checkpoint(tmp_path / "out", ConversionOptions()).config
     assert again.span_positions == "learned"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,39 @@ from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.model.adapter_folder import write_adapter
 from onellm_dist.model.lora import add_adapters
 from onellm_dist.model.presets import load_model
+from onellm_dist.model.trained_spans import set_spans
 
 SECTION = LoraSection(rank=4, alpha=8, targets=("llm.*self_attn*", "upm.*"))
 
 
-def save_base(folder: Path) -> Path:
+def save_base(folder: Path, spans: Mapping[str, int] | None = None) -> Path:
     """A model with random weights, as a folder."""
     model, processor = load_model(path=None, preset="toy", seed=0)
+    set_spans(model.config, spans or {})
+    processor.set_spans(spans or {})
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
 def save_adapter(
-    folder: Path, base: Path, *, seed: int, section: LoraSection = SECTION, scale: float = 0.3
+    folder: Path,
+    base: Path,
+    *,
+    seed: int,
+    section: LoraSection = SECTION,
+    scale: float = 0.3,
+    spans: Mapping[str, int] | None = None,
 ) -> Any:
-    """Write an adapter of `base` with random factors; returns the model with the adapter beside."""
+    """Write an adapter of `base` with random factors; returns the model with the adapter beside.
+
+    `spans` is `data.spans` of its training; None: as the base's.
+    """
     loaded, processor = load_model(path=base, preset=None, seed=0)
     model: Any = loaded
+    if spans is not None:
+        set_spans(model.config, spans)
+        processor.set_spans(spans)
     model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
     add_adapters(model, section)

@@ -1,7 +1,8 @@
-"""The ranks of a run of one rank that has no process group."""
+"""The ranks and the engine of a run of one rank that has no process group."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,3 +31,18 @@ class OneRank:
 
 
 ONE_RANK: Any = OneRank()
+
+
+class OneRankEngine:
+    """What `export_model` asks an engine for, on one rank."""
+
+    compute_dtype = torch.float32
+
+    def __init__(self, model: Any) -> None:
+        self._state = {name: p.detach() for name, p in model.named_parameters()}
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._state.items()
+
+    def full_weight_shapes(self) -> list[tuple[str, torch.Size, torch.dtype]]:
+        return [(name, p.shape, p.dtype) for name, p in self._state.items()]

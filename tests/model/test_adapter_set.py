@@ -13,6 +13,7 @@ from toy_packs import make_toy_pack
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.config.train_sections import LoraSection
+from onellm_dist.convert.conversion import convert
 from onellm_dist.model.adapter_folder import BASE, WEIGHTS
 from onellm_dist.model.adapter_set import (
     AdapterSet,
@@ -21,6 +22,7 @@ from onellm_dist.model.adapter_set import (
     parse_adapters,
 )
 from onellm_dist.model.presets import load_model
+from onellm_dist.model.trained_spans import get_spans
 
 pytestmark = pytest.mark.slow
 SECTIONS = {
@@ -110,3 +112,25 @@ def test_adapters_of_another_base_are_refused(base: Path, tmp_path: Path) -> Non
     (own.folder / WEIGHTS).write_bytes(b"no weights")
     with pytest.raises(UsageError, match="cannot be read"):
         AdapterSet(open_model(base), [own])
+
+
+@pytest.mark.parametrize(("before", "after"), [({}, {"image": 5}), ({"image": 3}, {})])
+def test_an_adapter_reads_media_as_it_was_trained(
+    before: dict[str, int], after: dict[str, int], tmp_path: Path
+) -> None:
+    """Alone and merged with the spans of its own run; beside a base with others it is refused."""
+    base, folder = save_base(tmp_path / "base", before), tmp_path / "adapter"
+    save_adapter(folder, base, seed=1, spans=after)
+    convert("adapter", folder, tmp_path / "merged", quiet=True)
+    for path, spans in ((base, before), (folder, after), (tmp_path / "merged", after)):
+        model, processor = load_model(path=path, preset=None, seed=0)
+        assert (get_spans(model.config), processor.spans) == (spans, spans), path
+    with pytest.raises(UsageError, match=r"with the spans (.|\n)*in place of the model") as caught:
+        check_adapters(base, [NamedAdapter("own", folder)])
+    assert "image" in caught.value.what and "one a medium" in caught.value.what
+    save_adapter(tmp_path / "same", base, seed=1)
+    check_adapters(base, [NamedAdapter("own", tmp_path / "same")])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "spans": {"image": 0}}))
+    with pytest.raises(UsageError, match=r"config\.json: spans: \{'image': 0\}"):
+        check_adapters(base, [NamedAdapter("own", folder)])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from one_rank import ONE_RANK
+from one_rank import ONE_RANK, OneRankEngine
 
 from onellm_dist.common.checksums import read_sums
 from onellm_dist.common.errors import UsageError
@@ -46,28 +45,13 @@ def test_weights_are_written_as_transformers_reads_them(
         write_weights(tmp_path, iter([("other", torch.zeros(1))]), {"one": ((1,), torch.float32)})
 
 
-class _OneRank:
-    """What `export_model` asks an engine for, on one rank."""
-
-    compute_dtype = torch.float32
-
-    def __init__(self, model: Any) -> None:
-        self._state = {name: p.detach() for name, p in model.named_parameters()}
-
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._state.items()
-
-    def full_weight_shapes(self) -> list[tuple[str, torch.Size, torch.dtype]]:
-        return [(name, p.shape, p.dtype) for name, p in self._state.items()]
-
-
 def test_an_exported_model_has_a_card_and_checksums(tmp_path: Path) -> None:
     """As `RUN/model`: `sha256sum --check SHA256SUMS` finds every file as it was written."""
     from onellm_dist.model.presets import load_model
     from onellm_dist.train.export import export_model
 
     model, processor = load_model(path=None, preset="toy", seed=2)
-    engine: Any = _OneRank(model)
+    engine: Any = OneRankEngine(model)
     export_model(tmp_path / "model", engine, model, processor, ONE_RANK, notes={"stage": "tune"})
     card = (tmp_path / "model" / "README.md").read_text()
     assert all(words in card for words in ("- stage: tune", "| llm |", "## Licences", "## Use"))
@@ -98,7 +82,7 @@ def test_the_export_keeps_the_generation_settings_of_its_source(tmp_path: Path) 
         GenerationConfig.from_dict(dict(settings)).save_pretrained(tmp_path / "other")
     opened, processor, _ = open_model(path=tmp_path / "source", preset=None, seed=0)
     assert opened.generation_config.eos_token_id == [2, 7, 9]
-    engine: Any = _OneRank(model)
+    engine: Any = OneRankEngine(model)
     export_model(tmp_path / "model", engine, opened, processor, ONE_RANK)
     convert("onellm", tmp_path / "model", tmp_path / "again", to="onellm", quiet=True)
     convert("onellm", tmp_path / "again", tmp_path / "llm", to="hf", quiet=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from onellm_dist.model.adapter_folder import (
     read_base,
 )
 from onellm_dist.model.lora import ADAPTER
+from onellm_dist.model.trained_spans import read_saved_spans, set_spans
 
 NAME = "adapter"
 KIND = "onellm"
@@ -64,9 +66,14 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     }
     scale = {"rank": config["r"], "alpha": config["lora_alpha"], "rslora": config.get("use_rslora")}
     tensors, problems = merge_adapters(opened.tensors, adapters, compute_scaling(scale), None)
+    adapted = copy.deepcopy(opened.config)
+    spans = read_saved_spans(path)
+    if spans is not None:
+        set_spans(adapted, spans)
     return replace(
         opened,
         format=NAME,
+        config=adapted,
         tensors=tensors,
         files=(path / WEIGHTS, *opened.files),
         root=path,

@@ -29,6 +29,7 @@ from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.generation_settings import read_generation, write_generation
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.processing import OneLLMProcessor
+from onellm_dist.model.trained_spans import get_spans
 
 NAME = "onellm"
 KIND = "onellm"
@@ -101,8 +102,9 @@ def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputP
     """A directory that `from_pretrained`, `onellm generate` and the Hub accept.
 
     Raises:
-        UsageError: the tokenizer cannot be read.
+        UsageError: the tokenizer cannot be read, or the config has no numbers as spans.
     """
+    spans = get_spans(opened.config)
     files = split_into_files(list(opened.tensors.items()), options.shard_bytes)
     source = options.tokenizer or opened.root
     tokenizer = load_tokenizer(source) if options.tokenizer or has_tokenizer(source) else None
@@ -115,7 +117,7 @@ def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputP
         write_generation(folder, opened.generation, config.text_config)
         write_index(folder, files)
         if tokenizer is not None:
-            OneLLMProcessor(tokenizer).save_pretrained(folder)
+            OneLLMProcessor(tokenizer, spans=spans).save_pretrained(folder)
         write_card(folder, opened)
 
     return OutputPlan(files, finish)

@@ -40,6 +40,7 @@ from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors, concatenate
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
 from onellm_dist.model.lora import get_base_name
 from onellm_dist.model.span_positions import SPAN_ROWS, set_span_positions
+from onellm_dist.model.trained_spans import check_spans, set_spans
 
 NAME = "run"
 KIND = "onellm"
@@ -80,10 +81,11 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     check_manifest(folder, manifest)
     files = _find_files(folder, manifest)
     run = folder.resolve().parent.parent
-    precision = _read_precision(run)
+    recipe = _read_recipe(run)
+    precision = _read_precision(run, recipe)
     dtype = _DTYPES[precision or "fp32"]
     base = _open_base(manifest.get("model", {}), int(manifest.get("seed", 0)), run, options)
-    base = _check_base(base, manifest, folder)
+    base = _set_trained_spans(_check_base(base, manifest, folder), run, recipe)
     adapters, trained = split_adapters(_open_trained(folder, manifest))
     trained = {get_base_name(name): tensor for name, tensor in trained.items()}
     wanted = onellm.get_onellm_shapes(base.config)
@@ -94,7 +96,6 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     ]
     tensors = {name: trained.get(name, tensor) for name, tensor in base.tensors.items()}
     tensors, problems = _merge(tensors, adapters, manifest, dtype)
-    tensors = cast_tensors(tensors, options.dtype or dtype)
     # Checkpoints of 0.1.0 have `step`, `world` and no optimizer.
     steps_done = manifest.get("steps_done", manifest.get("step"))
     notes = {
@@ -108,7 +109,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     return replace(
         base,
         format=NAME,
-        tensors=tensors,
+        tensors=cast_tensors(tensors, options.dtype or dtype),
         files=(*files, *base.files),
         ignored=(),
         problems=(*base.problems, *unexpected, *problems),
@@ -257,21 +258,50 @@ def _read_metrics(run: Path, steps_done: object) -> dict[str, Any]:
     return {}
 
 
-def _read_precision(run: Path) -> str | None:
+def _read_recipe(run: Path) -> dict[str, Any] | None:
+    """What `config.yaml` of a run has; None if there is no such file."""
     path = run / CONFIG
     if not path.is_file():
         return None
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["precision"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
-        found = f"unreadable ({(str(error).splitlines() or [type(error).__name__])[0]})"
-    if found not in _DTYPES:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        reason = "" if isinstance(found, dict) else "it is no mapping"
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if reason:
         raise UsageError(
-            f"{path}: train.precision is {str(found)[:200]}",
+            f"{path} cannot be read: {reason}",
+            "it says how the run computes and reads media.",
+            "restore the file, or remove it and give --dtype.",
+        )
+    return dict(found)
+
+
+def _read_precision(run: Path, recipe: dict[str, Any] | None) -> str | None:
+    if recipe is None:
+        return None
+    train = recipe.get("train")
+    found = train.get("precision") if isinstance(train, dict) else train
+    if str(found) not in _DTYPES:
+        raise UsageError(
+            f"{run / CONFIG}: train.precision is {str(found)[:200]}",
             "the model is written in the precision that the run computes in.",
             "restore the file, or remove it and give --dtype.",
         )
     return str(found)
+
+
+def _set_trained_spans(
+    base: OpenedCheckpoint, run: Path, recipe: dict[str, Any] | None
+) -> OpenedCheckpoint:
+    """The model with the `data.spans` of the run, also where its base has others."""
+    if recipe is None:
+        return base
+    data = recipe.get("data") or {}
+    spans = data.get("spans") if isinstance(data, dict) else data
+    config = copy.deepcopy(base.config)
+    set_spans(config, check_spans(spans, f"{run / CONFIG}: data.spans"))
+    return replace(base, config=config)
 
 
 def _open_base(
