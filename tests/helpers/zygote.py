@@ -195,6 +195,8 @@ class Zygote:
             heard = self._hear(60)
             assert heard is not None, "the zygote does not answer"
             if "pids" in heard:
+                for pid in heard["pids"]:  # of an earlier process, whose number came again
+                    self._codes.pop(pid, None)
                 return Start(self, heard["pids"], logs)
 
     def codes(self, pids: list[int], timeout: float) -> list[int]:
@@ -216,11 +218,11 @@ class Zygote:
             self._hear(0.5)
         return True
 
-    def ended(self, pids: list[int]) -> bool:
-        """Whether all of them have ended."""
+    def running(self, pids: list[int]) -> list[int]:
+        """Those that have not ended."""
         while self._hear(0) is not None:
             pass
-        return all(pid in self._codes for pid in pids)
+        return [pid for pid in pids if pid not in self._codes]
 
     def _hear(self, timeout: float) -> dict[str, Any] | None:
         assert self._process.stdout is not None
@@ -249,6 +251,10 @@ class Start:
         """Exit codes, by rank."""
         return self._zygote.codes(self.pids, timeout)
 
+    def code(self, timeout: float = 300) -> int:
+        """The first exit code other than 0 (a signal's is negative); 0: every rank ended with 0."""
+        return next(filter(None, self.wait(timeout)), 0)
+
     def done(self, timeout: float = 300) -> None:
         """Every rank ends with 0."""
         codes = self.wait(timeout)
@@ -263,11 +269,11 @@ class Start:
     @property
     def ended(self) -> bool:
         """Every rank has ended."""
-        return self._zygote.ended(self.pids)
+        return not self._zygote.running(self.pids)
 
     def kill(self) -> None:
-        """SIGKILL to every rank."""
-        for pid in self.pids:
+        """SIGKILL to every rank that runs: the pid of one that ended may be another's by now."""
+        for pid in self._zygote.running(self.pids):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
         self.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def start(
         *more,
     ]
     started = get_zygote().start(ranks, overrides)
-    return max(started.wait(800)), started.output()
+    return started.code(800), started.output()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -105,3 +106,22 @@ def test_validation_does_not_touch_training_or_depend_on_the_number_of_ranks(
     losses = [lines(tmp_path / name / "validation.jsonl")[-1]["loss"] for name in ("with", "alone")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert not (tmp_path / "without" / "validation.jsonl").exists()
+
+
+def test_a_rank_that_a_signal_ends_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all tests with forked ranks rely on."""
+    script, zygote = tmp_path / "rank.py", get_zygote()
+    script.write_text(
+        "import os, sys\nif os.environ['RANK'] == sys.argv[1]: os.kill(os.getpid(), 9)\n"
+    )
+    failed = zygote.start(2, [], script=[str(script), "1"])
+    assert failed.code(60) == -9 and failed.wait() == [0, -9]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda *_: pytest.fail("its ranks have ended"))
+        failed.kill()
+    # The system gives the numbers of processes again.
+    last = max(failed.pids)
+    monkeypatch.setattr(zygote, "_codes", dict.fromkeys(range(last + 1, last + 5000), 77))
+    assert zygote.start(2, [], script=[str(script), "2"]).code(60) == 0

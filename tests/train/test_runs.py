@@ -80,7 +80,7 @@ class Runner:
         """Run to the end, without a launcher: a zygote forks the ranks."""
         recipe, *overrides = self.overrides(name, **keys)
         start = get_zygote().start(ranks, overrides, recipe=recipe)
-        return max(start.wait(TIMEOUT_S)), start.output()
+        return start.code(TIMEOUT_S), start.output()
 
     def run(
         self, name: str, ranks: int = 2, launcher: list[str] | None = None, **keys: Any
