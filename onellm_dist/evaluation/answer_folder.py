@@ -29,6 +29,8 @@ TASK_FILE = "task.json"
 QUESTIONS_FILE = "questions.jsonl"
 ANSWERS = "answers"
 EXAMPLES = "examples"
+_COUNTS = ("limit", "questions", "split_questions", "dataset_questions")
+"""Settings on which no answer depends: a limit may grow, a dataset's number be known later."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def write_task(
 
     Args:
         folder: the task's folder.
-        settings: what answers depend on, and `limit`, which may grow.
+        settings: what answers depend on, and counts, which may change.
         questions: the questions that are asked.
 
     Raises:
@@ -163,7 +165,7 @@ def write_task(
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / TASK_FILE).exists():
         before = read_settings(folder)
-        known = [k for k in settings if k not in ("limit", "questions", "split_questions")]
+        known = [k for k in settings if k not in _COUNTS]
         changed = [k for k in known if before.get(k) != settings[k]]
         if changed:
             listed = "; ".join(

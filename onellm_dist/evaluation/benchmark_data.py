@@ -7,13 +7,14 @@ import io
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.logging import get_logger
 from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.data.text_parts import read_meta
 from onellm_dist.evaluation.questions import BenchmarkQuestion
@@ -21,10 +22,13 @@ from onellm_dist.evaluation.tasks.base import Task
 from onellm_dist.modalities import Modality, Part, get_modality
 from onellm_dist.modalities.base import translate_errors
 from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
+from onellm_dist.shards.build.registry import all_sources
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.parts import read_parts
+from onellm_dist.shards.sources.readers.benchmarks import SUFFIX
 from onellm_dist.shards.tools.safe_decoding import map_rows
 
+_log = get_logger(__name__)
 EXAMPLE_SIDE = 224
 """Pixels of the longer side of a drawn example."""
 
@@ -50,6 +54,15 @@ class ReadMedium:
     """Modality -> what identifies its content."""
     picture: bytes | None = None
     """A PNG of it for people, if it was asked for."""
+
+
+class SplitCounts(NamedTuple):
+    """How many questions a split has."""
+
+    whole: int
+    """The official number, or what a larger set has."""
+    there: int
+    """What the dataset was built from; media that could not be read are counted too."""
 
 
 def list_media(
@@ -100,19 +113,37 @@ def list_media(
     return found
 
 
-def count_split(dataset: Dataset, split: str, listed: int) -> int:
-    """The questions of a split: the official number, or what a larger set has.
+def count_split(dataset: Dataset, split: str, listed: int) -> SplitCounts:
+    """Count the questions of a split: officially, and in the dataset.
 
-    A dataset that was built with `any_count=true` may have fewer.
+    A dataset that was built with `any_count=true` may have fewer than the official number. Of one
+    that an older version built, the source knows that number; where it does not, a warning says so.
 
     Args:
         dataset: the benchmark's dataset.
         split: its split.
-        listed: how many it has, for a dataset that does not say.
+        listed: how many were found, for a dataset that does not say.
     """
     attributes = dataset.manifest.attributes
-    found = (attributes.get(key, {}).get(split) for key in ("questions", "official_questions"))
-    return max((int(n) for n in found if n is not None), default=listed)
+    there = int(attributes.get("questions", {}).get(split, listed))
+    official = attributes.get("official_questions")
+    whole = _ask_source(dataset, split, there) if official is None else official.get(split)
+    return SplitCounts(max(there, int(whole or 0)), there)
+
+
+def _ask_source(dataset: Dataset, split: str, there: int) -> int | None:
+    """The official number of questions of a split, of which a dataset has some."""
+    name = f"{dataset.manifest.attributes.get('benchmark')}{SUFFIX}"
+    source = all_sources().get(name)
+    count = None if source is None else source.official_count
+    found = None if count is None else count(split, there)
+    if found is None:
+        _log.warning(
+            "%s does not say how many questions %s has officially: whether these are all of them "
+            "is not known. Build it again to know.",
+            *(dataset.location, split),
+        )
+    return found
 
 
 def _read_questions(dataset: Dataset, shard: ShardInfo, row: int) -> AskedMedium:

@@ -7,7 +7,7 @@ cancels out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class ScoreDifference:
     difference: Interval
     """Second minus first."""
     units: int
+    part: str = ""
+    """How many of the split's questions it is about (`TaskScore.describe_part`); "": all."""
 
     @property
     def is_clear(self) -> bool:
@@ -53,9 +55,11 @@ def compare_scores(
         )
     found = []
     for score in shared:
-        theirs = {measure.name: measure for measure in others[score.task.name].measures}
+        other = others[score.task.name]
+        theirs = {measure.name: measure for measure in other.measures}
+        part = score.describe_part() or other.describe_part()
         found += [
-            compare_measures(score.task.name, measure, theirs[measure.name])
+            replace(compare_measures(score.task.name, measure, theirs[measure.name]), part=part)
             for measure in score.measures
             if measure.name in theirs
         ]

@@ -33,6 +33,7 @@ from onellm_dist.evaluation.assignment import assign
 from onellm_dist.evaluation.benchmark_data import (
     AskedMedium,
     ReadMedium,
+    SplitCounts,
     count_split,
     list_media,
     read_media,
@@ -207,8 +208,8 @@ def _evaluate_task(
     folder = out / task.name
     depends = {"split": split, "prompt": prompt_name, "model": identity}
     depends["dataset"] = dataset.fingerprint()
-    whole = count_split(dataset, split, len(questions))
-    write_task(folder, _describe(task, options, len(questions), whole, depends), questions)
+    counts = count_split(dataset, split, len(questions))
+    write_task(folder, _describe(task, options, len(questions), counts, depends), questions)
     answered = read_answers(folder).keys()
     mine = _choose_media(task, dataset, media, options, answered)
     drawn = frozenset(medium.key for medium in media[:EXAMPLE_COUNT])
@@ -253,7 +254,7 @@ def _describe(
     task: Task,
     options: EvaluationOptions,
     asked: int,
-    whole: int,
+    counts: SplitCounts,
     depends: dict[str, Any],
 ) -> dict[str, Any]:
     """What is asked, for `task.json`."""
@@ -264,7 +265,8 @@ def _describe(
         "as_reference": options.as_reference,
         "limit": options.limit,
         "questions": asked,
-        "split_questions": whole,
+        "split_questions": counts.whole,
+        "dataset_questions": counts.there,
     }
 
 

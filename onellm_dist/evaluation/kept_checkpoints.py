@@ -87,7 +87,7 @@ def get_folder(run_dir: Path, name: str) -> Path:
 def build_entry(
     name: str, steps_done: int, scores: Sequence[TaskScore], seconds: float
 ) -> dict[str, Any]:
-    """The line of a checkpoint.
+    """The line of a checkpoint; `incomplete` has the tasks of which questions are missing.
 
     Args:
         name: of the checkpoint, with its checksum.
@@ -110,6 +110,11 @@ def build_entry(
         "steps_done": steps_done,
         "checkpoint": name,
         "tasks": tasks,
+        "incomplete": {
+            score.task.name: {"answered": len(score.answers), "of": score.whole}
+            for score in scores
+            if not score.is_complete
+        },
         "evaluation_seconds": seconds,
     }
 
@@ -132,8 +137,15 @@ def append_entry(run_dir: Path, entry: Mapping[str, Any], *, alone: bool) -> Non
 
 
 def list_charts(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The scores of a line as trackers take them: `tasks/mme/perception` -> 812.5."""
-    return {
+    """The scores of a line as trackers take them: `tasks/mme/perception` -> 812.5.
+
+    A task of which questions are missing has its share of answered ones, `tasks/mme/answered`.
+    """
+    shares = {
+        f"tasks/{task}/answered": part["answered"] / part["of"]
+        for task, part in entry["incomplete"].items()
+    }
+    return shares | {
         f"tasks/{task}/{measure.replace(' ', '_')}": float(values["value"])
         for task, measures in entry["tasks"].items()
         for measure, values in measures.items()

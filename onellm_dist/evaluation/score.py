@@ -59,16 +59,30 @@ class TaskScore:
 
     def describe_gaps(self) -> str:
         """What lacks of the split, for people; "" if every question was answered and scored."""
-        unasked = self.whole - len(self.questions) - self.left_out
         lacking = [q.id for q in self.questions if q.id not in self.answers]
-        limit = self.settings.get("limit")
-        why = f"--limit {limit}" if limit is not None else "not in the dataset"
         gaps = [
-            f"{unasked:,} not asked ({why})" if unasked else "",
+            *(f"{count:,} not asked ({why})" for why, count in self._list_unasked() if count),
             f"{self.left_out:,} left out" if self.left_out else "",
             f"{len(lacking):,} without an answer ({lacking[0]}, ...)" if lacking else "",
         ]
         return ", ".join(gap for gap in gaps if gap)
+
+    def _list_unasked(self) -> list[tuple[str, int]]:
+        """Why questions of the split were not asked, and how many."""
+        asked, limit = len(self.questions) + self.left_out, self.settings.get("limit")
+        there, lost = self.settings.get("dataset_questions"), "not in the dataset"
+        if limit is None or asked < limit:
+            return [(lost, self.whole - asked)]
+        if there is None:  # answered by an older version
+            return [(f"--limit {limit}, or {lost}", self.whole - asked)]
+        there = max(there, asked)
+        return [(f"--limit {limit}", there - asked), (lost, self.whole - there)]
+
+    def describe_part(self) -> str:
+        """How many of the split's questions the scores are of, for people; "" if of all."""
+        if self.is_complete:
+            return ""
+        return f"{len(self.answers):,} of {self.whole:,} questions"
 
     @property
     def whole(self) -> int:

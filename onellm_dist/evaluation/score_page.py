@@ -24,8 +24,8 @@ def list_rows(scores: Sequence[TaskScore]) -> Iterator[tuple[str, str, str, str,
     """The rows of the main table, as text."""
     for score in scores:
         name = score.task.name
-        if not score.is_complete:
-            name += f" (incomplete: {len(score.answers):,} of {score.whole:,} questions)"
+        if part := score.describe_part():
+            name += f" (incomplete: {part})"
         for measure in score.measures:
             interval = measure.compute_interval()
             paper = score.task.paper.get(measure.name)
@@ -64,7 +64,9 @@ def format_differences(differences: Sequence[ScoreDifference]) -> str:
         )
         for d in differences
     ]
-    return _align([head, *rows])
+    parts = dict.fromkeys((d.task, d.part) for d in differences if d.part)
+    lines = [f"{task} is incomplete: {part}" for task, part in parts]
+    return "\n".join([_align([head, *rows]), *lines])
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
@@ -102,7 +104,7 @@ def _build_task(score: TaskScore) -> Iterator[str]:
     )
     if gaps := score.describe_gaps():
         yield (
-            f"<p><b>Incomplete: {len(score.answers):,} of {score.whole:,} questions.</b> "
+            f"<p><b>Incomplete: {score.describe_part()}.</b> "
             f"{escape(gaps)}. Do not compare it with the paper or with another set.</p>"
         )
     for measure in score.measures:

@@ -18,7 +18,7 @@ def draw_benchmarks(lines: Sequence[Entry]) -> Iterator[str]:
     rows: dict[int, dict[str, str]] = {}
     names: dict[int, Any] = {}
     for line in lines:
-        scores = dict(_list_scores(line.get("tasks")))
+        scores = dict(_list_scores(line))
         if scores:
             done, name = int(line["steps_done"]), line.get("checkpoint")
             # A later line has tasks that were added, or is of a checkpoint in the same one's place.
@@ -36,11 +36,13 @@ def draw_benchmarks(lines: Sequence[Entry]) -> Iterator[str]:
         yield '<p class="small">Scores of checkpoints that are kept, with 95% intervals.</p>'
 
 
-def _list_scores(tasks: Any) -> Iterator[tuple[str, str]]:
+def _list_scores(line: Entry) -> Iterator[tuple[str, str]]:
     """Task and measure, and the score with its interval, of what has the right form."""
+    tasks = line.get("tasks")
     if not isinstance(tasks, Mapping):
         return
     for task, measures in tasks.items():
+        mark = _describe_part(line.get("incomplete"), task)
         for measure, found in measures.items() if isinstance(measures, Mapping) else ():
             numbers = [
                 found.get(key) if isinstance(found, Mapping) else None
@@ -48,4 +50,15 @@ def _list_scores(tasks: Any) -> Iterator[tuple[str, str]]:
             ]
             if all(isinstance(number, int | float) for number in numbers):
                 value, low, high = numbers
-                yield f"{task}: {measure}", f"{value:.1f} [{low:.1f}, {high:.1f}]"
+                yield f"{task}: {measure}", f"{value:.1f} [{low:.1f}, {high:.1f}]{mark}"
+
+
+def _describe_part(incomplete: Any, task: str) -> str:
+    """Which part of a task's questions was answered; "" if all were."""
+    part = incomplete.get(task) if isinstance(incomplete, Mapping) else None
+    if not isinstance(part, Mapping):
+        return ""
+    answered, whole = part.get("answered"), part.get("of")
+    if isinstance(answered, int) and isinstance(whole, int):
+        return f" (incomplete: {answered:,} of {whole:,})"
+    return " (incomplete)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,28 @@ def test_a_model_answers_every_benchmark(
 def test_a_part_is_of_the_official_number(name: str, whole: int, benchmark_data: DataOf) -> None:
     """The next one where there are two; what is there where there is none."""
     dataset = open_dataset(benchmark_data(name) / f"{name}-eval")
-    assert count_split(dataset, "test", 0) == whole
+    assert count_split(dataset, "test", 0).whole == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "whole"),
+    [("music-avqa", "test", 9_129), ("seedbench", "test", 3), ("mme", "x", 0)],
+)
+def test_the_source_knows_the_official_number_of_an_older_dataset(
+    name: str,
+    split: str,
+    whole: int,
+    benchmark_data: DataOf,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dataset = open_dataset(benchmark_data(name) / f"{name}-eval")
+    older = {k: v for k, v in dataset.manifest.attributes.items() if k != "official_questions"}
+    monkeypatch.setattr(dataset, "manifest", replace(dataset.manifest, attributes=older))
+    assert count_split(dataset, split, 0).whole == whole
+    assert ["Build it again to know" in record.getMessage() for record in caplog.records] == (
+        [] if whole else [True]
+    )
 
 
 def assert_answered(score: TaskScore) -> None:

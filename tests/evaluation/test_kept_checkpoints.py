@@ -100,6 +100,7 @@ def test_kept_checkpoints_answer_once_and_an_interruption_costs_no_answer(
     for name, line in zip(names, lines[1:], strict=True):
         scores = line["tasks"]["mme"]["perception"]
         assert scores["low"] <= scores["value"] <= scores["high"] and scores["n"] > 0
+        assert line["incomplete"] == {"mme": {"answered": 8, "of": 2374}}
         folder = finished / "evaluation" / name
         assert (folder / "report.html").is_file() and not (folder / "model").exists()
     assert list_recorded(finished) == {name: {"mme"} for name in names}
@@ -109,8 +110,11 @@ def test_kept_checkpoints_answer_once_and_an_interruption_costs_no_answer(
     charts = board.Scalars("tasks/mme/perception")
     assert [chart.step for chart in charts] == [1, 3, 4]
     assert charts[0].value == pytest.approx(lines[1]["tasks"]["mme"]["perception"]["value"])
+    (share, *_) = board.Scalars("tasks/mme/answered")
+    assert share.value == pytest.approx(8 / 2374)
     page = "".join(draw_benchmarks(read_records(finished).validation))
     assert "mme: perception" in page and page.count("<tr>") == 4
+    assert page.count("] (incomplete: 8 of 2,374)</td>") == page.count("[")
 
     check = CliRunner().invoke(app, ["evaluate-run", str(finished), "--check"])
     assert check.exit_code == EXIT_FAILED

@@ -20,6 +20,7 @@ from onellm_dist.evaluation.answer_folder import (
     write_task,
 )
 from onellm_dist.evaluation.compare import compare_scores
+from onellm_dist.evaluation.kept_checkpoints import build_entry, list_charts
 from onellm_dist.evaluation.questions import BenchmarkQuestion, GivenAnswer
 from onellm_dist.evaluation.score import (
     TaskScore,
@@ -34,6 +35,7 @@ from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.evaluation.tasks.answer_files import make_list_check
 from onellm_dist.evaluation.tasks.mmbench_table import check_table, write_table
 from onellm_dist.evaluation.tasks.mme_files import check_lists
+from onellm_dist.report.benchmark_scores import draw_benchmarks
 
 COUNT = 60
 SETTINGS = {
@@ -122,7 +124,7 @@ def test_missing_answers_are_refused_unless_a_part_is_wanted(tmp_path: Path) -> 
 def test_a_limit_makes_no_complete_score(tmp_path: Path) -> None:
     out = write_evaluation(tmp_path, 1.0)
     settings = json.loads((out / "vqav2" / "task.json").read_text())
-    settings |= {"limit": COUNT, "split_questions": 1000}
+    settings |= {"limit": COUNT, "split_questions": 1000, "dataset_questions": 1000}
     (out / "vqav2" / "task.json").write_text(json.dumps(settings))
     (score,) = scores = score_folder(out)
     assert "60 of 1,000 questions" in format_scores(scores) and not score.is_complete
@@ -137,12 +139,50 @@ def test_a_limit_makes_no_complete_score(tmp_path: Path) -> None:
     write_scores(out, scores)
     assert not (out / "vqav2" / "vqav2.json").exists()
 
+    entry = build_entry("step-00000002-0a1b2c3d", 2, scores, 1.0)
+    assert entry["incomplete"] == {"vqav2": {"answered": 60, "of": 1000}}
+    charts = list_charts(entry)
+    assert charts["tasks/vqav2/answered"] == 0.06 and "tasks/vqav2/accuracy" in charts
+    page = "".join(draw_benchmarks([entry]))
+    assert "] (incomplete: 60 of 1,000)</td>" in page
+    whole = score_folder(write_evaluation(tmp_path / "whole", 0.5))
+    for pair in ((whole, scores), (scores, whole)):
+        *_, last = format_differences(compare_scores(*pair)).splitlines()
+        assert last == "vqav2 is incomplete: 60 of 1,000 questions"
+    entry = build_entry("step-00000002-0a1b2c3d", 2, whole, 1.0)
+    assert entry["incomplete"] == {} and "tasks/vqav2/answered" not in list_charts(entry)
+    texts = ("".join(draw_benchmarks([entry])), format_differences(compare_scores(whole, whole)))
+    assert not any("incomplete" in text for text in texts)
+
 
 @pytest.mark.parametrize(
     ("changes", "answered", "without", "says"),
     [
         ({"split_questions": 1000}, 60, [], "940 not asked (not in the dataset)"),
-        ({"split_questions": 1000, "limit": 60}, 60, [], "940 not asked (--limit 60)"),
+        (
+            {"split_questions": 1000, "dataset_questions": 1000, "limit": 60},
+            *(60, [], "940 not asked (--limit 60)"),
+        ),
+        (
+            {"split_questions": 1000, "dataset_questions": 100, "limit": 60},
+            *(
+                60,
+                ["3"],
+                "40 not asked (--limit 60), 900 not asked (not in the dataset), 1 left out",
+            ),
+        ),
+        (
+            {"split_questions": 1000, "dataset_questions": 60, "limit": 60},
+            *(60, [], "940 not asked (not in the dataset)"),
+        ),
+        (
+            {"split_questions": 1000, "dataset_questions": 70, "limit": 500},
+            *(60, [], "940 not asked (not in the dataset)"),
+        ),
+        (
+            {"split_questions": 1000, "limit": 60},
+            *(60, [], "940 not asked (--limit 60, or not in the dataset)"),
+        ),
         ({}, 50, ["7"], "1 left out, 10 without an answer (50, ...)"),
     ],
 )

@@ -178,6 +178,7 @@ class BenchmarkSet:
                 "any_count": COUNT_OPTION,
             },
             licence=self.licence,
+            official_count=self.get_official_count,
         )
 
     def _plan(
@@ -207,16 +208,21 @@ class BenchmarkSet:
             "benchmark": self.name,
             "questions": counts,
             "official_questions": {
-                split: self._get_official_count(split, count)
+                split: self.get_official_count(split, count)
                 for split, count in counts.items()
                 if self.splits[split]
             },
         }
         return DatasetDescription(self.modalities, parts, attributes=attributes)
 
-    def _get_official_count(self, split: str, count: int) -> int:
-        """The official number of questions that `count` is, or is a part of; else the largest."""
-        official = self.splits[split]
+    def get_official_count(self, split: str, count: int) -> int | None:
+        """The official number of questions that `count` is, or is a part of; else the largest.
+
+        It is `count` itself where no number is stated, and None for a split that does not exist.
+        """
+        if split not in self.splits:
+            return None
+        official = self.splits[split] or (count,)
         return min((n for n in official if n >= count), default=max(official))
 
     def _check_count(self, inputs: Path, split: str, count: int) -> None:
