@@ -19,8 +19,9 @@ from onellm_dist.cli import main as cli
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model.adapter_set import AdapterSet, NamedAdapter
 from onellm_dist.model.batched_generation import Prompt
+from onellm_dist.model.media_cache import MediaCache
 from onellm_dist.model.presets import load_model
-from onellm_dist.serving.server import run
+from onellm_dist.serving.server import engine, run
 from onellm_dist.serving.server.jobs import Job, JobQueue
 from onellm_dist.serving.server.settings import ServerSettings
 
@@ -54,8 +55,17 @@ def test_a_served_adapter_answers_as_the_model_with_the_adapter_beside(
 
 
 @pytest.mark.slow
-def test_each_request_is_answered_by_the_adapter_that_it_names(tmp_path: Path) -> None:
+def test_each_request_is_answered_by_the_adapter_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests for the base and two adapters wait together, about the same medium."""
+    caches: list[MediaCache] = []
+
+    def make_cache() -> MediaCache:
+        caches.append(MediaCache())
+        return caches[-1]
+
+    monkeypatch.setattr(engine, "MediaCache", make_cache)
     base, media = save_base(tmp_path / "base"), {"imu": FILE}
     beside = {
         name: save_adapter(tmp_path / name, base, seed=seed)
@@ -89,6 +99,8 @@ def test_each_request_is_answered_by_the_adapter_that_it_names(tmp_path: Path) -
         assert answer["choices"][0]["message"]["content"] == expected[given], given
         assert answer["model"] == given[0]
     assert len({expected[name, questions[0]] for name in ("toy", "one", "two")}) == 3
+    (cache,) = caches  # one bound for all, and nothing of one adapter given to another
+    assert (cache.encoded, cache.reused) == (3, len(asked) - 3)
     assert [(m["id"], m.get("parent")) for m in models] == [
         *(("toy", None), ("one", "toy"), ("two", "toy"))
     ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.model.adapter_set import AdapterSet
-from onellm_dist.model.batched_generation import BatchStatistics, generate_batch
+from onellm_dist.model.batched_generation import BatchStatistics, Prompt, generate_batch
 from onellm_dist.model.media_cache import MediaCache
 from onellm_dist.serving.answer_text import AnswerText
 from onellm_dist.serving.server.errors import RequestError, make_internal_error, make_late_error
@@ -53,8 +53,7 @@ class AnswerEngine:
         self._metrics = metrics
         self._batch = batch
         self._adapters = adapters or AdapterSet(model, ())
-        # Adapters may change what a medium becomes: each has a cache of its own.
-        self._media: defaultdict[str, MediaCache] = defaultdict(MediaCache)
+        self._media = MediaCache()  # of all adapters together: its memory is bounded once
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -115,24 +114,32 @@ class AnswerEngine:
 
     def _run(self, jobs: Sequence[Job]) -> None:
         rows = [_RunningAnswer(job, self._tokenizer, self._end_ids, self._metrics) for job in jobs]
-        adapter = jobs[0].adapter  # of all: the queue does not mix them
-        self._adapters.select(adapter)
+        self._adapters.select(jobs[0].adapter)  # of all: the queue does not mix them
         wants_logits = any(job.top_logprobs is not None for job in jobs)
         statistics = BatchStatistics()
         try:
             generate_batch(
                 self._model,
-                [job.prompt for job in jobs],
+                [_name_media(job) for job in jobs],
                 end_ids=self._end_ids,
                 on_token=lambda place, token: rows[place].add(token),
                 on_logits=(lambda place, logits: rows[place].see(logits)) if wants_logits else None,
                 stop=lambda place, _: rows[place].has_ended,
                 batch=self._batch,
-                media_cache=self._media[adapter],
+                media_cache=self._media,
                 statistics=statistics,
             )
         finally:
             self._metrics.count_positions(statistics.positions, statistics.padding)
+
+
+def _name_media(job: Job) -> Prompt:
+    """The prompt, with the adapter in the keys of its media: it may change what they become."""
+    media = [
+        medium if medium.key is None else replace(medium, key=f"{job.adapter} {medium.key}")
+        for medium in job.prompt.media
+    ]
+    return replace(job.prompt, media=media)
 
 
 class _RunningAnswer:
