@@ -25,10 +25,12 @@ from safetensors.torch import save_file
 
 from onellm_dist.common.checksums import check_folder, hash_once, list_recorded_files
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.logging import get_logger
 from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.model.lora import ADAPTER, MAGNITUDE, build_peft_config, import_peft
 from onellm_dist.model.trained_spans import read_saved_spans, set_spans
 
+_log = get_logger(__name__)
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "onellm_adapter.json"
@@ -137,10 +139,19 @@ def read_base(folder: Path, moved: Path | None = None) -> AdapterBase:
 def check_base(folder: Path, base: AdapterBase) -> None:
     """Refuse to add an adapter to other weights than it was trained over.
 
+    A folder without the digests of its base, as PEFT writes it, is warned about.
+
     Raises:
         UsageError: a file of the base differs, or is missing.
     """
-    if base.path is None or not base.files:
+    if base.path is None:
+        return
+    if not base.files:
+        _log.warning(
+            "%s does not record the files of its base: whether it was trained over %s is not "
+            "checked",
+            *(folder, base.path),
+        )
         return
     recorded = list_recorded_files(base.path)
     for name, digest in _list_digests(folder, base.files):

@@ -61,7 +61,9 @@ def folder(tmp_path: Path) -> Path:
     return found
 
 
-def test_a_base_that_has_moved_is_compared_all_the_same(folder: Path) -> None:
+def test_a_base_that_has_moved_is_compared_all_the_same(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(UsageError, match=r"which is not here(.|\n)*--base"):
         read_base(folder)
     base = read_base(folder, folder.parent / "base")
@@ -70,6 +72,11 @@ def test_a_base_that_has_moved_is_compared_all_the_same(folder: Path) -> None:
     (folder / BASE).write_text(json.dumps({"path": "old", "files": [1]}))
     with pytest.raises(UsageError, match="files does not give the SHA-256"):
         check_base(folder, read_base(folder, folder.parent / "base"))
+    assert not caplog.records
+    (folder / BASE).unlink()  # PEFT alone: there is nothing to compare with
+    check_base(folder, read_base(folder, folder.parent / "base"))
+    (record,) = caplog.records
+    assert "does not record the files of its base" in record.getMessage()
 
 
 def test_damaged_weights_of_an_adapter_are_refused_in_words(folder: Path) -> None:
