@@ -146,6 +146,35 @@ def test_a_host_that_takes_too_long_is_given_up(
         assert left[0].result(10) < 3
 
 
+def flood(sent: bytes) -> Callable[[socket.socket, bytes], int]:
+    """Send lines for as long as they are taken; returns their bytes."""
+
+    def handle(connection: socket.socket, _: bytes) -> int:
+        lines, count = b"".join(b"X-%d: y\r\n" % number for number in range(5000)), 0
+        with suppress(OSError):  # the client closes the connection
+            connection.settimeout(10)
+            connection.sendall(sent)
+            while count < 64 << 20:
+                connection.sendall(lines)
+                count += len(lines)
+        return count
+
+    return handle
+
+
+CHUNK = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"HTTP/1.1 200 OK\r\n", CHUNK], ids=["headers", "trailers"])
+def test_a_host_cannot_fill_the_memory_with_headers(
+    threads: ThreadPoolExecutor, sent: bytes
+) -> None:
+    with answer(flood(sent)) as (host, taken):
+        with pytest.raises(RequestError, match="cannot be fetched"):
+            run(f"http://{host}/x.png", host, threads)
+        assert taken[0].result(20) < 32 << 20
+
+
 def test_nobody_waits_for_a_file_whose_client_has_left(threads: ThreadPoolExecutor) -> None:
     async def leave(host: str) -> None:
         task = asyncio.create_task(
