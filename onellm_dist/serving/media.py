@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -168,10 +169,14 @@ def _read_given(medium: tuple[int, GivenFiles]) -> torch.Tensor:
             return torch.stack(modality.read_spans(parts, {}, spans=spans, train=False, rng=rng))
     except SampleError as error:
         # Files are read under names that were made up here.
-        made_up = {f".{part.extension}": role for role, part in parts.items()}
-        what = error.what
-        for name, role in sorted(made_up.items(), key=lambda pair: -len(pair[0])):
-            what = what.replace(name, (given.names or {}).get(role, f"its {role} file"))
+        names = given.names or {}
+        own = {
+            f".{part.extension}": names.get(role, f"its {role} file")
+            for role, part in parts.items()
+        }
+        # All at once: a name that was put in may have a made-up one in it, as x.jpg has .jpg.
+        made_up = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
+        what = re.sub(made_up, lambda found: own[found.group()], error.what)
         raise SampleError(f"{_name_given(number, given)}: {what}", error.why, error.do) from error
 
 

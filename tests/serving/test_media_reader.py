@@ -85,3 +85,16 @@ def test_a_bad_file_is_called_by_its_own_name(modality: str, parts: tuple[str, .
         read_given_files([named._replace(names=None)], first=3)
     assert error.value.what.startswith(f"medium 3 ({modality}): its ")
     assert not re.search(r"\.\w+ \(\d+ bytes\)", error.value.what)
+
+
+@pytest.mark.parametrize("names", [("kitchen.jpg", "hall.jpg"), ("a.jpg.png", "b.depth.png")])
+def test_a_name_that_looks_like_a_made_up_one_is_passed_on_as_it_is(names: tuple[str, str]) -> None:
+    parts = ("depth", "image")
+    for broken, name in zip(parts, names, strict=True):
+        files = {part: served.make_picture(0) for part in parts} | {broken: b"no medium at all"}
+        with pytest.raises(SampleError) as error:
+            read_given_files(
+                [GivenFiles("depth", files, names=dict(zip(parts, names, strict=True)))]
+            )
+        said = error.value.what.removeprefix(f"depth {', '.join(names)}: ")
+        assert [word for word in said.split() if "." in word and word[0].isalpha()] == [name]
