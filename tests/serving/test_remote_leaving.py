@@ -14,10 +14,15 @@ from typing import Any
 import pytest
 import requests
 import served_model as served
+import torch
 from mock_vllm import Mock, run_mock
 
+from onellm_dist.model.batched_generation import Prompt
+from onellm_dist.model.media_cache import Medium
 from onellm_dist.serving.server import remote_llm
-from onellm_dist.serving.server.remote_llm import EmbeddingsAlone, RemoteAddress
+from onellm_dist.serving.server.jobs import Job, JobQueue
+from onellm_dist.serving.server.metrics import ServerMetrics
+from onellm_dist.serving.server.remote_llm import EmbeddingsAlone, RemoteAddress, RemoteEngine
 
 KIND = {"Content-Type": "application/json"}
 RUNNING = "onellm_running_requests"
@@ -112,3 +117,36 @@ def test_a_server_that_takes_no_connections_is_given_up(
         each.close()
     assert answer.status_code == 502 and "no whole answer" in answer.json()["error"]["message"]
     assert took < 10
+
+
+def test_nothing_is_done_for_a_client_that_left_while_others_were_encoded(
+    mock: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def encode() -> torch.Tensor:
+        done.append("encoded")
+        return torch.zeros(3, 224, 224)
+
+    with run_mock(mock) as url:
+        address, model = RemoteAddress(url), served.make_model()
+        queue = JobQueue(2)
+        engine = RemoteEngine(model, address, [2], queue, ServerMetrics(), 1)
+        connect = RemoteAddress.connect
+
+        def count(self: RemoteAddress, seconds: float) -> HTTPConnection:
+            done.append("connected")
+            return connect(self, seconds)
+
+        monkeypatch.setattr(RemoteAddress, "connect", count)
+        prompt = Prompt([1, 5], [Medium("image", encode)], max_new_tokens=2)
+        job = Job(prompt, (), None, time.monotonic() + 60, lambda event: done.append(repr(event)))
+        with engine._lock:  # another request is being encoded
+            engine.start()
+            queue.put(job)
+            while len(queue):
+                time.sleep(0.01)
+            time.sleep(0.1)
+            job.cancel()
+        engine.close()
+    assert not done

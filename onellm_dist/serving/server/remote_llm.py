@@ -35,7 +35,10 @@ _log = get_logger(__name__)
 _MOST_LINE = 1 << 20
 """Bytes of the longest event that is read."""
 _CONNECT_SECONDS = 10.0
-"""Longest wait for a connection to the other server: nothing can end it sooner."""
+"""Longest wait for a connection to an address of the other server: nothing can end it sooner.
+
+A name with several addresses (IPv6 and IPv4) is given so long for each, and the system's time to
+be looked up."""
 _REASONS = ("stop", "length")
 """How a whole answer ends; anything else (vLLM's `abort`) is a part of one."""
 
@@ -198,7 +201,10 @@ class RemoteEngine:
     def _answer(self, job: Job) -> None:
         if job.is_late:
             raise make_late_error()
-        body = json.dumps(self._build_request(job)).encode()
+        request = self._build_request(job)
+        if request is None or job.is_cancelled:
+            return
+        body = json.dumps(request).encode()
         tokens, reason, text = 0, "", StrippedText()
         try:
             for event in self._ask(job, body):
@@ -224,9 +230,12 @@ class RemoteEngine:
         job.send(Ending(reason, tokens))
         self._metrics.count_tokens(job.prompt.positions, tokens)
 
-    def _build_request(self, job: Job) -> dict[str, Any]:
+    def _build_request(self, job: Job) -> dict[str, Any] | None:
+        """What is sent for a request; None: it was given up while others were being encoded."""
         prompt = job.prompt
         with self._lock, torch.inference_mode():
+            if job.is_cancelled:
+                return None
             embeds = pack_prompts(self._model, [prompt], self._media).sequence
         buffer = io.BytesIO()
         torch.save(embeds.cpu().clone(), buffer)
