@@ -105,15 +105,28 @@ def test_weights_on_a_disk_are_fetched_when_they_are_needed(
 
 
 @pytest.mark.slow
-def test_the_map_that_memory_allows_gives_the_same_numbers(
-    saved: tuple[Path, dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_map_that_memory_allows_gives_the_same_numbers_and_cuts_no_layer(
+    family: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, wanted = saved
+    if family != "llama":
+        folder, model = tmp_path / "model", make_model(family)
+        wanted = compute(model)
+        model.save_pretrained(folder)
     size = (folder / "model.safetensors").stat().st_size
     placed: Any = AutoModelForCausalLM.from_pretrained(
-        folder, device_map="auto", max_memory={"cpu": size // 2}, offload_folder=tmp_path
+        folder,
+        device_map="auto",
+        max_memory={"cpu": size // 2},
+        offload_folder=tmp_path / "offload",
     )
-    assert {"cpu", "disk"} <= set(placed.hf_device_map.values())
+    places = placed.hf_device_map
+    assert {"cpu", "disk"} <= set(places.values())
+    classes = set(placed._no_split_modules)
+    layers = [name for name, part in placed.named_modules() if type(part).__name__ in classes]
+    assert len(layers) >= 4 and any("." in place for place in places)
+    assert not [place for place in places if place.startswith(tuple(f"{n}." for n in layers))]
     check_same(compute(placed), wanted)
 
 
