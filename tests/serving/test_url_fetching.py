@@ -141,7 +141,7 @@ def test_a_host_that_takes_too_long_is_given_up(
         began = time.monotonic()
         with pytest.raises(RequestError, match="cannot be fetched"):
             run(f"http://{host}/x.png", host, threads)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 1.9
         assert threading.active_count() <= count
         assert left[0].result(10) < 3
 
