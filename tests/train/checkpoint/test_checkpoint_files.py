@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: written, hashed, verified, kept, replaced; frozen weights by name."""
+"""Checkpoints on the disk: written, hashed, verified, kept, replaced."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_folders import checkpoint, config
 from one_rank import ONE_RANK
 from safetensors.torch import load_file
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import replace_folder, restore_folder, sha256_file
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
-from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.callbacks.best_model import BestModel
 from onellm_dist.train.checkpoint.files import (
     BLOCK_BYTES,
@@ -38,35 +38,7 @@ from onellm_dist.train.checkpoint.folder import (
     recover_checkpoints,
 )
 from onellm_dist.train.checkpoint.resume import find_checkpoint
-from onellm_dist.train.checkpoint.source import check_source, describe_source
 from onellm_dist.train.recovery import find_good_checkpoint
-
-
-def checkpoint(
-    folder: Path, *, version: int = 2, data: bytes = b"abc", said: bytes | None = None, **more: Any
-) -> Path:
-    """A folder with one file, and a manifest that says of it what `said` would be."""
-    folder.mkdir(parents=True)
-    said = data if said is None else said
-    (folder / "rank-00000.safetensors").write_bytes(data)
-    manifest = {"version": version, "files": {"rank-00000.safetensors": len(said)}, **more}
-    if version > 1:
-        manifest["sha256"] = {"rank-00000.safetensors": hashlib.sha256(said).hexdigest()}
-    (folder / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest))
-    return folder
-
-
-def config(run_dir: Path, **keys: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run": {"dir": str(run_dir), "seed": keys.pop("seed", 0)},
-            "model": keys.pop("model", {"preset": "toy"}),
-            "data": {"mixture": [{"path": "image"}], "global_batch": 1},
-            "train": {"stage": "align", "steps": 1},
-            "optim": {"lr": 1.0},
-            "checkpoint": keys,
-        }
-    )
 
 
 def test_files_are_safetensors_and_hashed_on_their_way(tmp_path: Path) -> None:
@@ -262,88 +234,6 @@ def test_a_checkpoint_that_replaces_one_is_never_neither(
     assert read_manifest(folder) is not None and [path.name for path in tmp_path.iterdir()] == [
         folder.name
     ]
-
-
-def test_frozen_weights_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(b"weights")
-    (model / "config.json").write_text("{}")
-    own = config(tmp_path, model={"path": str(model)})
-    manifest = {"frozen": json.loads(json.dumps(describe_source(own)))}
-    check_source(tmp_path, manifest, own, ONE_RANK)
-    check_source(tmp_path, {}, own, ONE_RANK)  # version 1
-    (model / "model.safetensors").write_bytes(b"weights")  # another time, the same bytes
-    check_source(tmp_path, manifest, own, ONE_RANK)
-    (model / "model.safetensors").write_bytes(b"weighed")
-    with pytest.raises(UsageError, match=r"other frozen weights.*model.safetensors has sha256"):
-        check_source(tmp_path, manifest, own, ONE_RANK)
-    (model / "more.safetensors").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"other files: more.safetensors"):
-        check_source(tmp_path, manifest, own, ONE_RANK)
-    with pytest.raises(UsageError, match=r"now model\.preset=toy"):
-        check_source(tmp_path, manifest, config(tmp_path), ONE_RANK)
-
-
-def test_span_positions_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
-    plain, fixed = (
-        config(tmp_path, model={"preset": "toy", "span_positions": kind})
-        for kind in (None, "fixed")
-    )
-    none = config(tmp_path, model={"preset": "toy", "span_positions": "none"})
-    manifest = {"frozen": json.loads(json.dumps(describe_source(fixed)))}
-    check_source(tmp_path, manifest, fixed, ONE_RANK)
-    with pytest.raises(UsageError, match=r"span_positions=fixed, now it is unset"):
-        check_source(tmp_path, manifest, plain, ONE_RANK)
-    before = {"frozen": describe_source(plain)}
-    assert "span_positions" not in before["frozen"]
-    check_source(tmp_path, before, none, ONE_RANK)
-    with pytest.raises(UsageError, match=r"span_positions=unset, now it is fixed"):
-        check_source(tmp_path, before, fixed, ONE_RANK)
-
-
-@pytest.mark.parametrize("own", ["none", "fixed", "learned"])
-def test_span_positions_of_a_model_may_be_stated_or_not(own: str, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "config.json").write_text(json.dumps({"span_positions": own}))
-    model = {"path": str(tmp_path)}
-    unset, stated = (
-        config(tmp_path, model=model),
-        config(tmp_path, model={**model, "span_positions": own}),
-    )
-    other = config(
-        tmp_path, model={**model, "span_positions": "fixed" if own != "fixed" else "learned"}
-    )
-    for before, now in ((unset, stated), (stated, unset), (stated, stated)):
-        check_source(tmp_path, {"frozen": describe_source(before)}, now, ONE_RANK)
-    for before, now in ((unset, other), (other, unset), (stated, other), (other, stated)):
-        with pytest.raises(UsageError, match=r"was trained with model\.span_positions="):
-            check_source(tmp_path, {"frozen": describe_source(before)}, now, ONE_RANK)
-    (tmp_path / "config.json").write_text("{}")  # saved before there were any
-    frozen = {"frozen": describe_source(unset)}
-    none = config(tmp_path, model={**model, "span_positions": "none"})
-    check_source(tmp_path, frozen, none, ONE_RANK)
-
-
-def test_a_preset_and_its_seed_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
-    manifest = {"frozen": describe_source(config(tmp_path, seed=3))}
-    check_source(tmp_path, manifest, config(tmp_path, seed=3), ONE_RANK)
-    with pytest.raises(UsageError, match=r"run\.seed was 3, now 4"):
-        check_source(tmp_path, manifest, config(tmp_path, seed=4), ONE_RANK)
-    with pytest.raises(UsageError, match=r"model\.preset was toy"):
-        check_source(
-            tmp_path, manifest, config(tmp_path, seed=3, model={"preset": "smollm2-135m"}), ONE_RANK
-        )
-
-
-def test_known_files_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    own = config(tmp_path, model={"path": str(tmp_path)})
-    known = describe_source(own)
-    monkeypatch.setattr(
-        "onellm_dist.train.checkpoint.source.hash_once", lambda path: pytest.fail("hashed")
-    )
-    assert describe_source(own, known) == known
 
 
 def test_the_best_is_written_when_it_is_the_best_and_remembered(
