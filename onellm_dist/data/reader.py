@@ -262,8 +262,8 @@ class Reader:
             raise OneLLMError(
                 f"sample {sample_id}: modality {modality.name} returned {len(values)} values for "
                 f"{medium.spans} spans",
-                "this is a fault of the program, not of the data.",
-                "report it with the sample's id.",
+                f"this is a fault of {type(modality).__module__}, not of the data.",
+                "report it to whoever made that modality, with the sample's id.",
             )
         for value in values:
             _check_value(modality, value, sample_id)

@@ -97,10 +97,10 @@ def check_adapters(base: Path, adapters: Sequence[NamedAdapter]) -> None:
 
 def _check_spans(base: Path, folder: Path) -> None:
     """Refuse an adapter that was trained with other `data.spans` than its base."""
-    ours, own = read_saved_spans(folder), read_saved_spans(base)
-    if ours is not None and own is not None and ours != own:
+    trained, own = read_saved_spans(folder), read_saved_spans(base)
+    if trained is not None and own is not None and trained != own:
         raise UsageError(
-            f"{folder}: the adapter was trained with the spans {describe_spans(ours)}, "
+            f"{folder}: the adapter was trained with the spans {describe_spans(trained)}, "
             f"{base} with {describe_spans(own)}",
             "adapters side by side read media as their base does.",
             "give the adapter's folder alone in place of the model, or merge it: "

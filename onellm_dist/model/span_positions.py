@@ -105,10 +105,9 @@ def read_span_positions(folder: Path | None) -> str | None:
     if folder is None:
         return "none"
     try:
-        return str(json.loads((folder / "config.json").read_text())["span_positions"])
-    except KeyError:
-        return "none"  # saved before there were any
-    except (OSError, ValueError, TypeError, RecursionError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config.get("span_positions") or "none")  # saved before there were any
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 

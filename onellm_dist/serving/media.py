@@ -176,7 +176,7 @@ def _read_given(medium: tuple[int, GivenFiles]) -> torch.Tensor:
         }
         # All at once: a name that was put in may have a made-up one in it, as x.jpg has .jpg.
         made_up = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
-        what = re.sub(made_up, lambda found: own[found.group()], error.what)
+        what = re.sub(rf"(?:{made_up})(?!\w)", lambda found: own[found.group()], error.what)
         raise SampleError(f"{_name_given(number, given)}: {what}", error.why, error.do) from error
 
 

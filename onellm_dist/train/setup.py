@@ -333,6 +333,7 @@ def build_checkpoints(
             "plan": plan.fingerprint(),
             "onellm_dist": __version__,
             "model": config.model.model_dump(mode="json"),
+            "spans": config.data.spans,
             "seed": config.run.seed,
             "data_phases": [data_phase.to_json() for data_phase in plan.data_phases],
             "stability": monitor.state(),

@@ -77,9 +77,32 @@ def test_a_run_whose_spans_cannot_be_read_is_refused(tmp_path: Path) -> None:
         (tmp_path / "run" / "config.yaml").write_text(damaged)
         with pytest.raises(UsageError, match=word):
             convert("run", tmp_path / "run", tmp_path / "out", quiet=True)
+
+
+@pytest.mark.parametrize("spans", [{}, {"image": 5}])
+def test_a_checkpoint_has_its_own_spans(
+    spans: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also away from its run, and where a later start of the run had others."""
+    base = save(tmp_path / "base", {"image": 3})
+    folder = save_run(tmp_path / "run", base, 1, spans={"image": 2}, recorded_spans=spans)
+    convert("run", folder, tmp_path / "here", quiet=True)
+    folder.rename(tmp_path / folder.name)
+    convert("run", tmp_path / folder.name, tmp_path / "there", quiet=True)
+    for name in ("here", "there"):
+        assert get_spans(OneLLMConfig.from_pretrained(tmp_path / name)) == spans
+    assert not caplog.records
+
+
+def test_a_checkpoint_that_does_not_say_its_spans_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of 0.2.0, without the recipe beside them."""
+    save_run(tmp_path / "run", save(tmp_path / "base", {"image": 3}), 1, spans={"image": 5})
     (tmp_path / "run" / "config.yaml").unlink()
     convert("run", tmp_path / "run", tmp_path / "out", quiet=True)
-    assert get_spans(OneLLMConfig.from_pretrained(tmp_path / "out")) == {}
+    assert get_spans(OneLLMConfig.from_pretrained(tmp_path / "out")) == {"image": 3}
+    assert "does not say what data.spans was" in caplog.text
 
 
 def test_spans_go_there_and_back(tmp_path: Path) -> None:

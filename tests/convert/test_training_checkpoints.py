@@ -41,6 +41,7 @@ def save_run(
     first_version: bool = False,
     rows: Tensors | None = None,
     spans: dict[str, int] | None = None,
+    recorded_spans: dict[str, int] | None = None,
 ) -> Path:
     """A checkpoint as train/checkpoint/folder.py describes it.
 
@@ -77,6 +78,7 @@ def save_run(
         "model": {"path": str(base), "preset": None, "init_from_image": []},
         "files": files,
         "parameters": parameters,
+        **({} if recorded_spans is None else {"spans": recorded_spans}),
     }
     if not first_version:
         manifest["sha256"] = {file: sha256_file(folder / file) for file in files}

@@ -41,7 +41,7 @@ class KilledStream:
         """Read all steps through `kills` kills; the lines of every step, and how often it died.
 
         A start that comes to its end before the signal is none of them, and another is killed. The
-        tests assert both results: after ten starts a kill, they are what they are.
+        tests assert both results: after ten starts per kill it returns what it has.
         """
         draw, context = random.Random(seed), multiprocessing.get_context("fork")
         applied: dict[int, list[str]] = {}

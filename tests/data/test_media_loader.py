@@ -74,7 +74,7 @@ def test_a_modality_that_returns_too_many_values_is_named(
     with (
         Loader(open_here(root), 1, 0, 0, STEPS, 0) as loader,
         pytest.raises(
-            OneLLMError, match=r"sample wide/\S+: modality image returned \d values for \d spans"
+            OneLLMError, match=r"sample wide/\S+: modality image returned \d+ values for \d+ spans"
         ),
     ):
         list(loader)

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,21 +36,24 @@ def serve() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         import_deepspeed()
     _answer({"ready": os.getpid()})
-    children: set[int] = set()
+    children: dict[int, int] = {}
+    """Pid -> number of the process: a pid may come again."""
+    started = 0
     while True:
         for pid in list(children):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                children.remove(pid)
-                _answer({"pid": pid, "code": os.waitstatus_to_exitcode(status)})
+                code = os.waitstatus_to_exitcode(status)
+                _answer({"number": children.pop(pid), "code": code})
         if select.select([sys.stdin], [], [], 0.02)[0]:
             line = sys.stdin.readline()
             if not line:
                 return
             order = json.loads(line)
             pids = [_fork(order, rank) for rank in range(order["world_size"])]
-            children |= set(pids)
-            _answer({"pids": pids})
+            children |= {pid: started + rank for rank, pid in enumerate(pids)}
+            _answer({"pids": pids, "first": started})
+            started += len(pids)
 
 
 def _answer(value: dict[str, Any]) -> None:
@@ -101,6 +105,8 @@ def _run_script(path: str, *arguments: str) -> NoReturn:
     code = 0
     try:
         runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -143,7 +149,7 @@ class Zygote:
                 text=True,
                 env=env,
             )
-        self._codes: dict[int, int] = {}
+        self._codes: dict[int, int] = {}  # by the number of the process
         self._heard = b""
         assert self._hear(300) is not None, (logs / "zygote.log").read_text()
 
@@ -195,34 +201,33 @@ class Zygote:
             heard = self._hear(60)
             assert heard is not None, "the zygote does not answer"
             if "pids" in heard:
-                for pid in heard["pids"]:  # of an earlier process, whose number came again
-                    self._codes.pop(pid, None)
-                return Start(self, heard["pids"], logs)
+                numbers = range(heard["first"], heard["first"] + world_size)
+                return Start(self, dict(zip(numbers, heard["pids"], strict=True)), logs)
 
-    def codes(self, pids: list[int], timeout: float) -> list[int]:
+    def codes(self, numbers: Collection[int], timeout: float) -> list[int]:
         """Exit codes of processes, waited for."""
         deadline = time.monotonic() + timeout
-        while not all(pid in self._codes for pid in pids):
+        while running := [number for number in numbers if number not in self._codes]:
             left = deadline - time.monotonic()
-            assert left > 0, f"still running: {[pid for pid in pids if pid not in self._codes]}"
+            assert left > 0, f"{len(running)} of {len(numbers)} still run"
             self._hear(min(left, 0.5))
-        return [self._codes[pid] for pid in pids]
+        return [self._codes[number] for number in numbers]
 
-    def failed(self, pids: list[int], timeout: float) -> bool:
+    def failed(self, numbers: Collection[int], timeout: float) -> bool:
         """Whether one of them has failed, or not all have ended in time."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            known = [self._codes[pid] for pid in pids if pid in self._codes]
-            if any(known) or len(known) == len(pids):
+            known = [self._codes[number] for number in numbers if number in self._codes]
+            if any(known) or len(known) == len(numbers):
                 return any(known)
             self._hear(0.5)
         return True
 
-    def running(self, pids: list[int]) -> list[int]:
+    def running(self, numbers: Collection[int]) -> list[int]:
         """Those that have not ended."""
         while self._hear(0) is not None:
             pass
-        return [pid for pid in pids if pid not in self._codes]
+        return [number for number in numbers if number not in self._codes]
 
     def _hear(self, timeout: float) -> dict[str, Any] | None:
         assert self._process.stdout is not None
@@ -237,19 +242,24 @@ class Zygote:
         line, _, self._heard = self._heard.partition(b"\n")
         heard: dict[str, Any] = json.loads(line)
         if "code" in heard:
-            self._codes[heard["pid"]] = heard["code"]
+            self._codes[heard["number"]] = heard["code"]
         return heard
 
 
 class Start:
     """The ranks of one start."""
 
-    def __init__(self, zygote: Zygote, pids: list[int], logs: Path) -> None:
-        self._zygote, self.pids, self._logs = zygote, pids, logs
+    def __init__(self, zygote: Zygote, pids: dict[int, int], logs: Path) -> None:
+        self._zygote, self._pids, self._logs = zygote, pids, logs
+
+    @property
+    def pids(self) -> list[int]:
+        """Pids, by rank."""
+        return list(self._pids.values())
 
     def wait(self, timeout: float = 300) -> list[int]:
         """Exit codes, by rank."""
-        return self._zygote.codes(self.pids, timeout)
+        return self._zygote.codes(self._pids, timeout)
 
     def code(self, timeout: float = 300) -> int:
         """The first exit code other than 0 (a signal's is negative); 0: every rank ended with 0."""
@@ -262,20 +272,20 @@ class Start:
 
     def wait_unless_one_fails(self, timeout: float) -> None:
         """Every rank ends with 0; if one does not, the others, which wait for it, are killed."""
-        if self._zygote.failed(self.pids, timeout):
+        if self._zygote.failed(self._pids, timeout):
             self.kill()
             raise AssertionError(self.output())
 
     @property
     def ended(self) -> bool:
         """Every rank has ended."""
-        return not self._zygote.running(self.pids)
+        return not self._zygote.running(self._pids)
 
     def kill(self) -> None:
         """SIGKILL to every rank that runs: the pid of one that ended may be another's by now."""
-        for pid in self._zygote.running(self.pids):
+        for number in self._zygote.running(self._pids):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, 9)
+                os.kill(self._pids[number], 9)
         self.wait()
 
     def output(self) -> str:

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection
 from itertools import islice
 from typing import Any
@@ -119,6 +119,20 @@ def test_a_server_that_takes_no_connections_is_given_up(
     assert took < 10
 
 
+class AnnouncedLock(AbstractContextManager[None]):
+    """A lock that says when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self._lock, self.wanted = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> None:
+        self.wanted.set()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 def test_nothing_is_done_for_a_client_that_left_while_others_were_encoded(
     mock: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,12 +155,13 @@ def test_nothing_is_done_for_a_client_that_left_while_others_were_encoded(
         monkeypatch.setattr(RemoteAddress, "connect", count)
         prompt = Prompt([1, 5], [Medium("image", encode)], max_new_tokens=2)
         job = Job(prompt, (), None, time.monotonic() + 60, lambda event: done.append(repr(event)))
-        with engine._lock:  # another request is being encoded
+        lock = AnnouncedLock()
+        monkeypatch.setattr(engine, "_lock", lock)
+        with lock:  # another request is being encoded
+            lock.wanted.clear()
             engine.start()
             queue.put(job)
-            while len(queue):
-                time.sleep(0.01)
-            time.sleep(0.1)
+            assert lock.wanted.wait(60)
             job.cancel()
         engine.close()
     assert not done

@@ -259,6 +259,7 @@ def test_asynchronous_and_waiting_checkpoints_are_equal_and_kept_as_asked(
         manifest["version"] == 2
         and set(manifest["sha256"]) == set(manifest["files"])
         and manifest["frozen"] == {"preset": "toy", "seed": 0}
+        and manifest["spans"] == {}
     )
     validated = {
         line["steps_done"]: line["loss"] for line in runs.lines("kept", "validation.jsonl")

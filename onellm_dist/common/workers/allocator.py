@@ -13,10 +13,9 @@ _LARGEST = 32 << 20
 def keep_freed_memory() -> bool:
     """Let this process keep up to 64 MiB that it frees at the end of its heap, for the next batch.
 
-    glibc's own thresholds start at 128 KiB and grow to these with the blocks that are freed, and
-    setting them stops that. Until then, large blocks go back to the system at once and return page
-    by page: a batch of 32 pictures (19 MB) costs 5,000 page faults, a tenth of the time of reading
-    it.
+    glibc's own thresholds start at 128 KiB, and grow with the blocks that are freed, at most to
+    these. Until they have grown, large blocks go back to the system at once and return page by
+    page: a batch of 32 pictures (19 MB) costs 5,000 page faults, a tenth of the time of reading it.
 
     Returns:
         Whether the C library is glibc and took the values.

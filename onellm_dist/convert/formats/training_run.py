@@ -18,6 +18,7 @@ import yaml
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import sha256_file
+from onellm_dist.common.logging import get_logger
 from onellm_dist.common.run_files import (
     CHECKPOINT_MANIFEST,
     CHECKPOINT_PREFIX,
@@ -50,6 +51,7 @@ EXAMPLE = "runs/stage1_image"
 DEFAULT_TARGET = "onellm"
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_log = get_logger(__name__)
 MASTER = "master"
 """The state key of the fp32 weights, whatever the optimizer; its own state has other keys."""
 
@@ -85,7 +87,8 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     precision = _read_precision(run, recipe)
     dtype = _DTYPES[precision or "fp32"]
     base = _open_base(manifest.get("model", {}), int(manifest.get("seed", 0)), run, options)
-    base = _set_trained_spans(_check_base(base, manifest, folder), run, recipe)
+    spans = _find_trained_spans(manifest, folder, run, recipe)
+    base = _set_trained_spans(_check_base(base, manifest, folder), spans)
     adapters, trained = split_adapters(_open_trained(folder, manifest))
     trained = {get_base_name(name): tensor for name, tensor in trained.items()}
     wanted = onellm.get_onellm_shapes(base.config)
@@ -101,7 +104,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     notes = {
         "steps done": steps_done,
         **_describe(manifest),
-        "precision": precision or "unknown; fp32 assumed",
+        **_describe_reading(precision, spans),
         "trained tensors": f"{len(trained)} of {len(wanted)}",
         **({"tensors of adapters": len(adapters)} if adapters else {}),
         **_read_metrics(run, steps_done),
@@ -129,6 +132,12 @@ def _merge(
         return tensors, []
     scaling = compute_scaling(manifest.get("lora") or {})
     return merge_adapters(tensors, adapters, scaling, dtype)
+
+
+def _describe_reading(precision: str | None, spans: dict[str, int] | None) -> dict[str, Any]:
+    """How the run computed and read media, and what of it nothing says."""
+    notes = {"precision": precision or "unknown; fp32 assumed"}
+    return notes if spans is not None else notes | {"spans": "unknown; those of the base assumed"}
 
 
 def _describe(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -291,16 +300,33 @@ def _read_precision(run: Path, recipe: dict[str, Any] | None) -> str | None:
     return str(found)
 
 
-def _set_trained_spans(
-    base: OpenedCheckpoint, run: Path, recipe: dict[str, Any] | None
-) -> OpenedCheckpoint:
-    """The model with the `data.spans` of the run, also where its base has others."""
+def _find_trained_spans(
+    manifest: dict[str, Any], folder: Path, run: Path, recipe: dict[str, Any] | None
+) -> dict[str, int] | None:
+    """`data.spans` of a checkpoint; None, with a warning: nothing says what it was.
+
+    Checkpoints of 0.2.0 and earlier do not say it; `config.yaml` is that of the latest start.
+    """
+    if "spans" in manifest:
+        return check_spans(manifest["spans"], f"{folder / CHECKPOINT_MANIFEST}: spans")
     if recipe is None:
-        return base
+        _log.warning(
+            "%s does not say what data.spans was, and there is no %s: the spans of the base are "
+            "taken. If the run had others, convert from its own directory.",
+            *(folder, run / CONFIG),
+        )
+        return None
     data = recipe.get("data") or {}
     spans = data.get("spans") if isinstance(data, dict) else data
+    return check_spans(spans, f"{run / CONFIG}: data.spans")
+
+
+def _set_trained_spans(base: OpenedCheckpoint, spans: dict[str, int] | None) -> OpenedCheckpoint:
+    """The model with the `data.spans` of the run, also where its base has others."""
+    if spans is None:
+        return base
     config = copy.deepcopy(base.config)
-    set_spans(config, check_spans(spans, f"{run / CONFIG}: data.spans"))
+    set_spans(config, spans)
     return replace(base, config=config)
 
 

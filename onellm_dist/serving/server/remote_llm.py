@@ -37,8 +37,8 @@ _MOST_LINE = 1 << 20
 _CONNECT_SECONDS = 10.0
 """Longest wait for a connection to an address of the other server: nothing can end it sooner.
 
-A name with several addresses (IPv6 and IPv4) is given so long for each, and the system's time to
-be looked up."""
+A name with several addresses (IPv6 and IPv4) is given so long for each, plus the time that the
+system takes to look it up."""
 _REASONS = ("stop", "length")
 """How a whole answer ends; anything else (vLLM's `abort`) is a part of one."""
 
