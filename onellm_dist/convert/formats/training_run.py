@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     adapters, trained = split_adapters(_open_trained(folder, manifest))
     trained = {get_base_name(name): tensor for name, tensor in trained.items()}
     wanted = onellm.get_onellm_shapes(base.config)
-    unexpected = [
-        KeyProblem("unexpected", name, str(list(t.shape)))
-        for name, t in trained.items()
-        if wanted.get(name) != t.shape
-    ]
+    unexpected = _list_unexpected(trained, wanted)
     tensors = {name: trained.get(name, tensor) for name, tensor in base.tensors.items()}
     tensors, problems = _merge(tensors, adapters, manifest, dtype)
     # Checkpoints of 0.1.0 have `step`, `world` and no optimizer.
@@ -122,6 +119,15 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
             **{folder / name: digest for name, digest in manifest.get("sha256", {}).items()},
         },
     )
+
+
+def _list_unexpected(trained: Tensors, wanted: Mapping[str, torch.Size]) -> list[KeyProblem]:
+    """Trained tensors that the model does not have, or has in another shape."""
+    return [
+        KeyProblem("unexpected", name, str(list(tensor.shape)))
+        for name, tensor in trained.items()
+        if wanted.get(name) != tensor.shape
+    ]
 
 
 def _merge(
