@@ -77,7 +77,10 @@ def test_a_nan_sample_is_skipped_and_named(
         )
 
 
-@pytest.mark.parametrize(("world_size", "what"), [(1, "nan"), (1, "spike"), (4, "spike")])
+@pytest.mark.parametrize(
+    ("world_size", "what"),
+    [(1, "nan"), pytest.param(1, "spike", marks=pytest.mark.soak), (4, "spike")],
+)
 def test_a_bad_sample_is_excluded_by_a_rollback(
     runs: Runs, two: str, world_size: int, what: str
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from zygote import get_zygote
+from zygote import Start, get_zygote
 
 from onellm_dist.launch.local import find_free_port
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
@@ -76,10 +76,14 @@ class Runner:
             text=True,
         )
 
-    def fork(self, name: str, ranks: int = 2, **keys: Any) -> tuple[int, str]:
-        """Run to the end, without a launcher: a zygote forks the ranks."""
+    def start_forked(self, name: str, ranks: int = 2, **keys: Any) -> Start:
+        """Start without a launcher: a zygote forks the ranks."""
         recipe, *overrides = self.overrides(name, **keys)
-        start = get_zygote().start(ranks, overrides, recipe=recipe)
+        return get_zygote().start(ranks, overrides, recipe=recipe)
+
+    def fork(self, name: str, ranks: int = 2, **keys: Any) -> tuple[int, str]:
+        """Run to the end, without a launcher."""
+        start = self.start_forked(name, ranks, **keys)
         return start.code(TIMEOUT_S), start.output()
 
     def run(
@@ -101,12 +105,18 @@ class Runner:
         found: dict[str, Any] = json.loads((self.out / name / "exit.json").read_text())
         return found
 
-    def wait_for_step(self, name: str, step: int, process: subprocess.Popen[str]) -> None:
+    def wait_for_step(self, name: str, step: int, last_words: Callable[[], str | None]) -> None:
+        """Wait for a step of a run; `last_words` says what it printed once it has ended."""
         deadline = time.monotonic() + TIMEOUT_S
         while not any(line["step"] >= step for line in self.metrics(name)):
-            assert process.poll() is None, process.communicate()[0]
+            words = last_words()
+            assert words is None, words
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def get_last_words(process: subprocess.Popen[str]) -> str | None:
+    return None if process.poll() is None else process.communicate()[0]
 
 
 @pytest.fixture(scope="module")
@@ -249,16 +259,16 @@ def test_the_exported_model_loads_and_the_next_stage_trains_the_llm(
 def test_killed_runs_resume_bit_identically(runner: Runner, two: str) -> None:
     """First the launcher is killed with everything, then one rank alone; a third start finishes."""
     process = runner.start("killed")
-    runner.wait_for_step("killed", EVERY, process)
+    runner.wait_for_step("killed", EVERY, lambda: get_last_words(process))
     process.kill()
     process.communicate()
     assert not (runner.out / "killed" / "exit.json").exists()
 
-    process = runner.start("killed")
-    runner.wait_for_step("killed", 2 * EVERY, process)
-    os.kill(rank_pid(process.pid, 1), signal.SIGKILL)
-    output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 1
+    again = runner.start("killed")
+    runner.wait_for_step("killed", 2 * EVERY, lambda: get_last_words(again))
+    os.kill(rank_pid(again.pid, 1), signal.SIGKILL)
+    output, _ = again.communicate(timeout=TIMEOUT_S)
+    assert again.returncode == 1
     assert "rank 1 failed first (ended by SIGKILL" in output
     assert runner.exit("killed")["status"] == "failed"
 
@@ -271,14 +281,18 @@ def test_killed_runs_resume_bit_identically(runner: Runner, two: str) -> None:
 @pytest.mark.parametrize("how", ["file", "signal"])
 def test_preempted_runs_resume_bit_identically(runner: Runner, two: str, how: str) -> None:
     name = f"preempted_{how}"
-    process = runner.start(name, launcher=deepspeed_launcher() if how == "file" else None)
-    runner.wait_for_step(name, 1, process)
     if how == "file":
+        ranks = runner.start_forked(name)
+        runner.wait_for_step(name, 1, lambda: ranks.output() if ranks.ended else None)
         (runner.out / name / "stop").touch()
+        code, output = ranks.code(TIMEOUT_S), ranks.output()
     else:
+        process = runner.start(name)
+        runner.wait_for_step(name, 1, lambda: get_last_words(process))
         process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 75, output
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+        code = process.returncode
+    assert code == 75, output
     found = runner.exit(name)
     assert found["status"] == "preempted" and found["exit_code"] == 75
     assert ("stop" if how == "file" else "SIGTERM") in found["reason"]
