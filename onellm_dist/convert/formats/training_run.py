@@ -121,7 +121,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     )
 
 
-def _list_unexpected(trained: Tensors, wanted: Mapping[str, torch.Size]) -> list[KeyProblem]:
+def _list_unexpected(trained: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> list[KeyProblem]:
     """Trained tensors that the model does not have, or has in another shape."""
     return [
         KeyProblem("unexpected", name, str(list(tensor.shape)))
