@@ -1,7 +1,7 @@
-"""Runs that train adapters, killed and resumed: at their size bit for bit, at others with the same
-numbers, under each engine.
+"""Runs that tune, killed and resumed: at their size bit for bit, at others with the same numbers.
 
-Of a killed run every rank gets SIGKILL in the middle of its steps.
+Adapters, a projector that trains beside adapters, rules of rates, and each optimizer; under each
+engine. Of a killed run every rank gets SIGKILL in the middle of its steps.
 """
 
 from __future__ import annotations
@@ -27,9 +27,23 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3": {"engine__name": "deepspeed", "engine__config": "zero3"},
     "fsdp": {"engine__name": "fsdp", "engine__config": ""},
 }
-LORA: dict[str, Any] = {
-    "train__stage": "tune",
-    "train__lora": "{rank: 4, alpha: 8, targets: [llm.*, encoder.*, upm.*]}",
+RULES = (
+    "[{match: llm.*, lr: 5e-4, layer_decay: 0.7}, {match: upm.*, lr: 2e-4, weight_decay: 0.3}, "
+    "{match: '*embed_tokens*', freeze: true}]"
+)
+JOINT: dict[str, Any] = {"train__stage": "joint", "train__parameters": RULES}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {
+        "train__stage": "tune",
+        "train__lora": "{rank: 4, alpha: 8, targets: [llm.*, encoder.*, upm.*]}",
+    },
+    "dora_and_projector": {
+        "train__stage": "joint",
+        "train__lora": "{rank: 2, alpha: 4, dora: true, rslora: true, targets: [llm.*]}",
+    },
+    "rates": JOINT,
+    "sgd": {**JOINT, "optim__name": "sgd", "optim__lr": 0.05, "train__parameters": "[]"},
+    "lion": {**JOINT, "optim__name": "lion", "optim__lr": 1e-4, "train__parameters": "[]"},
 }
 
 
@@ -72,8 +86,9 @@ def compute_gap(runs: Runs, name: str, reference: str) -> float:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_killed_run_ends_as_one_that_was_not(runs: Runs, engine: str) -> None:
-    keys, name = LORA, engine
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_run_ends_as_one_that_was_not(runs: Runs, variant: str, engine: str) -> None:
+    keys, name = VARIANTS[variant], f"{variant}-{engine}"
     there = runs.run(name, 2, **keys, **ENGINES[engine])
     kill(runs, f"{name}-same", 2, keys | ENGINES[engine])
     here = runs.run(f"{name}-same", 2, **keys, **ENGINES[engine])
@@ -86,16 +101,20 @@ def test_a_killed_run_ends_as_one_that_was_not(runs: Runs, engine: str) -> None:
     weights = runs.exported(f"{name}-same")
     for key, value in runs.exported(name).items():
         assert torch.equal(weights[key], value), key
-    adapters = [(folder / "adapter" / WEIGHTS).read_bytes() for folder in (there, here)]
-    assert adapters[0] == adapters[1]
+    assert (there / "adapter" / WEIGHTS).exists() == (variant == "lora")
+    if variant == "lora":
+        assert (here / "adapter" / WEIGHTS).read_bytes() == (
+            (there / "adapter" / WEIGHTS).read_bytes()
+        )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_at_other_sizes_and_engines_it_ends_with_the_same_numbers(
-    runs: Runs, engine: str
+    runs: Runs, variant: str, engine: str
 ) -> None:
     """Two ranks, three of the next engine, four of the one after it, then one."""
-    keys, name = LORA, engine
+    keys, name = VARIANTS[variant], f"{variant}-{engine}"
     if not (runs.root / name / "model").is_dir():
         runs.run(name, 2, **keys, **ENGINES[engine])
     order = list(ENGINES)[list(ENGINES).index(engine) :] + list(ENGINES)

@@ -24,6 +24,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "align": {"stage": "align"},
     "tune": {"stage": "tune"},
     "encoder": {"stage": "align", "encoder": "trainable"},
+    "both": {"stage": "joint"},
     "joint": {"stage": "joint", "parameters": RULES},
     "lora": {"stage": "joint", "lora": LoraSection(rank=4, alpha=8.0, targets=EVERYWHERE)},
     "lora_llm": {

@@ -56,7 +56,11 @@ def job(
 
 
 JOBS: dict[int, list[dict[str, Any]]] = {
-    1: [job("zero3", 1), job("fsdp", 4)],
+    1: [
+        job("zero3", 1),
+        job("fsdp", 4),
+        *(job(engine, 2, stage="lora") for engine in ("zero2", "fsdp")),
+    ],
     2: [
         job("zero1", 2),
         job("zero2", None),
@@ -78,6 +82,12 @@ JOBS: dict[int, list[dict[str, Any]]] = {
 }
 """What `make test` runs: each engine, number of ranks, accumulation, stage and recomputation
 somewhere; `make soak` has everything with everything."""
+TUNING = ("both", "joint", "lora", "lora_llm", "dora")
+TUNING_ROWS = [
+    *((stage, "adamw") for stage in TUNING),
+    *((stage, optimizer) for stage in ("joint", "lora") for optimizer in ("sgd", "lion")),
+]
+"""(stage, optimizer): what is compared under ZeRO-2, ZeRO-3 and FSDP2 at 1, 2 and 4 ranks."""
 SOAK_JOBS = {
     ranks: [
         *(
@@ -98,23 +108,26 @@ SOAK_JOBS = {
             for s in ("align", "tune")
             for r in ("selective", "full")
         ),
-        *(job(engine, 2, stage=stage) for engine in BASIC for stage in ("joint", "lora", "dora")),
+        *(job(e, 2, stage=s) for e in ("zero1", "offload", "fsdp_once") for s in TUNING),
         *(job(engine, 2, stage="dora", recompute="full") for engine in ("zero3", "fsdp")),
         *(job(e, 4, stage="joint", optimizer=o) for e in BASIC for o in ("sgd", "lion")),
-        *(job(e, 2, stage="lora", optimizer=o) for e in ("zero3", "fsdp") for o in ("sgd", "lion")),
+        *(job(e, n, stage="lora") for e in ("zero2", "zero3", "fsdp") for n in (1, 4, None)),
     ]
     for ranks in (1, 2, 3, 4)
 }
 """Everything with everything."""
+SOAK_TIMEOUT = 7000
 FP32 = [(ranks, j["name"]) for ranks, jobs in JOBS.items() for j in jobs if "bf16" not in j]
 BF16 = [(ranks, j["name"]) for ranks, jobs in JOBS.items() for j in jobs if "bf16" in j]
 
 
-def run_jobs(out: Path, ranks: int, jobs: list[dict[str, Any]]) -> dict[str, Any]:
-    (out / str(ranks)).mkdir()
+def run_jobs(
+    out: Path, ranks: int, jobs: list[dict[str, Any]], timeout: float = 800
+) -> dict[str, Any]:
+    (out / str(ranks)).mkdir(exist_ok=True)
     (out / str(ranks) / "jobs.json").write_text(json.dumps(jobs))
     own = out / str(ranks)
-    run_ranks(WORKER, [str(own), str(own / "jobs.json"), str(out / "plain.pt")], ranks)
+    run_ranks(WORKER, [str(own), str(own / "jobs.json"), str(out / "plain.pt")], ranks, timeout)
     found: dict[str, Any] = json.loads((out / str(ranks) / "found.json").read_text())
     return found
 
@@ -159,10 +172,33 @@ def test_every_group_moves_and_frozen_weights_are_bit_identical(
     check_weights(found[ranks][name])
 
 
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder; its rows share what plain torch gives."""
+    return tmp_path_factory.mktemp("tuned")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("row", TUNING_ROWS, ids="-".join)
+def test_tuning_follows_plain_torch_and_peft(tuned: Path, row: tuple[str, str]) -> None:
+    stage, optimizer = row
+    jobs = {e: job(e, 2, stage=stage, optimizer=optimizer) for e in ("zero2", "zero3", "fsdp")}
+    found = {}
+    for ranks in (1, 2, 4):
+        results = run_jobs(tuned, ranks, list(jobs.values()), timeout=SOAK_TIMEOUT)
+        found |= {f"{e} at {ranks}": results[one["name"]] for e, one in jobs.items()}
+    for kind in ("loss", "update"):
+        where, worst = max(found.items(), key=lambda item: item[1][kind])
+        print(f"{' '.join(row)}: worst {kind} {worst[kind]:.1e} ({where})")
+    for one in found.values():
+        check_numbers(one, bf16=False)
+        check_weights(one)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", sorted(SOAK_JOBS))
 def test_everything_with_everything(tmp_path: Path, ranks: int) -> None:
-    results = run_jobs(tmp_path, ranks, SOAK_JOBS[ranks])
+    results = run_jobs(tmp_path, ranks, SOAK_JOBS[ranks], timeout=SOAK_TIMEOUT)
     for name, one in results.items():
         check_numbers(one, bf16="bf16" in name)
         check_weights(one)
