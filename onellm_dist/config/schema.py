@@ -203,6 +203,11 @@ class EngineSection(Section):
     ZeRO-1 and 2 always do so, ZeRO-3 never). `auto`: as
     the planner decides by memory and speed (`onellm plan --search` writes `resident` into the
     recipe where it fits and is faster); what has not been planned is `sharded`."""
+    frozen_weights: Literal["plain", "int8", "nf4"] = "plain"
+    """What the frozen linear layers of the LLM, but for its head, are held in. `plain`:
+    `train.precision`. `int8`: 8 bits and a scale for each row. `nf4`: 4 bits and a scale for each
+    64 weights (QLoRA, arXiv 2305.14314). Both need torchao; weights are then whole on every
+    rank under any engine, and expanded wherever they are used."""
     shard_ranks: PositiveInt | None = None
     """`fsdp` only: number of neighbouring ranks (usually those of a node) that share one copy of
     the model; each such group holds a complete copy. Default: all ranks share one copy."""
@@ -210,6 +215,15 @@ class EngineSection(Section):
     """`fsdp` only: when gradients are reduced over the ranks. `micro_batch`: after each, so that a
     rank keeps only its shard of the gradients. `step`: once a step, which needs less traffic, but
     every rank keeps complete fp32 gradients of all trainable parameters."""
+
+    @model_validator(mode="after")
+    def _check_frozen_weights(self) -> EngineSection:
+        if self.frozen_weights != "plain" and self.frozen == "sharded":
+            raise ValueError(
+                f"engine.frozen=sharded with engine.frozen_weights={self.frozen_weights}: "
+                "quantised weights are whole on every rank; set engine.frozen=auto"
+            )
+        return self
 
 
 class CheckpointSection(Section):

@@ -3,7 +3,8 @@
     adapter_config.json          PEFT's configuration
     adapter_model.safetensors    the adapters, named as PEFT names them
     onellm_adapter.json          the base: `{"path": ..., "files": {name: [bytes, mtime, sha256]}}`
-                                 or `{"preset": ..., "seed": ...}`
+                                 or `{"preset": ..., "seed": ...}`, and `frozen_weights` if they
+                                 were quantised
     config.json, processor       as in the folder of a whole model
 
 Such a folder may be given wherever a model is read to be used: the base is loaded, and the adapter
@@ -47,6 +48,22 @@ class AdapterBase:
     seed: int = 0
     files: Mapping[str, Any] | None = None
     """Name of each file of `path` to its size, time and SHA-256."""
+    frozen_weights: str = "plain"
+    """What the frozen weights were held in (`engine.frozen_weights`)."""
+
+
+def describe_rounding(frozen_weights: object) -> str | None:
+    """What a merged model is, if its adapters were trained over quantised weights; else None.
+
+    Args:
+        frozen_weights: `engine.frozen_weights` of the run.
+    """
+    if frozen_weights in (None, "plain"):
+        return None
+    return (
+        f"the adapters were trained over weights in {frozen_weights}, and are merged into the "
+        "weights from before that rounding; outputs differ a little from those of the run"
+    )
 
 
 def is_adapter(folder: Path) -> bool:
@@ -113,6 +130,7 @@ def read_base(folder: Path, moved: Path | None = None) -> AdapterBase:
         found = json.loads(source.read_text(encoding="utf-8"))
         path = found.get("path" if source.name == BASE else "base_model_name_or_path")
         preset, seed, files = found.get("preset"), int(found.get("seed", 0)), found.get("files")
+        rounding = str(found.get("frozen_weights", "plain"))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{source}: {error}",
@@ -120,9 +138,9 @@ def read_base(folder: Path, moved: Path | None = None) -> AdapterBase:
             "copy the folder of the adapter again.",
         ) from None
     if moved is not None:
-        return AdapterBase(moved, preset, seed, files)
+        return AdapterBase(moved, preset, seed, files, rounding)
     if preset is not None:
-        return AdapterBase(None, str(preset), seed)
+        return AdapterBase(None, str(preset), seed, frozen_weights=rounding)
     candidates = [] if path is None else [Path(path), folder / path]
     existing = next((p for p in candidates if (p / "config.json").is_file()), None)
     if existing is None:
@@ -133,7 +151,7 @@ def read_base(folder: Path, moved: Path | None = None) -> AdapterBase:
             f"copy that model to this place, or set its folder in {source}; "
             "`onellm convert adapter` also takes it as --base.",
         )
-    return AdapterBase(existing, files=files)
+    return AdapterBase(existing, files=files, frozen_weights=rounding)
 
 
 def check_base(folder: Path, base: AdapterBase) -> None:
@@ -223,6 +241,8 @@ def load_adapted(
     with explain_faults(folder):
         wrapped = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")
     check_names(folder, wrapped)
+    if word := describe_rounding(base.frozen_weights):
+        _log.warning("%s: %s", folder, word)
     merged: Any = wrapped.merge_and_unload()
     merged.requires_grad_(True)
     merged.encoder.requires_grad_(False)

@@ -65,7 +65,12 @@ def build_card(
 def _describe_training(notes: Mapping[str, Any]) -> list[str]:
     if not notes:
         return []
-    return ["## Training", "", *(f"- {key}: {value}" for key, value in notes.items()), ""]
+    return [
+        "## Training",
+        "",
+        *(f"- {key}: {value}" for key, value in notes.items() if value is not None),
+        "",
+    ]
 
 
 def _describe_use(config: OneLLMConfig) -> list[str]:

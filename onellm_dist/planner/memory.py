@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onellm_dist.config.schema import EngineSection
+from onellm_dist.model.quantised_linear import WEIGHT_BYTES, list_quantised
 from onellm_dist.planner.counting import PackCount, list_units
 from onellm_dist.planner.hardware import GIGA, GpuKind, load_assumptions
 from onellm_dist.planner.module_labels import GLUE
@@ -29,20 +30,24 @@ class ParameterCounts:
     trainable: int
     largest_unit: int
     """Those of the largest module that engines gather at once."""
+    quantised: int = 0
+    """Frozen weights that are quantised; `frozen` does not count them."""
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.frozen + self.trainable
+        return self.frozen + self.trainable + self.quantised
 
 
 def count_parameters(model: Any) -> ParameterCounts:
     """Count the parameters of a model that is prepared for its stage; tied ones count once."""
+    layers = list_quantised(model).values()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     units = [*list_units(model), *(m for m in model.modules() if not any(m.children()))]
     largest = max(sum(p.numel() for p in unit.parameters()) for unit in units)
-    return ParameterCounts(total - trainable, trainable, largest)
+    quantised = sum(layer.in_features * layer.out_features for layer in layers)
+    return ParameterCounts(total - trainable, trainable, largest, quantised)
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,9 @@ def compute_state(
 
     whole, state, gradient = ask(compute_bytes, state_bytes), ask(0, state_bytes), ask(0, 0)
     n = counts.trainable
+    quantised = counts.quantised and counts.quantised * WEIGHT_BYTES[section.frozen_weights]
     return StateBytes(
-        frozen_weights=counts.frozen * whole.frozen,
+        frozen_weights=counts.frozen * whole.frozen + quantised,
         trained_weights=n * (whole.trainable - state.trainable),
         gradients=n * gradient.trainable,
         optimizer=n * (state.trainable - gradient.trainable),

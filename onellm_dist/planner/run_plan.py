@@ -20,6 +20,7 @@ from onellm_dist.model.modality_tokens import find_idle_passes
 from onellm_dist.model.model_kernels import set_kernels
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.presets import build_config
+from onellm_dist.model.quantised_linear import plan_layers
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.model.span_positions import set_span_positions
 from onellm_dist.planner.cost_model import PackCostModel, build_cost_model
@@ -163,6 +164,8 @@ class Planner:
             # What has `shared` constants are processors.
             set_kernels(model, train.kernels, "cpu" if self.cluster.gpu.shared else "cuda")
             enable_activation_checkpointing(model, mode)
+            if self.config.engine.frozen_weights != "plain":
+                plan_layers(model, self.config.engine.frozen_weights)
             self._models[mode] = model.train()
         return self._models[mode]
 
@@ -247,7 +250,7 @@ class Planner:
         return get_engine(config.engine.name).buffer_bytes(
             config.engine,
             compute_bytes=PRECISION_BYTES[config.train.precision],
-            parameters=self.parameters.total,
+            parameters=self.parameters.total - self.parameters.quantised,
             largest_unit=self.parameters.largest_unit,
         )
 

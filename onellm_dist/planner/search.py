@@ -60,11 +60,12 @@ def make_space(planner: Planner) -> SearchSpace:
     config, cluster = planner.config, planner.cluster
     own = get_engine(config.engine.name)
     engines = [] if own.find_untimed(config.engine) else [config.engine]
+    kept = {"frozen_weights": config.engine.frozen_weights}  # it changes the numbers
     for engine in all_engines().values():
         for choice in engine.list_choices(
             world_size=cluster.world_size, gpus_per_node=cluster.gpus_per_node
         ):
-            section = EngineSection.model_validate(choice)
+            section = EngineSection.model_validate({**choice, **kept})
             engine.check(section, bf16=config.train.precision == "bf16")
             engines += [section] if section not in engines else []
     budgets = dict.fromkeys([read_budget(config.data), *list_budgets(planner)])

@@ -24,6 +24,7 @@ from onellm_dist.common.files import replace_folder, sync
 from onellm_dist.model.card import CARD, build_card
 from onellm_dist.model.generation_settings import write_generation
 from onellm_dist.model.lora import Adapter, fold_adapters, list_adapters, merge_parts
+from onellm_dist.model.quantised_linear import add_base, list_quantised
 from onellm_dist.model.trained_spans import get_spans
 from onellm_dist.train.adapter_export import AdapterTarget
 from onellm_dist.train.distributed import Distributed
@@ -75,12 +76,13 @@ def export_model(
     failure = None
     adapters = list_adapters(model)
     found: dict[str, torch.Tensor] = {}
-    weights = _merge(engine, adapters, None if adapter is None else found)
+    full = gather_weights(engine, model, is_rank_zero=dist.is_rank_zero)
+    weights = _merge(full, adapters, None if adapter is None else found)
     if dist.is_rank_zero:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            shapes = _get_shapes(engine, adapters)
+            shapes = _get_shapes(engine, model, adapters)
             parts = model, processor, engine.compute_dtype, shapes, notes
             _write_configs(partial, *parts)
             digests = write_weights(partial, weights, shapes)
@@ -163,12 +165,14 @@ def write_weights(
 
 
 def _merge(
-    engine: Engine, adapters: Mapping[str, Adapter], found: dict[str, torch.Tensor] | None
+    weights: Iterator[tuple[str, torch.Tensor]],
+    adapters: Mapping[str, Adapter],
+    found: dict[str, torch.Tensor] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the full weights with adapters merged; `found` receives the adapters on rank 0."""
 
     def keep() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in engine.full_weights():
+        for name, tensor in weights:
             if found is not None and ".lora_" in name and not tensor.is_meta:
                 found[name] = tensor
             yield name, tensor
@@ -177,8 +181,33 @@ def _merge(
         yield name, merge_parts(parts, adapter)
 
 
-def _get_shapes(engine: Engine, adapters: Mapping[str, Adapter]) -> Shapes:
-    shapes = ((name, (tuple(s), dtype)) for name, s, dtype in engine.full_weight_shapes())
+def gather_weights(
+    engine: Engine, model: Any, *, is_rank_zero: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The engine's full weights, with those that are quantised as they were before.
+
+    All ranks run the iterator to its end together; see `Engine.full_weights`.
+    """
+    layers = list_quantised(model)
+
+    def read(name: str) -> torch.Tensor:
+        layer = layers[name]
+        if is_rank_zero:
+            return layer.read_base().to(engine.compute_dtype)
+        size = layer.out_features, layer.in_features
+        return torch.empty(size, dtype=engine.compute_dtype, device="meta")
+
+    return add_base(engine.full_weights(), layers, read)
+
+
+def _get_shapes(engine: Engine, model: Any, adapters: Mapping[str, Adapter]) -> Shapes:
+    layers = list_quantised(model)
+
+    def get(name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return (layers[name].out_features, layers[name].in_features), engine.compute_dtype
+
+    held = ((name, (tuple(s), dtype)) for name, s, dtype in engine.full_weight_shapes())
+    shapes = add_base(held, layers, get)
     return {name: parts[0] for name, parts, _ in fold_adapters(shapes, adapters)}
 
 

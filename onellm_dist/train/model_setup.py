@@ -13,6 +13,7 @@ from onellm_dist.model.lazy_weights import InitialWeights
 from onellm_dist.model.lora import AdapterWeights, add_adapters
 from onellm_dist.model.modality_tokens import find_idle_passes
 from onellm_dist.model.model_kernels import KernelChoice, set_kernels
+from onellm_dist.model.quantised_linear import quantise_layers
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.engine.base import Engine, WeightSource
 from onellm_dist.train.engine.select import get_engine
@@ -98,9 +99,20 @@ def shard_model(
 
     Returns:
         The engine, and how each of its parameter groups trains.
+
+    Raises:
+        UsageError: frozen weights cannot be quantised as the recipe says.
     """
     model = prepared.model
     with session.timing.measure("engine"):
+        if config.engine.frozen_weights != "plain":
+            quantise_layers(
+                model,
+                config.engine.frozen_weights,
+                prepared.weights,
+                dtype=settings.compute_dtype,
+                device=settings.device,
+            )
         groups = build_parameter_groups(model, prepared.parameters.rates)
         engine_class = get_engine(config.engine.name).load()
         parts = replace(settings, parts=map_parts(model))

@@ -118,6 +118,7 @@ def _check_data(sections: Sections) -> Iterator[UsageError]:
 
 def _check_parts(sections: Sections) -> Iterator[UsageError]:
     """The engine, the optimizer, trackers and callbacks."""
+    from onellm_dist.train.engine.frozen_weights import check_frozen_weights
     from onellm_dist.train.engine.select import get_engine
     from onellm_dist.train.optim.optimizers import check_optim
 
@@ -126,6 +127,8 @@ def _check_parts(sections: Sections) -> Iterator[UsageError]:
     if engine is not None:
         bf16 = train is None or train.precision == "bf16"
         yield from _collect(get_engine(engine.name).check, engine, bf16=bf16)
+        if train is not None:
+            yield from _collect(check_frozen_weights, engine, train)
     optim = cast("OptimSection | None", sections.get("optim"))
     if optim is not None:
         known = () if train is None else (train.parameters, train.steps)

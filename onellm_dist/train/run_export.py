@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onellm_dist.common.run_files import ADAPTER, MODEL
+from onellm_dist.model.adapter_folder import describe_rounding
 from onellm_dist.train.adapter_export import plan_adapter
 from onellm_dist.train.checkpoint.source import describe_source
 from onellm_dist.train.export import export_model
@@ -29,13 +30,18 @@ def export_run(trainer: Trainer) -> None:
     adapter, reason = plan_adapter(
         config, trainer.model, beside, partial(describe_source, config), trainer.dist
     )
+    rounding = describe_rounding(config.engine.frozen_weights) if config.train.lora else None
     export_model(
         folder,
         trainer.engine,
         trainer.model,
         trainer.processor,
         trainer.dist,
-        notes={"stage": config.train.stage, "steps done": trainer.state.steps_done},
+        notes={
+            "stage": config.train.stage,
+            "steps done": trainer.state.steps_done,
+            **({"rounding": rounding} if rounding else {}),
+        },
         adapter=adapter,
     )
     if adapter is None and beside.exists() and trainer.dist.is_rank_zero:
@@ -49,4 +55,7 @@ def export_run(trainer: Trainer) -> None:
     elif reason:
         fields["alone"] = reason
         lines.append(f"adapters are merged into it, and not written alone: {reason}")
+    if rounding:
+        fields["rounding"] = rounding
+        lines.append(rounding)
     trainer.events.write("export", folder=str(folder), message="\n".join(lines), **fields)

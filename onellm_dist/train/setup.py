@@ -35,6 +35,7 @@ from onellm_dist.train.checkpoint.weights import check_weights
 from onellm_dist.train.checkpoint.writer import Checkpoints
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
+from onellm_dist.train.engine.frozen_weights import check_frozen_weights
 from onellm_dist.train.engine.settings import EngineSettings, make_settings
 from onellm_dist.train.optim.optimizers import check_optim
 from onellm_dist.train.pack_budget import PackBudget, resolve_budget
@@ -102,6 +103,7 @@ def check_recipe(config: RunConfig, dist: Distributed) -> EngineSettings:
     """
     check_optim(config.optim, config.train.parameters, config.train.steps)
     check_trackers(config.track)
+    check_frozen_weights(config.engine, config.train)
     return make_settings(config, world_size=dist.world_size, device=dist.device)
 
 

@@ -24,6 +24,7 @@ from onellm_dist.planner.search import (
     make_space,
     search,
 )
+from onellm_dist.train.engine import frozen_weights
 
 H100 = PlanOptions(gpu="h100", gpus_per_node=2)
 BUDGETS = ((512, 8192), (1024, 16384), (2048, 16384), (2048, 40000))
@@ -97,6 +98,19 @@ def test_the_space_has_the_recipe_s_own_values(recipe: Path) -> None:
     assert {1, 2, 3, 4} <= counts
     longest = count_longest(planner)
     assert all(budget.llm >= longest for budget in space.budgets[1:])
+
+
+def test_quantised_weights_stay_so_and_need_less(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_weights, "has_torchao", lambda: True)
+    keys = ["train.stage=align", "engine.config=zero2"]
+    sizes = []
+    for kind in ("plain", "int8"):
+        planner = make_planner(recipe, [*keys, f"engine.frozen_weights={kind}"], H100)
+        assert {e.frozen_weights for e in make_space(planner).engines} == {kind}
+        sizes.append(planner.plan().memory.state.frozen_weights)
+    assert sizes[0] - sizes[1] == pytest.approx(planner.parameters.quantised) and sizes[1]
 
 
 @pytest.mark.parametrize(

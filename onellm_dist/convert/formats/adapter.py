@@ -20,6 +20,7 @@ from onellm_dist.model.adapter_folder import (
     WEIGHTS,
     check_base,
     check_weights,
+    describe_rounding,
     is_adapter,
     read_base,
 )
@@ -78,7 +79,12 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
         files=(path / WEIGHTS, *opened.files),
         root=path,
         problems=(*opened.problems, *problems),
-        notes={"adapter": str(path), "rank": config["r"], "base": str(base.path or base.preset)},
+        notes={
+            "adapter": str(path),
+            "rank": config["r"],
+            "base": str(base.path or base.preset),
+            "rounding": describe_rounding(base.frozen_weights),
+        },
     )
 
 

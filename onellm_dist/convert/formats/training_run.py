@@ -40,6 +40,7 @@ from onellm_dist.convert.new_parameters import copy_projector, draw_tensors
 from onellm_dist.convert.run_manifest import check_manifest, read_manifest
 from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors, concatenate
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
+from onellm_dist.model.adapter_folder import describe_rounding
 from onellm_dist.model.lora import get_base_name
 from onellm_dist.model.span_positions import SPAN_ROWS, set_span_positions
 from onellm_dist.model.trained_spans import check_spans, set_spans
@@ -103,7 +104,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
         **_describe(manifest),
         **_describe_reading(precision, spans),
         "trained tensors": f"{len(trained)} of {len(wanted)}",
-        **({"tensors of adapters": len(adapters)} if adapters else {}),
+        **_describe_adapters(adapters, manifest),
         **_read_metrics(run, steps_done),
     }
     return replace(
@@ -144,6 +145,15 @@ def _describe_reading(precision: str | None, spans: dict[str, int] | None) -> di
     """How the run computed and read media, and what of it nothing says."""
     notes = {"precision": precision or "unknown; fp32 assumed"}
     return notes if spans is not None else notes | {"spans": "unknown; those of the base assumed"}
+
+
+def _describe_adapters(adapters: Tensors, manifest: dict[str, Any]) -> dict[str, Any]:
+    """How many tensors adapters have, and whether they stood beside rounded weights."""
+    if not adapters:
+        return {}
+    frozen = manifest.get("frozen")
+    rounding = frozen.get("frozen_weights") if isinstance(frozen, dict) else None
+    return {"tensors of adapters": len(adapters), "rounding": describe_rounding(rounding)}
 
 
 def _describe(manifest: dict[str, Any]) -> dict[str, Any]:

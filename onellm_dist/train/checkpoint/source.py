@@ -3,7 +3,7 @@
 Checkpoints hold the trainable state alone. The manifest's `frozen` is
 `{"preset": ..., "seed": ...}` for weights that are drawn or come with a preset, or
 `{"path": ..., "files": {name: [bytes, mtime_ns, sha256]}}` for a `model.path`; with
-`span_positions` if the recipe sets them. Before a run
+`span_positions` if the recipe sets them, and `frozen_weights` if they were quantised. Before a run
 resumes, every file is hashed (`weights.py`): bytes that rotted on the disk keep their size and
 time.
 """
@@ -39,6 +39,8 @@ def describe_source(config: RunConfig, known: dict[str, Any] | None = None) -> d
     """
     model = config.model
     own = {} if model.span_positions is None else {"span_positions": model.span_positions}
+    if config.engine.frozen_weights != "plain":
+        own["frozen_weights"] = config.engine.frozen_weights
     if model.path is None:
         return {"preset": model.preset, "seed": config.run.seed, **own}
     before: dict[str, list[Any]] = (known or {}).get("files", {})
@@ -63,12 +65,13 @@ def check_source(
     All ranks call it together.
 
     Raises:
-        UsageError: another preset, another seed, or other files.
+        UsageError: another preset, another seed, other files, or other rounding.
     """
     frozen = manifest.get("frozen")
     if frozen is None:  # version 1 did not record it
         return
     _check_span_positions(folder, frozen.get("span_positions"), config.model, dist)
+    _check_rounding(folder, frozen.get("frozen_weights", "plain"), config.engine.frozen_weights)
     problem = _compare_preset(frozen, config) or _compare_files(frozen, config, dist)
     if problem:
         key = "path" if "path" in frozen else "preset"
@@ -93,6 +96,16 @@ def _check_span_positions(
             f"it is {now or 'unset'}",
             "its weights belong to the former.",
             "set it as before, or another run.dir.",
+        )
+
+
+def _check_rounding(folder: Path, before: str, now: str) -> None:
+    """Refuse to resume over frozen weights that are rounded in another way."""
+    if before != now:
+        raise UsageError(
+            f"checkpoint {folder} was trained with engine.frozen_weights={before}, now it is {now}",
+            "what trains has adapted to the rounded weights.",
+            f"set engine.frozen_weights={before} again, or another run.dir.",
         )
 
 

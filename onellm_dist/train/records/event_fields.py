@@ -135,8 +135,9 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
     ),
     "export": EventDescription(
         "The trained model was written; `adapter` is the folder of its adapters alone. Where they "
-        "are not written alone, `alone` says why.",
-        ("folder", "adapter", "alone"),
+        "are not written alone, `alone` says why; `rounding` says over which rounded weights they "
+        "were trained.",
+        ("folder", "adapter", "alone", "rounding"),
     ),
     "end": EventDescription(
         "The start ended. After a failure it also has the other fields of `exit.json`.",

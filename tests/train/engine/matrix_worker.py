@@ -6,6 +6,7 @@ Many engine configurations train the tiny OneLLM in turn; each is compared with 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -31,12 +32,14 @@ from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights, build_empty_model
 from onellm_dist.model.lora import AdapterWeights
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+from onellm_dist.model.quantised_linear import quantise_layers
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.engine.fsdp.description import FsdpOptions
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
+from onellm_dist.train.export import gather_weights
 from onellm_dist.train.optim.optimizers import make_optimizer
 
 CLIP = 2.0
@@ -45,8 +48,12 @@ Reference = dict[Any, Any]
 """Number of steps -> weights; `losses`; `trained`: names of what trains."""
 
 
-def train_plain(stage: str, steps: tuple[int, ...], optimizer: str = "adamw") -> Reference:
+def train_plain(
+    stage: str, steps: tuple[int, ...], optimizer: str = "adamw", frozen: str = "plain"
+) -> Reference:
     """Train with plain torch (and PEFT) in one process, sample by sample.
+
+    With quantised frozen weights, torchao's own linear layers compute.
 
     Returns:
         The weights before (key 0) and after each number of `steps`; the loss of every step.
@@ -59,6 +66,10 @@ def train_plain(stage: str, steps: tuple[int, ...], optimizer: str = "adamw") ->
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     stepper = make_plain_optimizer(variant)
     found: Reference = {0: copy_weights(model), "losses": [], "trained": list(trained)}
+    if frozen != "plain":
+        quantise_by_torchao(model, frozen)
+        if stage == "align":
+            expand_weights(model)
     for step in range(max(steps)):
         stepper.zero_grad()
         total = 0.0
@@ -73,6 +84,17 @@ def train_plain(stage: str, steps: tuple[int, ...], optimizer: str = "adamw") ->
         if step + 1 in steps:
             found[step + 1] = copy_weights(model)
     return found
+
+
+def expand_weights(model: Any) -> None:
+    """Put the values of torchao's weights into plain layers.
+
+    torchao multiplies by the scales of int8 last. Gradients through the whole LLM then differ by
+    1e-7, and AdamW makes 1e-3 of that where they are near zero.
+    """
+    for module in model.llm.modules():
+        if hasattr(getattr(module, "weight", None), "qdata"):
+            module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
 
 
 def make_weights(model: Any) -> AdapterWeights:
@@ -102,7 +124,24 @@ def select_trained(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_weights(model: nn.Module) -> State:
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
+    return {n: p.detach().clone() for n, p in model.named_parameters() if type(p) is nn.Parameter}
+
+
+def quantise_by_torchao(model: Any, kind: str) -> None:
+    """Replace the frozen linear weights of the LLM but its head, as torchao's users do."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
+
+    def is_frozen_linear(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name
+
+    if kind == "int8":
+        quantize_(model.llm, Int8WeightOnlyConfig(), filter_fn=is_frozen_linear)
+        return
+    for name, module in model.llm.named_modules():
+        if is_frozen_linear(module, name):
+            # torchao's blocks of 256 scales are too wide for 16 or 44 of them.
+            scales = math.gcd(module.weight.numel() // 64, 256)
+            module.weight = nn.Parameter(to_nf4(module.weight.data, 64, scales), False)
 
 
 def train_sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State, list[float]]:
@@ -116,6 +155,9 @@ def train_sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State,
     enable_activation_checkpointing(model, job.get("recompute", "none"))
     model.train()
     weights = make_weights(model)
+    if "frozen_weights" in job:
+        kind, dtype = job["frozen_weights"], torch.bfloat16 if job.get("bf16") else torch.float32
+        quantise_layers(model, kind, weights, dtype=dtype, device=dist.device)
     config = job.get("config", {})
     config = (
         load_ds_config(Path(config)) if isinstance(config, str) else json.loads(json.dumps(config))
@@ -151,7 +193,8 @@ def train_sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State,
                 start : start + len(values)
             ] = values
         assert rank < dist.world_size
-    return engine.gather_full_state(), masters, losses
+    full = gather_weights(engine, model, is_rank_zero=dist.is_rank_zero)
+    return {name: t for name, t in full if not t.is_meta}, masters, losses
 
 
 def compare(
@@ -187,17 +230,21 @@ def compare(
     }
 
 
-def get_reference_key(job: dict[str, Any]) -> tuple[str, str]:
-    return job.get("stage", "align"), job.get("optimizer", "adamw")
+def get_reference_key(job: dict[str, Any]) -> tuple[str, str, str]:
+    return (
+        job.get("stage", "align"),
+        job.get("optimizer", "adamw"),
+        job.get("frozen_weights", "plain"),
+    )
 
 
 def train_references(file: Path, jobs: list[dict[str, Any]]) -> None:
     """Add what plain torch gives for jobs to the file that the starts of a test share."""
     known = torch.load(file, weights_only=False) if file.exists() else {}
     for key in {get_reference_key(job) for job in jobs} - known.keys():
-        stage, optimizer = key
+        stage, optimizer, frozen = key
         steps = (20, 32) if stage in ("align", "tune") else (20,)
-        known[key] = train_plain(stage, steps, optimizer)
+        known[key] = train_plain(stage, steps, optimizer, frozen)
     torch.save(known, file)
 
 

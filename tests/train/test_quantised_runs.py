@@ -1,0 +1,104 @@
+"""Real runs of adapters over an LLM in nf4: what they leave, and what they resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_runs import Runs
+
+from onellm_dist.convert.conversion import convert
+from onellm_dist.model.adapter_folder import BASE, read_base
+from onellm_dist.model.lora import BASE as INNER
+from onellm_dist.model.presets import load_model
+from onellm_dist.train.checkpoint.folder import read_manifest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "not __import__('importlib').util.find_spec('torchao')", reason="no torchao"
+    ),
+]
+STEPS = 4
+KEYS: dict[str, Any] = {
+    "train__stage": "tune",
+    "train__steps": STEPS,
+    "train__lora": "{rank: 4, alpha: 8, targets: [llm.*_proj]}",
+    "engine__frozen_weights": "nf4",
+}
+WORDS = "trained over weights in nf4, and are merged into the weights from before that rounding"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Two ranks under ZeRO-2, from a model folder."""
+    made = Runs(
+        tmp_path_factory.mktemp("nf4"),
+        ("image", "imu"),
+        16,
+        data__global_batch=4,
+        checkpoint__every=2,
+        checkpoint__keep=20,
+    )
+    model, processor = load_model(path=None, preset="toy", seed=0)
+    model.save_pretrained(made.root / "base")
+    processor.save_pretrained(made.root / "base")
+    made.keys["model__path"] = made.root / "base"
+    made.run("nf4", 2, engine__config="zero2", **KEYS)
+    return made
+
+
+def test_checkpoints_hold_adapters_alone_and_say_what_they_stood_beside(runs: Runs) -> None:
+    manifest = read_manifest(runs.step("nf4", STEPS))
+    assert manifest is not None and all(".lora_" in name for name in manifest["parameters"])
+    assert not any(INNER in name for name in manifest["parameters"])
+    assert manifest["frozen"]["frozen_weights"] == "nf4"
+    adapter = runs.root / "nf4" / "adapter"
+    assert json.loads((adapter / BASE).read_text())["frozen_weights"] == "nf4"
+    assert read_base(adapter).frozen_weights == "nf4"
+
+
+def test_it_resumes_at_another_size_and_engine_over_the_same_rounding_alone(runs: Runs) -> None:
+    resume = {"checkpoint__resume": runs.step("nf4", 2), "engine__name": "fsdp"}
+    runs.run("fewer", 1, **KEYS, **resume)
+    there, here = runs.metrics("nf4"), runs.metrics("fewer")
+    assert sorted(here) == [2, 3]
+    for step, line in here.items():
+        assert line["sample_digest"] == there[step]["sample_digest"]
+        assert line["loss"] == pytest.approx(there[step]["loss"], rel=1e-5)
+    with pytest.raises(AssertionError):
+        runs.run("plain", 1, **{**KEYS, **resume, "engine__frozen_weights": "plain"})
+    found = json.loads((runs.root / "plain" / "exit.json").read_text())
+    assert "engine.frozen_weights=nf4, now it is plain" in json.dumps(found)
+
+
+def test_merged_is_the_base_from_before_with_the_adapter(
+    runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = runs.root / "nf4"
+    base, merged = (
+        load_file(path / "model.safetensors") for path in (runs.root / "base", folder / "model")
+    )
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert merged.keys() == base.keys()
+    for name, values in base.items():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{layer}.lora_A.weight" in adapter:
+            change = 2 * adapter[f"{layer}.lora_B.weight"] @ adapter[f"{layer}.lora_A.weight"]
+            assert change.any()
+            assert torch.allclose(merged[name], values + change, rtol=0, atol=1e-6), name
+        else:
+            assert torch.equal(merged[name], values), name
+    for kind, source in (("run", folder), ("adapter", folder / "adapter")):
+        convert(kind, source, tmp_path / kind, quiet=True)
+        found = load_file(tmp_path / kind / "model.safetensors")
+        assert all(torch.equal(found[name], merged[name]) for name in merged)
+        assert WORDS in (tmp_path / kind / "README.md").read_text()
+    assert WORDS in (folder / "model" / "README.md").read_text()
+    assert WORDS in (folder / "events.jsonl").read_text()
+    load_model(path=folder / "adapter", preset=None, seed=0)
+    assert WORDS in caplog.text
