@@ -30,7 +30,8 @@ from test_cloud_files import JOB
 from onellm_dist.launch.cloud.jobset import render_jobset
 from onellm_dist.launch.cloud.skypilot import render_task
 
-SKYPILOT = "skypilot==0.11.0"
+SKYPILOT = ("skypilot==0.11.0", "sqlalchemy[asyncio]")
+"""With what it needs of SQLAlchemy and does not ask for."""
 JOBS = [
     dataclasses.replace(JOB, nodes=nodes, gpus_per_node=gpus, recipe="", recipe_text="a: 1\n")
     for nodes, gpus in ((1, 8), (3, 0))
@@ -107,12 +108,13 @@ def test_manifests_are_what_kubernetes_and_jobset_read(job: Any) -> None:
         **pod["template"],
         "spec": {**pod["template"]["spec"], "containers": [limits]},
     }
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"template": wrong_container},
         {"completions": "2"},
         {"backoffLimit": 0.5},
         {"podFailurePolicy": []},
-    ):
+    ]
+    for change in changes:
         wrong = copy.deepcopy(jobset)
         wrong["spec"]["replicatedJobs"][0]["template"]["spec"] = {**pod, **change}
         assert find_fault(JobSet, wrong)
@@ -122,10 +124,10 @@ def test_manifests_are_what_kubernetes_and_jobset_read(job: Any) -> None:
 def test_tasks_are_what_skypilot_reads(tmp_path: Path) -> None:
     """It takes two minutes: SkyPilot's package and what it needs are installed."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, timeout=300)
-    install = [tmp_path / "venv" / "bin" / "pip", "install", "-q", SKYPILOT]
+    install = [str(tmp_path / "venv" / "bin" / "pip"), "install", "-q", *SKYPILOT]
     done = subprocess.run(install, capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode:
-        pytest.skip(f"{SKYPILOT} cannot be installed here: {done.stderr[-300:]}")
+        pytest.skip(f"{SKYPILOT[0]} cannot be installed here: {done.stderr[-300:]}")
     tasks = [yaml.safe_load(render_task(job)) for job in JOBS]
     broken = dict(misspell(tasks[0]))
     wrong = [{**tasks[0], "num_nodes": "2"}, {**tasks[0], "resources": {"gpus": 8}}]

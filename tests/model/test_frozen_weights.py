@@ -83,7 +83,7 @@ def test_a_layer_with_a_stand_in_computes_and_gives_gradients_as_before() -> Non
     model.get_output_embeddings = lambda: None  # type: ignore[assignment]
     plan_layers(model, "int8")
     assert [n for n, _ in model.named_parameters()] == ["llm.0.bias"]
-    found = model.llm(x)  # type: ignore[operator]
+    found = model.llm(x)
     assert torch.allclose(found, expected, atol=1e-6)
     found.square().sum().backward()
     assert gradient is not None and torch.allclose(x.grad, gradient, atol=1e-6)  # type: ignore[arg-type]

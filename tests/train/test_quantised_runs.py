@@ -63,7 +63,7 @@ def test_checkpoints_hold_adapters_alone_and_say_what_they_stood_beside(runs: Ru
 
 
 def test_it_resumes_at_another_size_and_engine_over_the_same_rounding_alone(runs: Runs) -> None:
-    resume = {"checkpoint__resume": runs.step("nf4", 2), "engine__name": "fsdp"}
+    resume: dict[str, Any] = {"checkpoint__resume": runs.step("nf4", 2), "engine__name": "fsdp"}
     runs.run("fewer", 1, **KEYS, **resume)
     there, here = runs.metrics("nf4"), runs.metrics("fewer")
     assert sorted(here) == [2, 3]

@@ -38,7 +38,9 @@ def describe_source(config: RunConfig, known: dict[str, Any] | None = None) -> d
         OSError: a file cannot be read, or was written meanwhile.
     """
     model = config.model
-    own = {} if model.span_positions is None else {"span_positions": model.span_positions}
+    own: dict[str, str] = {}
+    if model.span_positions is not None:
+        own["span_positions"] = model.span_positions
     if config.engine.frozen_weights != "plain":
         own["frozen_weights"] = config.engine.frozen_weights
     if model.path is None:

@@ -183,7 +183,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tuning_follows_plain_torch_and_peft(tuned: Path, row: tuple[str, str]) -> None:
     stage, optimizer = row
     jobs = {e: job(e, 2, stage=stage, optimizer=optimizer) for e in ("zero2", "zero3", "fsdp")}
-    found = {}
+    found: dict[str, Any] = {}
     for ranks in (1, 2, 4):
         results = run_jobs(tuned, ranks, list(jobs.values()), timeout=SOAK_TIMEOUT)
         found |= {f"{e} at {ranks}": results[one["name"]] for e, one in jobs.items()}
