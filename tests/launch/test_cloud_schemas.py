@@ -30,7 +30,7 @@ from test_cloud_files import JOB
 from onellm_dist.launch.cloud.jobset import render_jobset
 from onellm_dist.launch.cloud.skypilot import render_task
 
-SKYPILOT = ("skypilot==0.11.0", "sqlalchemy[asyncio]")
+SKYPILOT = ("skypilot==0.11.2", "sqlalchemy[asyncio]")
 """With what it needs of SQLAlchemy and does not ask for."""
 JOBS = [
     dataclasses.replace(JOB, nodes=nodes, gpus_per_node=gpus, recipe="", recipe_text="a: 1\n")

@@ -1,7 +1,8 @@
-"""A run as a managed job of SkyPilot (docs.skypilot.co, fields of 0.11).
+"""A run as a managed job of SkyPilot (docs.skypilot.co, fields of 0.11.2).
 
 SkyPilot starts a job again whose nodes were taken, and one that ended with an exit code of
-`recover_on_exit_codes`; the script of a node ends with that one if there is to be another start.
+`recover_on_exit_codes`, which 0.11.1 refuses; the script of a node ends with that one if there is
+to be another start.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def render_task(job: CloudJob) -> str:
     comments = [
         f"Recipe {job.recipe or 'below'} on {nodes} with {job.ranks_per_node} ranks each.",
         f"Rendered by onellm_dist {__version__}. It is yours: read it, edit it, keep it.",
-        "sky jobs launch FILE",
+        "sky jobs launch FILE (SkyPilot 0.11.2 or newer)",
         *filter(None, [job.command]),
     ]
     return format_yaml([task], comments)
