@@ -53,7 +53,7 @@ class AdapterBase:
 
 
 def describe_rounding(frozen_weights: object) -> str | None:
-    """What a merged model is, if its adapters were trained over quantised weights; else None.
+    """What a model is that was trained over quantised weights; None if it was not.
 
     Args:
         frozen_weights: `engine.frozen_weights` of the run.
@@ -61,8 +61,8 @@ def describe_rounding(frozen_weights: object) -> str | None:
     if frozen_weights in (None, "plain"):
         return None
     return (
-        f"the adapters were trained over weights in {frozen_weights}, and are merged into the "
-        "weights from before that rounding; outputs differ a little from those of the run"
+        f"trained over LLM weights in {frozen_weights}; this model has those from before that "
+        "rounding, and its outputs differ a little from those of the run"
     )
 
 

@@ -30,7 +30,7 @@ def export_run(trainer: Trainer) -> None:
     adapter, reason = plan_adapter(
         config, trainer.model, beside, partial(describe_source, config), trainer.dist
     )
-    rounding = describe_rounding(config.engine.frozen_weights) if config.train.lora else None
+    rounding = describe_rounding(config.engine.frozen_weights)
     export_model(
         folder,
         trainer.engine,

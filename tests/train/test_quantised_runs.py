@@ -30,7 +30,7 @@ KEYS: dict[str, Any] = {
     "train__lora": "{rank: 4, alpha: 8, targets: [llm.*_proj]}",
     "engine__frozen_weights": "nf4",
 }
-WORDS = "trained over weights in nf4, and are merged into the weights from before that rounding"
+WORDS = "trained over LLM weights in nf4; this model has those from before that rounding"
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +102,15 @@ def test_merged_is_the_base_from_before_with_the_adapter(
     assert WORDS in (folder / "events.jsonl").read_text()
     load_model(path=folder / "adapter", preset=None, seed=0)
     assert WORDS in caplog.text
+
+
+def test_a_projector_trains_beside_rounded_weights_that_stay(runs: Runs) -> None:
+    keys: dict[str, Any] = {"train__stage": "align", "train__steps": 1}
+    keys["engine__frozen_weights"] = "int8"
+    folder = runs.run("projector", 1, engine__name="fsdp", engine__config="", **keys)
+    base, model = (
+        load_file(path / "model.safetensors") for path in (runs.root / "base", folder / "model")
+    )
+    changed = {name.split(".")[0] for name in base if not torch.equal(base[name], model[name])}
+    assert "projectors" in changed and changed.isdisjoint({"llm", "encoder"})
+    assert WORDS.replace("nf4", "int8") in (folder / "model" / "README.md").read_text()

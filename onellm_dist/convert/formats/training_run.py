@@ -104,7 +104,8 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
         **_describe(manifest),
         **_describe_reading(precision, spans),
         "trained tensors": f"{len(trained)} of {len(wanted)}",
-        **_describe_adapters(adapters, manifest),
+        **({"tensors of adapters": len(adapters)} if adapters else {}),
+        "rounding": _describe_rounding(manifest),
         **_read_metrics(run, steps_done),
     }
     return replace(
@@ -147,13 +148,10 @@ def _describe_reading(precision: str | None, spans: dict[str, int] | None) -> di
     return notes if spans is not None else notes | {"spans": "unknown; those of the base assumed"}
 
 
-def _describe_adapters(adapters: Tensors, manifest: dict[str, Any]) -> dict[str, Any]:
-    """How many tensors adapters have, and whether they stood beside rounded weights."""
-    if not adapters:
-        return {}
+def _describe_rounding(manifest: dict[str, Any]) -> str | None:
+    """Whether the run trained beside rounded weights."""
     frozen = manifest.get("frozen")
-    rounding = frozen.get("frozen_weights") if isinstance(frozen, dict) else None
-    return {"tensors of adapters": len(adapters), "rounding": describe_rounding(rounding)}
+    return describe_rounding(frozen.get("frozen_weights") if isinstance(frozen, dict) else None)
 
 
 def _describe(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -135,8 +135,8 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
     ),
     "export": EventDescription(
         "The trained model was written; `adapter` is the folder of its adapters alone. Where they "
-        "are not written alone, `alone` says why; `rounding` says over which rounded weights they "
-        "were trained.",
+        "are not written alone, `alone` says why; `rounding` says over which rounded weights the "
+        "run trained.",
         ("folder", "adapter", "alone", "rounding"),
     ),
     "end": EventDescription(
