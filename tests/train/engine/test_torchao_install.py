@@ -31,7 +31,7 @@ def test_what_needs_torchao_passes_with_it(tmp_path: Path) -> None:
         pytest.skip(f"torchao cannot be installed here: {done.stderr[-300:]}")
     found = [*filter(None, [os.environ.get("PYTHONPATH")]), str(TESTS.parent), str(tmp_path)]
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES],
+        [sys.executable, "-m", "pytest", "--timeout", "5000", "-p", "no:cacheprovider", *FILES],
         cwd=TESTS, env={**os.environ, "PYTHONPATH": os.pathsep.join(found)},
         capture_output=True, text=True, timeout=6000, check=False,
     )  # fmt: skip
