@@ -81,7 +81,7 @@ def expand(held: Any) -> torch.Tensor:
     # NF4Tensor has another name for it (torchao 0.18).
     name = "get_original_weight" if hasattr(held, "get_original_weight") else "dequantize"
     values: torch.Tensor = getattr(held, name)()
-    return values
+    return values.to(held.dtype)
 
 
 def import_torchao() -> Any:

@@ -24,6 +24,8 @@ JOBS = {
             for e in engines[1:2]
         ),
         *(job(e, 2, stage="align", frozen_weights="int8") for e in engines[:2]),
+        *(job(e, 2, stage="lora_llm", frozen_weights="nf4", bf16=True) for e in engines[:2]),
+        job("zero3", 2, stage="lora_llm", frozen_weights="int8", bf16=True),
     ]
     for ranks, engines in {
         1: ("zero2", "fsdp"),
@@ -45,10 +47,13 @@ CASES = [(ranks, j["name"]) for ranks, jobs in JOBS.items() for j in jobs]
 def test_losses_and_updates_are_those_of_peft_over_torchao(
     found: dict[int, dict[str, Any]], ranks: int, name: str
 ) -> None:
-    """The weights that were rounded come back as they were before, bit for bit."""
+    """The weights that were rounded come back as they were before, bit for bit.
+
+    In bf16 the losses lie within 1% of fp32's, and the update within 15%.
+    """
     one = found[ranks][name]
     print(f"{name} at {ranks}: loss {one['loss']:.1e}, update {one['update']:.1e}")
-    check_numbers(one, bf16=False)
+    check_numbers(one, bf16="bf16" in name)
     check_weights(one)
 
 
