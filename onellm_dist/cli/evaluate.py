@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onellm_dist.cli.evaluate_group import check_group, evaluate_in_group
 from onellm_dist.common.errors import EXIT_CODES, EXIT_PREEMPTED, OneLLMError, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ Adapters = Annotated[
         metavar="NAME=DIR",
         help="An adapter of this model, which answers into OUT/NAME. Repeatable; the model alone "
         "then does not answer.",
+    ),
+]
+Group = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Ranks that hold one model together, each a share of its weights: for a model that "
+        "fits no single GPU.",
     ),
 ]
 
@@ -79,6 +88,7 @@ def evaluate(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Start this many processes on this machine.")
     ] = None,
+    group: Group = 1,
     _list: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=_list_tasks, help="List benchmarks.")
     ] = False,
@@ -94,22 +104,35 @@ def evaluate(
         get_task(name)
     named = _read_adapters(adapter) if adapter else []
     found = discover_ranks()
-    if ranks is not None and ranks > 1 and found is None:
-        _start_ranks(ranks, out)
-        return
+    with recording_failures(out, found):
+        check_group(group, model, named, found.world_size if found else ranks or 1)
+        if ranks is not None and ranks > 1 and found is None:
+            _start_ranks(ranks, out)
+            return
+        options = {
+            "split": split, "prompt": prompt, "format": prompt_format, "limit": limit,
+            "any_count": any_count, "as_reference": as_reference, "batch": batch,
+        }  # fmt: skip
+        typer.echo(_answer(model, tasks, data, out, options, found, group, named))
+
+
+def _answer(
+    model: Path,
+    tasks: Sequence[str],
+    data: Path,
+    out: Path,
+    options: Mapping[str, Any],
+    ranks: Ranks | None,
+    group: int,
+    adapters: Sequence[NamedAdapter],
+) -> str:
+    """Answer this process's questions, alone or with the other ranks of its group."""
     from onellm_dist.evaluation.evaluate import EvaluationOptions, evaluate_folder
 
-    options = EvaluationOptions(
-        split=split,
-        prompt=prompt,
-        format=prompt_format,
-        limit=limit,
-        any_count=any_count,
-        as_reference=as_reference,
-        batch=batch,
-    )
-    with recording_failures(out, found):
-        typer.echo(evaluate_folder(model, tasks, data, out, options, found, named))
+    asked = EvaluationOptions(**options)
+    if group > 1 and ranks is not None:
+        return evaluate_in_group(model, tasks, data, out, asked, ranks, group)
+    return evaluate_folder(model, tasks, data, out, asked, ranks, adapters)
 
 
 def _read_adapters(items: Sequence[str]) -> list[NamedAdapter]:
@@ -147,7 +170,7 @@ def _start_ranks(ranks: int, out: Path) -> None:
     from onellm_dist.launch.local import launch_local
 
     command = [sys.executable, "-m", "onellm_dist.cli", *sys.argv[1:]]
-    code = launch_local(command, ranks, out / "logs")
+    code = launch_local(command, ranks, out / "logs", independent=True)
     if code != EXIT_DONE:
         raise typer.Exit(code)
 

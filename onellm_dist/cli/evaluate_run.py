@@ -220,7 +220,7 @@ def _start_evaluate(arguments: list[str], ranks: int, out: Path) -> int:
     from onellm_dist.launch.local import launch_local
 
     command = make_module_command("onellm_dist.cli", "evaluate", *arguments)
-    return launch_local(command, ranks, out / "logs", make_safe_environment())
+    return launch_local(command, ranks, out / "logs", make_safe_environment(), independent=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from onellm_dist.cli import evaluate
+from onellm_dist.cli.evaluate_group import check_group
 from onellm_dist.common.errors import UsageError
 from onellm_dist.launch.slurm.job import SlurmJob
 
@@ -52,7 +53,7 @@ def make_job_of_evaluation(
             "a job ends when one folder of answers is complete.",
             "submit a job for each: the folder of an adapter stands in the place of the model.",
         )
-    return make_evaluation_job(
+    job = make_evaluation_job(
         given["model"],
         arguments[1:],
         tasks=given["tasks"],
@@ -61,3 +62,7 @@ def make_job_of_evaluation(
         nodes=nodes,
         **options,
     )
+    fewest, most = job.nodes
+    for count in range(fewest, most + 1):
+        check_group(given["group"], given["model"], (), count * job.ranks_per_node)
+    return job

@@ -7,18 +7,15 @@ killed at any time; the same command, on any number of ranks, answers what is mi
 
 from __future__ import annotations
 
-import hashlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.files import sha256_file, write_atomic
+from onellm_dist.common.files import write_atomic
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.progress import progress
 from onellm_dist.evaluation.answer_folder import (
@@ -39,17 +36,18 @@ from onellm_dist.evaluation.benchmark_data import (
     read_media,
 )
 from onellm_dist.evaluation.datasets import find_dataset
+from onellm_dist.evaluation.loading import identify_model, load_for_evaluation
 from onellm_dist.evaluation.question_format import QuestionFormat
 from onellm_dist.evaluation.questions import BenchmarkQuestion
 from onellm_dist.evaluation.stop_request import StopRequest
 from onellm_dist.evaluation.tasks import Task, get_task
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.modalities import get_modality
-from onellm_dist.model.adapter_folder import is_adapter, read_base
 from onellm_dist.model.adapter_set import AdapterSet, NamedAdapter, check_adapters
 from onellm_dist.model.batched_generation import (
     BATCH,
     BatchStatistics,
+    Continuation,
     MediaCache,
     Medium,
     Prompt,
@@ -60,11 +58,12 @@ from onellm_dist.shards.format.dataset import Dataset, open_dataset
 logger = get_logger(__name__)
 EXAMPLE_COUNT = 8
 """Media of a task that are drawn for the page."""
+Generate = Callable[..., list[Continuation]]
+"""Called as `generate_batch` is."""
 WINDOW = 4
 """Batches that are sorted by length together."""
 _REFERENCE_TEMPERATURE, _REFERENCE_TOP_P, _REFERENCE_SEED = 0.1, 0.75, 1
 _CHARACTERS_A_TOKEN = 4
-_HEADER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ def evaluate_model(
     *,
     identity: str,
     stop: StopRequest | None = None,
+    generate: Generate = generate_batch,
 ) -> BatchStatistics:
     """Answer this rank's questions of some tasks.
 
@@ -122,6 +122,7 @@ def evaluate_model(
         options: how they are asked.
         identity: what the answers depend on of the model (`identify_model`).
         stop: notices a request to stop; default: one made from now on.
+        generate: answers prompts.
 
     Raises:
         StoppedError: the evaluation was asked to stop.
@@ -141,7 +142,9 @@ def evaluate_model(
                 "leave the task out, or use a model that was trained on it.",
             )
     for task, dataset in opened:
-        _evaluate_task(model, form, task, dataset, out, options, statistics, identity, stop)
+        _evaluate_task(
+            model, form, task, dataset, out, options, statistics, identity, stop, generate
+        )
     return statistics
 
 
@@ -200,6 +203,7 @@ def _evaluate_task(
     statistics: BatchStatistics,
     identity: str,
     stop: StopRequest,
+    generate: Generate,
 ) -> None:
     split = options.split or task.split
     prompt_name, build = task.get_prompt(options.prompt)
@@ -234,7 +238,7 @@ def _evaluate_task(
         window: list[_Asked] = []
 
         def answer() -> None:
-            for written in _answer(model, form, window, options, cache, statistics):
+            for written in _answer(generate, model, form, window, options, cache, statistics):
                 writer.write(written)
                 bar.advance(len(written))
                 stop.check()
@@ -271,6 +275,7 @@ def _describe(
 
 
 def _answer(
+    generate: Generate,
     model: Any,
     form: QuestionFormat,
     window: Sequence[_Asked],
@@ -282,7 +287,7 @@ def _answer(
     ordered = sorted(window, key=lambda asked: -asked.prompt.positions)
     for first in range(0, len(ordered), options.batch):
         batch = ordered[first : first + options.batch]
-        found = generate_batch(
+        found = generate(
             model,
             [asked.prompt for asked in batch],
             end_ids=form.end_ids,
@@ -345,50 +350,3 @@ def _keep_example(folder: Path, medium: str, picture: bytes) -> None:
     place = folder / EXAMPLES
     place.mkdir(exist_ok=True)
     write_atomic(place / f"{name_picture(medium)}.png", picture)
-
-
-def identify_model(folder: Path, base: Path | None = None) -> str:
-    """What distinguishes a saved model from another one, without reading all of it.
-
-    It covers the config, the tokenizer's files, its chat template and, of each file of weights,
-    size, first and last MiB. Of an adapter it covers the base too.
-
-    Args:
-        folder: the model's folder.
-        base: the model that an adapter is added to, if not the one that it names.
-    """
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.jinja")]):
-        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {size}\n".encode())
-            digest.update(file.read(_HEADER_BYTES))
-            file.seek(max(0, size - _HEADER_BYTES))
-            digest.update(file.read())
-    if base is None and is_adapter(folder):
-        base = read_base(folder).path
-    if base is not None:
-        digest.update(identify_model(base).encode())
-    return digest.hexdigest()[:16]
-
-
-def load_for_evaluation(folder: Path, local_rank: int) -> tuple[Any, Any]:
-    """Load a saved model and its tokenizer: in bf16 on a GPU of this machine, else in fp32.
-
-    Args:
-        folder: the model's folder.
-        local_rank: which GPU.
-
-    Raises:
-        UsageError: there is no model.
-    """
-    from onellm_dist.model.presets import load_model
-
-    has_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if has_gpu else torch.float32
-    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if has_gpu else "cpu"
-    model, processor = load_model(path=folder, preset=None, seed=0, dtype=dtype)
-    loaded: Any = model
-    return loaded.to(device).eval(), processor.tokenizer

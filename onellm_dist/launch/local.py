@@ -31,13 +31,18 @@ logger = get_logger(__name__)
 
 
 def launch_local(
-    command: Sequence[str], ranks: int, logs: Path, env: Mapping[str, str] | None = None
+    command: Sequence[str],
+    ranks: int,
+    logs: Path,
+    env: Mapping[str, str] | None = None,
+    *,
+    independent: bool = False,
 ) -> int:
     """Run `command` once per rank on this machine and wait for all of them.
 
     Rank 0's output is passed through; the others write to `logs/rank-N.log`. USR1, TERM, INT and
     HUP (unless `nohup` has it ignored) are forwarded to every rank. If a rank fails, its output is
-    shown and the others are ended.
+    shown and the others are ended, unless they are independent.
 
     Args:
         command: what each rank runs.
@@ -45,6 +50,7 @@ def launch_local(
         logs: folder of the ranks' output; made if missing.
         env: their environment, to which the variables of a launcher are added; default: that of
             this process.
+        independent: whether each rank goes on when another one has failed.
 
     Returns:
         0, or the exit code of the first rank that failed (1 if a signal ended it).
@@ -67,7 +73,7 @@ def launch_local(
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
     }
     try:
-        return group.wait()
+        return group.wait(float("inf") if independent else PATIENCE_S)
     finally:
         group.kill()
         for number, handler in before.items():
@@ -125,7 +131,7 @@ class _LocalRanks:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def wait(self) -> int:
+    def wait(self, patience_s: float) -> int:
         """Wait for all ranks; returns the exit code of `launch_local`."""
         first: int | None = None
         deadline = float("inf")
@@ -139,7 +145,7 @@ class _LocalRanks:
                 # Of several that ended between two polls, one with an exit code of its own says
                 # more than one ended by the signal that followed.
                 first = min(failed, key=lambda rank: self._processes[rank].returncode < 0)
-                deadline = time.monotonic() + PATIENCE_S
+                deadline = time.monotonic() + patience_s
             if time.monotonic() > deadline:
                 self.kill()
             time.sleep(0.05)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.evaluation import evaluate
+from onellm_dist.evaluation import loading
 from onellm_dist.evaluation.answer_folder import (
     ANSWERS,
     AnswerWriter,
@@ -267,9 +267,9 @@ def test_a_writer_never_appends_to_a_file_of_another_one(tmp_path: Path) -> None
 def test_a_models_identity_changes_with_its_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
-    before = evaluate.identify_model(tmp_path)
-    assert evaluate.identify_model(tmp_path) == before
+    before = loading.identify_model(tmp_path)
+    assert loading.identify_model(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
-    changed = evaluate.identify_model(tmp_path)
+    changed = loading.identify_model(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    assert len({before, changed, evaluate.identify_model(tmp_path)}) == 3
+    assert len({before, changed, loading.identify_model(tmp_path)}) == 3

@@ -15,8 +15,8 @@ from onellm_dist.evaluation.evaluate import (
     EvaluationOptions,
     evaluate_folder,
     evaluate_model,
-    identify_model,
 )
+from onellm_dist.evaluation.loading import identify_model
 from onellm_dist.model.adapter_folder import BASE
 from onellm_dist.model.adapter_set import NamedAdapter
 from onellm_dist.model.presets import load_toy_tokenizer

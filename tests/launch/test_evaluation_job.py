@@ -203,6 +203,7 @@ def test_the_command_renders_a_job_and_refuses_what_evaluate_would() -> None:
         (("--evaluate", "--", "m", "gqa", "--prompt", "x", "--out", "e"), "no prompt 'x'"),
         (("--evaluate", "--", "m", "gqa", "--ranks", "2", "--out", "e"), "--ranks 2"),
         (("--evaluate", "--", "m", "gqa", "--adapter", "a=b", "--out", "e"), "--adapter a=b in a"),
+        (("--evaluate", "--", "m", "gqa", "--group", "3", "--out", "e"), "--group 3 with"),
         (("--evaluate", "--", "--out", "e", "m", "gqa"), "stands before the model"),
         (("--evaluate", "--set", "a=b", "--", "m", "gqa", "--out", "e"), "--set"),
         (("toy/align_image", "gqa"), "add --evaluate"),

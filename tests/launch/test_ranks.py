@@ -327,6 +327,15 @@ def test_the_first_failing_rank_is_shown_and_the_rest_is_ended(
     assert "disk on fire" in err
 
 
+def test_independent_ranks_go_on_after_one_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onellm_dist.launch.local.PATIENCE_S", 0.0)
+    body = f"if rank == 1:\n    sys.exit(3)\ntime.sleep(1)\nopen({str(tmp_path / 'x')!r}, 'w')"
+    assert launch_local(write_rank(tmp_path, body), 2, tmp_path / "logs", independent=True) == 3
+    assert (tmp_path / "x").exists()
+
+
 def test_exit_codes_pass_through(tmp_path: Path) -> None:
     assert launch_local(write_rank(tmp_path, "sys.exit(75)"), 2, tmp_path / "logs") == 75
 

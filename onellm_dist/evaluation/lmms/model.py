@@ -15,8 +15,9 @@ from lmms_eval.protocol import ChatMessages
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.progress import progress
-from onellm_dist.evaluation.evaluate import WINDOW, load_for_evaluation
+from onellm_dist.evaluation.evaluate import WINDOW
 from onellm_dist.evaluation.lmms.media import read_media_of_prompt
+from onellm_dist.evaluation.loading import load_for_evaluation
 from onellm_dist.evaluation.question_format import QuestionFormat
 from onellm_dist.model.batched_generation import BATCH, MediaCache, Prompt, generate_batch
 

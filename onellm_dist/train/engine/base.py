@@ -6,7 +6,7 @@ Each folder beside this file is one engine; no other part of the package names i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,6 +39,33 @@ class WeightSource(Protocol):
 
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
         """Read rows [first, end) of the parameter `name`, in any dtype; a scalar comes whole."""
+
+
+class ShardedModel(ABC):
+    """A model that answers, of which each rank of the default process group holds a share.
+
+    Args:
+        model: the model, on the meta device; its parameters get shards of `weights`.
+        weights: its weights; every rank reads its own rows of them.
+        device: where the shards lie.
+        dtype: their dtype.
+    """
+
+    model: Any
+    """The model; its modules are called within `run` alone."""
+
+    @abstractmethod
+    def __init__(
+        self, model: nn.Module, weights: WeightSource, device: torch.device, dtype: torch.dtype
+    ) -> None: ...
+
+    @abstractmethod
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Run a function that calls the model; all ranks do at once, with the same inputs."""
+
+    @abstractmethod
+    def count_weights(self) -> tuple[int, int]:
+        """How many weights lie on this rank between calls, and how many the model has."""
 
 
 class LocalRange(ABC):

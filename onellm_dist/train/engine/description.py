@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from onellm_dist.config.schema import EngineSection
-    from onellm_dist.train.engine.base import Engine
+    from onellm_dist.train.engine.base import Engine, ShardedModel
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,10 @@ class EngineDescription(ABC):
     @abstractmethod
     def load(self) -> type[Engine]:
         """Import the engine's library and return the engine's class."""
+
+    def load_sharded_model(self) -> type[ShardedModel] | None:
+        """The class of a model that is sharded to answer, built as `FsdpModel` is; None: none."""
+        return None
 
     @abstractmethod
     def check(self, section: EngineSection, *, bf16: bool) -> None:

@@ -17,6 +17,7 @@ from onellm_dist.train.engine.description import (
 if TYPE_CHECKING:
     from onellm_dist.config.schema import EngineSection
     from onellm_dist.train.engine.fsdp.engine import FsdpEngine
+    from onellm_dist.train.engine.fsdp.inference import FsdpModel
 
 GRADIENT_BYTES = 4
 """Gradients are reduced and kept in fp32."""
@@ -47,6 +48,11 @@ class FsdpDescription(EngineDescription):
         from onellm_dist.train.engine.fsdp.engine import FsdpEngine
 
         return FsdpEngine
+
+    def load_sharded_model(self) -> type[FsdpModel]:
+        from onellm_dist.train.engine.fsdp.inference import FsdpModel
+
+        return FsdpModel
 
     def check(self, section: EngineSection, *, bf16: bool) -> None:
         """Accept every section: `engine.config` is not read."""
