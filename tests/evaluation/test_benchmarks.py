@@ -41,6 +41,11 @@ QUESTIONS = {
 """Benchmarks whose fixture has other than 4 questions."""
 UNSCORED = ("mmvet", "objaverse-class")
 """Benchmarks that another model scores."""
+EXACT = (
+    "gqa", "scienceqa", "seedbench", "nextqa", "how2qa", "msvd-qa", "music-avqa", "clotho-aqa",
+    "nyuv2-depth", "nyuv2-normal", "sunrgbd-depth", "sunrgbd-normal",
+)  # fmt: skip
+"""Benchmarks whose score is the mean over questions that are right or wrong."""
 CEILING = {"mme": 400.0, "clotho-aqa": 100.0}
 """Best score where it is not 100: MME's fixture has two tasks of perception."""
 
@@ -122,6 +127,22 @@ def test_gold_answers_reach_the_ceiling_and_shuffled_ones_do_not(
     shuffled = tmp_path / "shuffled" / name
     write_answers(shuffled, questions, gold[1:] + gold[:1])
     assert score_task(shuffled).measures[0].value < best - 20
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_shuffled_answers_score_as_chance(
+    name: str, benchmark_data: DataOf, tmp_path: Path
+) -> None:
+    """Over all turns of the gold answers the mean score is the share of answers that agree."""
+    questions = list_questions(benchmark_data(name), name)
+    gold = [get_gold(question) for question in questions]
+    scores = []
+    for turn in range(len(gold)):
+        folder = tmp_path / str(turn) / name
+        write_answers(folder, questions, gold[turn:] + gold[:turn])
+        scores.append(score_task(folder).measures[0].value)
+    agreeing = sum(answer in question.answers for question in questions for answer in gold)
+    assert sum(scores) / len(scores) == pytest.approx(100 * agreeing / len(gold) ** 2)
 
 
 @pytest.mark.slow
