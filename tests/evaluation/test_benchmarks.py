@@ -433,8 +433,7 @@ def test_a_medium_takes_the_spans_that_the_model_was_trained_with(
             assert [medium.number for medium in prompt.media] == list(range(len(prompt.media)))
         return generate_batch(model, prompts, **options)
 
-    monkeypatch.setattr("onellm_dist.evaluation.evaluate.generate_batch", spy)
     monkeypatch.setattr(model.config, "spans", {"image": 5}, raising=False)
-    options = EvaluationOptions(limit=2)
-    evaluate_model(model, tokenizer, ["mmvet"], data, tmp_path / "out", options, identity="toy")
+    asked = data, tmp_path / "out", EvaluationOptions(limit=2)
+    evaluate_model(model, tokenizer, ["mmvet"], *asked, identity="toy", generate=spy)
     assert sorted(lengths) == sorted(counts[:2])
