@@ -10,26 +10,16 @@ exactly answers its prompts one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.model.generation_alone import continue_alone
-from onellm_dist.model.generation_rows import (
-    AnswerRow,
-    Continuation,
-    Ending,
-    Prompt,
-    pack_prompts,
-)
-from onellm_dist.model.llm_cached import CachedRows, decode, prefill
+from onellm_dist.model.generation_rows import AnswerRow, Continuation, Ending, Prompt
 from onellm_dist.model.llm_call import check_call
-from onellm_dist.model.llm_dropout import update_dropout
 from onellm_dist.model.llm_positions import check_new_tokens, get_context
 from onellm_dist.model.media_cache import MediaCache, Medium
-from onellm_dist.model.sequence_lengths import to_device_tensor
+from onellm_dist.model.running_batch import MAX_POSITIONS, BatchStatistics, RunningBatch
 
 __all__ = [
     "BatchStatistics",
@@ -39,38 +29,12 @@ __all__ = [
     "Medium",
     "Prompt",
     "TextStop",
+    "check_prompts",
     "generate_batch",
     "split_batches",
 ]
 BATCH = 16
 """Prompts that are answered together."""
-MAX_POSITIONS = 65536
-"""Positions of all rows of a batch together, new tokens included; longer ones are split."""
-
-
-@dataclass
-class BatchStatistics:
-    """What the batches were made of.
-
-    Attributes:
-        prompts: prompts that were answered.
-        batches: batches they were answered in.
-        new_tokens: tokens of all answers.
-        positions: real positions of the rows that were continued, summed over all steps.
-        padding: padding positions of these rows, summed over all steps.
-    """
-
-    prompts: int = 0
-    batches: int = 0
-    new_tokens: int = 0
-    positions: int = 0
-    padding: int = 0
-
-    @property
-    def padding_share(self) -> float:
-        """Share of padding in what the steps attended to."""
-        total = self.positions + self.padding
-        return self.padding / total if total else 0.0
 
 
 class TextStop:
@@ -131,18 +95,17 @@ def generate_batch(
             tokens, or an LLM that cannot continue embeddings.
         OneLLMError: the LLM was changed after it was opened.
     """
-    _check_prompts(model, prompts)
-    update_dropout(model.llm)
+    check_prompts(model, prompts)
     statistics = BatchStatistics() if statistics is None else statistics
+    running = RunningBatch(model, media_cache, statistics, max_positions)
     answers: dict[int, Continuation] = {}
     for places in split_batches(prompts, batch, max_positions):
         rows = [
             AnswerRow(place, prompts[place], end_ids, stop, on_token, on_logits) for place in places
         ]
-        if model.llm_support.cached:
-            _continue_rows(model, list(rows), media_cache, statistics)
-        else:
-            statistics.positions += continue_alone(model, rows, media_cache)
+        running.join(rows)
+        while running.rows:
+            running.step()
         statistics.prompts += len(rows)
         statistics.batches += 1
         for row in rows:
@@ -174,7 +137,17 @@ def split_batches(prompts: Sequence[Prompt], batch: int, max_positions: int) -> 
         places = places[count:]
 
 
-def _check_prompts(model: Any, prompts: Sequence[Prompt]) -> None:
+def check_prompts(model: Any, prompts: Sequence[Prompt]) -> None:
+    """Check that prompts can be continued.
+
+    Args:
+        model: a OneLLMForConditionalGeneration.
+        prompts: the prompts.
+
+    Raises:
+        UsageError: as of `generate_batch`.
+        OneLLMError: as of `generate_batch`.
+    """
     llm, support = model.llm, model.llm_support
     check_call(llm, support, 0)
     if not support.generation:
@@ -201,49 +174,3 @@ def _check_prompts(model: Any, prompts: Sequence[Prompt]) -> None:
                 "use a model that was trained on it.",
             )
         check_new_tokens(type(llm).__name__, context, prompt.positions, prompt.max_new_tokens)
-
-
-def _continue_rows(
-    model: Any, rows: list[AnswerRow], media_cache: MediaCache | None, statistics: BatchStatistics
-) -> None:
-    """Answer prompts as the rows of one batch."""
-    packed = pack_prompts(model, [row.prompt for row in rows], media_cache)
-    logits, cached = prefill(
-        model.llm,
-        model.llm_support,
-        packed.sequence,
-        token_ids=packed.token_ids,
-        lengths=packed.layout.lengths,
-        position_ids=to_device_tensor(packed.layout.position_ids, packed.sequence.device),
-    )
-    while True:
-        for row, token, seen in zip(rows, _choose(rows, logits), logits, strict=True):
-            row.add(token, seen)
-        rows, cached = _take_out_ended(rows, cached)
-        if not rows:
-            return
-        tokens = to_device_tensor([row.tokens[-1] for row in rows], logits.device)
-        logits = decode(model.llm, cached, tokens)
-        statistics.positions += sum(cached.lengths)
-        statistics.padding += cached.columns * len(rows) - sum(cached.lengths)
-
-
-def _choose(rows: Sequence[AnswerRow], logits: torch.Tensor) -> list[int]:
-    """The next token of each row: [B, V] -> B ids. Greedy rows need one transfer alone."""
-    likeliest: list[int] = logits.float().argmax(-1).tolist()
-    if all(row.prompt.temperature <= 0 for row in rows):
-        return likeliest
-    host = logits.float().cpu()
-    return [
-        token if row.prompt.temperature <= 0 else row.choose(host[at])
-        for at, (row, token) in enumerate(zip(rows, likeliest, strict=True))
-    ]
-
-
-def _take_out_ended(
-    rows: list[AnswerRow], cached: CachedRows
-) -> tuple[list[AnswerRow], CachedRows]:
-    going = [at for at, row in enumerate(rows) if row.ended is None]
-    if not going or len(going) == len(rows):
-        return [rows[at] for at in going], cached
-    return [rows[at] for at in going], cached.keep(going)

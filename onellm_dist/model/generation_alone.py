@@ -17,6 +17,7 @@ from onellm_dist.model.generation_rows import AnswerRow, pack_prompts
 from onellm_dist.model.llm_per_layer import give_token_ids
 from onellm_dist.model.llm_rope import set_lengths
 from onellm_dist.model.media_cache import MediaCache
+from onellm_dist.model.sampling import choose_tokens
 from onellm_dist.model.token_ids import choose_padding, count_embeddings
 
 
@@ -27,7 +28,7 @@ class _OwnChoice(LogitsProcessor):
         self._row = row
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token = self._row.choose(scores[0].float().cpu())
+        (token,) = choose_tokens(scores, [self._row.draw()])
         self._row.add(token, scores[0])
         forced = torch.full_like(scores, -torch.inf)
         forced[:, token] = 0

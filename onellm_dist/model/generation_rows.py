@@ -14,12 +14,11 @@ from onellm_dist.model.layout import PackedLayout
 from onellm_dist.model.llm_per_layer import get_token_ids
 from onellm_dist.model.media_cache import MediaCache, Medium, encode_media
 from onellm_dist.model.placement import get_device
+from onellm_dist.model.sampling import RowSampling
 from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.model.token_ids import check_tokens, count_embeddings
 
 Ending = Literal["eos", "stop string", "length"]
-_LEAST_TEMPERATURE = 1e-30
-"""Below it logits would become infinite in fp32, and their softmax NaN; it is greedy already."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,13 @@ class AnswerRow:
         self._on_logits = on_logits
         self._generator = torch.Generator().manual_seed(prompt.seed)
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token: [V] logits on the CPU -> id."""
-        if self.prompt.temperature <= 0:
-            return int(logits.argmax())
-        heat = max(self.prompt.temperature, _LEAST_TEMPERATURE)
-        shares = torch.softmax(logits.float() / heat, -1)
-        shares, ids = shares.sort(descending=True, stable=True)
-        before = shares.cumsum(0) - shares
-        kept = torch.where(before <= self.prompt.top_p, shares, 0.0)
-        return int(ids[torch.multinomial(kept, 1, generator=self._generator)])
+    def draw(self) -> RowSampling:
+        """How the next token is chosen, with the next random number of this prompt."""
+        heat = self.prompt.temperature
+        if heat <= 0:
+            return RowSampling()
+        number = torch.rand((), generator=self._generator, dtype=torch.float64)
+        return RowSampling(heat, self.prompt.top_p, float(number))
 
     def add(self, token: int, logits: torch.Tensor) -> None:
         """Add a token that was chosen by [V] logits, and find out whether it ends the answer."""

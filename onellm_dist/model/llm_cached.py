@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.model.llm_call import LLMSupport, run_packed
 from onellm_dist.model.llm_rope import set_lengths
 from onellm_dist.model.sequence_lengths import to_device_tensor
+
+_SPARE_COLUMNS = 64
+"""New tokens for which there is room before keys and values are copied."""
 
 
 @dataclass
@@ -37,6 +42,24 @@ class CachedRows:
     def columns(self) -> int:
         """L: positions of each row, padding included."""
         return int(self.cache.get_seq_length())
+
+    def join(self, others: CachedRows) -> CachedRows:
+        """These rows and others behind them; the shorter ones are padded.
+
+        Args:
+            others: rows of the same LLM.
+        """
+        columns = max(self.columns, others.columns)
+        joined = [
+            (
+                torch.cat([_pad(own_k, columns), _pad(k, columns)]),
+                torch.cat([_pad(own_v, columns), _pad(v, columns)]),
+            )
+            for (own_k, own_v), (k, v) in zip(
+                _get_layers(self.cache), _get_layers(others.cache), strict=True
+            )
+        ]
+        return CachedRows(_build_cache(joined), [*self.lengths, *others.lengths])
 
     def keep(self, rows: Sequence[int]) -> CachedRows:
         """Some of the rows, without the columns that are padding in all of them.
@@ -145,6 +168,12 @@ def _split_rows(cache: DynamicCache, lengths: Sequence[int]) -> DynamicCache:
     return _build_cache([(lay_out(k), lay_out(v)) for k, v in layers])
 
 
+def _pad(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """[B, H, L, D/H] -> [B, H, columns, D/H], zeros first."""
+    missing = columns - x.shape[2]
+    return F.pad(x, (0, 0, missing, 0)) if missing else x
+
+
 def _get_layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     layers: list[Any] = list(cache.layers)
     return [(layer.keys, layer.values) for layer in layers if layer.keys is not None]
@@ -152,6 +181,40 @@ def _get_layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _build_cache(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
     cache = DynamicCache()
-    for place, (keys, values) in enumerate(layers):
-        cache.update(keys, values, place)
+    cache.layers = [_GrowingLayer(keys, values) for keys, values in layers]
     return cache
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values with room for more: transformers' own are copied for each token.
+
+    Args:
+        keys: [B, H, L, D/H].
+        values: as `keys`.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add positions; returns all keys and values."""
+        first, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if self._room is None or self._room[0].shape[2] < end:
+            self._room = (_make_room(self.keys, end), _make_room(self.values, end))
+        keys, values = self._room
+        keys[:, :, first:end] = key_states
+        values[:, :, first:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+
+def _make_room(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """A copy of [B, H, L, D/H] with so many columns and some to spare; new ones mean nothing."""
+    room = x.new_empty((*x.shape[:2], columns + _SPARE_COLUMNS, x.shape[3]))
+    room[:, :, : x.shape[2]] = x
+    return room

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.workers.samples import SampleFunction, SampleLimits, SamplePool
-from onellm_dist.common.workers.sandbox import decoding
+from onellm_dist.common.workers.sandbox import decoding, get_data_bytes
 from onellm_dist.common.workers.words import PoolWords
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.base import Modality, translate_errors
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 _log = get_logger(__name__)
+_MOST_READ = 500
+"""Media that one process reads: what its decoders leak ends with it."""
+_MOST_KEPT = 256 << 20
+"""Bytes that it may hold beyond its parent, which has no media."""
 _WORDS = PoolWords(
     worker="reading process",
     result="file",
@@ -134,15 +138,59 @@ def read_given_files(
         SampleError: a medium cannot be decoded within its limits; the message begins with its
             modality and the names of its files, or its place.
     """
-    numbered = list(enumerate(media, start=first))
-    function = SampleFunction[tuple[int, GivenFiles], "torch.Tensor"](
-        _read_given, _refuse_given, lambda medium: _name_given(*medium)
-    )
-    with closing(SamplePool(function, _WORDS, limits or SampleLimits())) as pool:
-        return list(pool.map(numbered))
+    with closing(GivenFilesReader(limits or SampleLimits())) as reader:
+        return reader.read(media, first=first)
 
 
-def _read_given(medium: tuple[int, GivenFiles]) -> torch.Tensor:
+class GivenFilesReader:
+    """Reads media from the bytes of their files, in a process that is kept for the next ones.
+
+    Starting one takes longer than decoding most media.
+
+    Args:
+        limits: the time and the memory that a medium may take.
+    """
+
+    def __init__(self, limits: SampleLimits) -> None:
+        function = SampleFunction[tuple[int, GivenFiles], _DecodedFiles](
+            _read_given, _refuse_given, lambda medium: _name_given(*medium)
+        )
+        self._pool = SamplePool(function, _WORDS, limits)
+        self._left = _MOST_READ
+
+    def read(self, media: Sequence[GivenFiles], *, first: int = 1) -> list[torch.Tensor]:
+        """Read media, with the evaluation transforms.
+
+        Args:
+            media: the media.
+            first: the place of the first one in its request, for messages.
+
+        Returns:
+            [spans, *value_shape] of each.
+
+        Raises:
+            SampleError: as of `read_given_files`.
+        """
+        found = list(self._pool.map(list(enumerate(media, start=first))))
+        self._left -= len(found)
+        most = get_data_bytes() + _MOST_KEPT
+        if self._left <= 0 or any(decoded.process_bytes > most for decoded in found):
+            self.close()  # what the process still holds is given back
+        return [decoded.values for decoded in found]
+
+    def close(self) -> None:
+        """End the process; the next medium starts another."""
+        self._pool.close()
+        self._left = _MOST_READ
+
+
+class _DecodedFiles(NamedTuple):
+    values: torch.Tensor
+    process_bytes: int
+    """Memory of the process that decoded them, which it may not give back."""
+
+
+def _read_given(medium: tuple[int, GivenFiles]) -> _DecodedFiles:
     import numpy as np
     import torch
 
@@ -166,7 +214,9 @@ def _read_given(medium: tuple[int, GivenFiles]) -> torch.Tensor:
                 modality.count_spans(modality.measure(parts), given.most) if given.most > 1 else 1
             )
             rng = np.random.default_rng(0)
-            return torch.stack(modality.read_spans(parts, {}, spans=spans, train=False, rng=rng))
+            found = modality.read_spans(parts, {}, spans=spans, train=False, rng=rng)
+            values = torch.stack(found)
+        return _DecodedFiles(values, get_data_bytes())
     except SampleError as error:
         # Files are read under names that were made up here.
         names = given.names or {}
@@ -186,7 +236,7 @@ def _name_given(number: int, given: GivenFiles) -> str:
     return f"medium {number} ({given.modality})"
 
 
-def _refuse_given(medium: tuple[int, GivenFiles], reason: str) -> torch.Tensor:
+def _refuse_given(medium: tuple[int, GivenFiles], reason: str) -> _DecodedFiles:
     raise SampleError(
         f"{_name_given(*medium)}: {reason}", "it is not decoded a third time.", "send another."
     )

@@ -8,14 +8,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import requests
 import served_model as served
 import torch
 
 from onellm_dist.common.errors import SampleError
+from onellm_dist.common.workers import pool
 from onellm_dist.common.workers.samples import SampleLimits
-from onellm_dist.serving.media import GivenFiles, read_given_files
+from onellm_dist.serving import media
+from onellm_dist.serving.media import GivenFiles, GivenFilesReader, read_given_files
 from onellm_dist.serving.server.media import MediaReader, hash_files
 
 
@@ -98,3 +101,41 @@ def test_a_name_that_looks_like_a_made_up_one_is_passed_on_as_it_is(names: tuple
             )
         said = error.value.what.removeprefix(f"depth {', '.join(names)}: ")
         assert [word for word in said.split() if "." in word and word[0].isalpha()] == [name]
+
+
+def test_a_process_reads_many_media_and_none_after_a_bad_or_large_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[int] = []
+    original = pool.fork_worker
+
+    def fork_worker(*args: Any) -> int:
+        started.append(original(*args))
+        return started[-1]
+
+    monkeypatch.setattr(pool, "fork_worker", fork_worker)
+    pictures = [GivenFiles("image", {"image": served.make_picture(seed)}) for seed in range(3)]
+    expected = [read_given_files([picture])[0] for picture in pictures]
+    started.clear()
+    reader = GivenFilesReader(SampleLimits(30, 1500))
+    try:
+        for picture, values in zip(pictures, expected, strict=True):
+            assert torch.equal(reader.read([picture])[0], values)
+        assert len(started) == 1
+        with pytest.raises(SampleError, match=r"^medium 4 \(image\): "):
+            reader.read([GivenFiles("image", {"image": b"no picture"})], first=4)
+        assert torch.equal(reader.read(pictures[:1])[0], expected[0])
+        assert len(started) == 2
+        monkeypatch.setattr(media, "_MOST_KEPT", -(1 << 40))  # any medium is large
+        reader.read(pictures[:1])
+        reader.read(pictures[:1])
+        assert len(started) == 3
+        monkeypatch.setattr(media, "_MOST_KEPT", 1 << 40)
+        monkeypatch.setattr(media, "_MOST_READ", 2)
+        reader.close()
+        for _ in range(4):
+            assert torch.equal(reader.read(pictures[1:2])[0], expected[1])
+        assert len(started) == 5
+    finally:
+        reader.close()
+    assert not any(psutil.pid_exists(pid) for pid in started)

@@ -304,18 +304,24 @@ class RunningChat:
         Raises:
             RequestError: it could not be answered.
         """
-        while True:
-            left = self._job.deadline - time.monotonic()
-            try:
-                event = await asyncio.wait_for(self._events.get(), max(left, 0) + _GRACE)
-            except asyncio.TimeoutError:
-                self.cancel()
-                raise make_late_error() from None
-            if isinstance(event, Exception):
-                raise event
-            yield event
-            if isinstance(event, Ending):
-                return
+        left = max(self._job.deadline - time.monotonic(), 0)
+        # One timer for all events: there is one for every token.
+        timer = asyncio.get_running_loop().call_later(left + _GRACE, self._give_up)
+        try:
+            while True:
+                event = await self._events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Ending):
+                    return
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        """End a request that has had all its time."""
+        self._events.put_nowait(make_late_error())
+        self.cancel()
 
 
 def _send(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:

@@ -1,4 +1,4 @@
-"""The thread that owns the model: it takes waiting requests and answers them in batches."""
+"""The thread that owns the model: it takes waiting requests and answers them together."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.model.adapter_set import AdapterSet
-from onellm_dist.model.batched_generation import BatchStatistics, Prompt, generate_batch
+from onellm_dist.model.batched_generation import Prompt, check_prompts
 from onellm_dist.model.media_cache import MediaCache
-from onellm_dist.serving.answer_text import AnswerText
+from onellm_dist.model.running_batch import BatchStatistics, RunningBatch
 from onellm_dist.serving.server.errors import RequestError, make_internal_error, make_late_error
-from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece, TokenRecord
+from onellm_dist.serving.server.jobs import Job, JobQueue
 from onellm_dist.serving.server.metrics import ServerMetrics
+from onellm_dist.serving.server.running_answer import RunningAnswer
 
 _log = get_logger(__name__)
+_SHARE_THAT_JOINS = 4
+"""Where many wait, they join once this part of the places is free."""
+_MOST_SPANS = 16
+"""Media spans that are encoded at once, but for those of one request: the answers under way wait
+for them."""
 
 
 class AnswerEngine:
-    """Answers the requests of a queue, one batch after the other.
+    """Answers the requests of a queue together; those that come later join between two tokens.
 
     Args:
         model: a OneLLMForConditionalGeneration in evaluation mode.
@@ -32,7 +36,7 @@ class AnswerEngine:
         end_ids: tokens that end an answer.
         queue: the requests.
         metrics: counted in.
-        batch: most requests of a batch.
+        batch: most requests that are answered together.
         adapters: of the model, of which a request may name one.
     """
 
@@ -51,9 +55,13 @@ class AnswerEngine:
         self._end_ids = tuple(end_ids)
         self._queue = queue
         self._metrics = metrics
-        self._batch = batch
+        self._most = batch
         self._adapters = adapters or AdapterSet(model, ())
+        self._adapter = ""  # that of the requests that are being answered
         self._media = MediaCache()  # of all adapters together: its memory is bounded once
+        self._statistics = BatchStatistics()
+        self._batch = RunningBatch(model, self._media, self._statistics)
+        self._answers: list[RunningAnswer] = []  # of the batch's rows
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -72,65 +80,113 @@ class AnswerEngine:
         return self._thread.is_alive()
 
     def _work(self) -> None:
-        while jobs := self._queue.take(self._batch):
+        while True:
+            jobs = self._take()
+            if not jobs and not self._answers:
+                return
+            going = _find_going(jobs)
             try:
-                self._answer(jobs)
+                if going:
+                    self._join(going)
+                self._step()
             except Exception:
-                _log.exception("a batch of requests failed")
-                for job in jobs:
+                _log.exception("requests failed")
+                self._fail(make_internal_error())
+                for job in going:
                     job.send(make_internal_error())
 
-    def _answer(self, jobs: Sequence[Job]) -> None:
-        """Answer requests together; where that fails, one at a time."""
-        going = [job for job in jobs if not job.is_cancelled]
-        for job in going:
-            if job.is_late:
-                job.send(make_late_error())
-        going = [job for job in going if not job.is_late]
-        if not going:
-            return
-        self._metrics.start_batch(len(going))
-        try:
-            self._run(going)
-        except Exception as error:
-            self._answer_alone(going, error)
-        finally:
-            self._metrics.end_batch()
+    def _take(self) -> list[Job]:
+        """The requests that begin now; where others are being answered, those that may join."""
+        if not self._answers:
+            return self._queue.take(self._most, self._fits)
+        free = self._most - len(self._answers)
+        # A prefill of several costs little more than of one, and the answers under way wait for it.
+        if free <= 0 or free < min(len(self._queue), self._most // _SHARE_THAT_JOINS):
+            return []
+        return self._queue.take_more(free, self._adapter, self._fits)
 
-    def _answer_alone(self, jobs: Sequence[Job], error: Exception) -> None:
-        """Find the request that made its batch fail, and answer the others."""
+    def _fits(self, jobs: Sequence[Job]) -> bool:
+        spans = sum(len(job.prompt.media) for job in jobs)
+        if len(jobs) > 1 and spans > _MOST_SPANS:
+            return False
+        return self._batch.has_room([job.prompt for job in jobs])
+
+    def _join(self, jobs: Sequence[Job]) -> None:
+        """Begin to answer requests; where that fails, one at a time."""
+        try:
+            if not self._answers:
+                self._adapter = jobs[0].adapter
+                self._adapters.select(self._adapter)
+            self._begin(jobs)
+        except Exception as error:
+            self._begin_alone(jobs, error)
+        self._metrics.count_batch(len(self._answers))
+
+    def _begin_alone(self, jobs: Sequence[Job], error: Exception) -> None:
+        """Find the request that keeps the others from being begun, and begin those."""
         for job in jobs:
             if len(jobs) > 1 and not job.started:
                 try:
-                    self._run([job])
+                    self._begin([job])
                     continue
                 except Exception as own:
                     error = own
-            if isinstance(error, OneLLMError):
-                job.send(RequestError.from_error(error))
-            else:
-                _log.error("a request failed", exc_info=error)
-                job.send(make_internal_error())
+            job.send(_describe(error))
 
-    def _run(self, jobs: Sequence[Job]) -> None:
-        rows = [_RunningAnswer(job, self._tokenizer, self._end_ids, self._metrics) for job in jobs]
-        self._adapters.select(jobs[0].adapter)  # of all: the queue does not mix them
-        wants_logits = any(job.top_logprobs is not None for job in jobs)
-        statistics = BatchStatistics()
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        """Begin to answer requests of the adapter that is answering (the queue does not mix)."""
+        check_prompts(self._model, [job.prompt for job in jobs])
+        answers = [
+            RunningAnswer(job, self._tokenizer, self._end_ids, self._metrics) for job in jobs
+        ]
         try:
-            generate_batch(
-                self._model,
-                [_name_media(job) for job in jobs],
-                end_ids=self._end_ids,
-                on_token=lambda place, token: rows[place].add(token),
-                on_logits=(lambda place, logits: rows[place].see(logits)) if wants_logits else None,
-                stop=lambda place, _: rows[place].has_ended,
-                batch=self._batch,
-                media_cache=self._media,
-                statistics=statistics,
-            )
+            self._batch.join([answer.make_row(_name_media(answer.job)) for answer in answers])
+        except BaseException:
+            for answer in answers:
+                answer.close()
+            raise
         finally:
-            self._metrics.count_positions(statistics.positions, statistics.padding)
+            self._count_positions()
+        self._answers += [answer for answer in answers if not answer.has_ended]
+
+    def _step(self) -> None:
+        """Add a token to every answer; where that fails, all of them do."""
+        try:
+            self._batch.step()
+        except Exception as error:
+            self._fail(_describe(error))
+        self._count_positions()
+        self._answers = [answer for answer in self._answers if not answer.has_ended]
+
+    def _fail(self, error: RequestError) -> None:
+        self._batch.clear()
+        for answer in self._answers:
+            if not answer.has_ended:
+                answer.close()
+                answer.job.send(error)
+        self._answers = []
+
+    def _count_positions(self) -> None:
+        spent = self._statistics
+        self._metrics.count_positions(spent.positions, spent.padding)
+        spent.positions = spent.padding = 0
+
+
+def _find_going(jobs: Sequence[Job]) -> list[Job]:
+    """Requests that are still waited for, in time."""
+    going = [job for job in jobs if not job.is_cancelled]
+    for job in going:
+        if job.is_late:
+            job.send(make_late_error())
+    return [job for job in going if not job.is_late]
+
+
+def _describe(error: Exception) -> RequestError:
+    """What the clients are told."""
+    if isinstance(error, OneLLMError):
+        return RequestError.from_error(error)
+    _log.error("a request failed", exc_info=error)
+    return make_internal_error()
 
 
 def _name_media(job: Job) -> Prompt:
@@ -140,67 +196,6 @@ def _name_media(job: Job) -> Prompt:
         for medium in job.prompt.media
     ]
     return replace(job.prompt, media=media)
-
-
-class _RunningAnswer:
-    """A request while its tokens come."""
-
-    def __init__(
-        self, job: Job, tokenizer: Any, end_ids: Sequence[int], metrics: ServerMetrics
-    ) -> None:
-        self.has_ended = False
-        """Whether the answer is complete, or nobody waits for it."""
-        self._job = job
-        self._end_ids = frozenset(end_ids)
-        self._metrics = metrics
-        self._text = AnswerText(tokenizer, job.stops)
-        self._records: list[TokenRecord] = []
-        self._logits: torch.Tensor | None = None
-        self._tokens = 0
-
-    def see(self, logits: torch.Tensor) -> None:
-        """Keep the logits that the next token is chosen by."""
-        self._logits = logits if self._job.top_logprobs is not None else None
-
-    def add(self, token: int) -> None:
-        """Send what a token adds to the answer, and its end if it ends it."""
-        job = self._job
-        job.started = True
-        self._tokens += 1
-        if job.is_cancelled:
-            self._end()
-            return
-        if job.is_late:
-            self._end()
-            job.send(make_late_error())
-            return
-        if self._logits is not None:
-            self._records.append(_record(self._logits, token, job.top_logprobs or 0))
-        self._send(self._text.add(token))
-        stops = token in self._end_ids or self._text.stopped
-        if stops or self._tokens >= job.prompt.max_new_tokens:
-            self._end()
-            self._send(self._text.finish(), is_last=True)
-            job.send(Ending("stop" if stops else "length", self._tokens))
-
-    def _end(self) -> None:
-        self.has_ended = True
-        self._metrics.add_answer(self._job.prompt.positions, self._tokens)
-
-    def _send(self, text: str, *, is_last: bool = False) -> None:
-        if text or (is_last and self._records):
-            self._job.send(Piece(text, tuple(self._records)))
-            self._records = []
-
-
-def _record(logits: torch.Tensor, token: int, top: int) -> TokenRecord:
-    """How likely a token was: [V] logits at temperature 1, before sampling."""
-    shares = torch.log_softmax(logits.float(), -1)
-    values, ids = shares.topk(min(top, len(shares))) if top else (shares[:0], shares[:0])
-    likeliest = zip(ids.tolist(), values.tolist(), strict=True)
-    return TokenRecord(
-        token, max(float(shares[token]), -9999.0), tuple((int(i), float(v)) for i, v in likeliest)
-    )
 
 
 def make_deadline(seconds: float) -> float:

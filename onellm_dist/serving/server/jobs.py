@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from onellm_dist.model.batched_generation import Prompt
@@ -111,6 +111,9 @@ class Job:
         return time.monotonic() > self.deadline
 
 
+Fits = Callable[[Sequence[Job]], bool]
+
+
 class JobQueue:
     """Requests in the order in which they came.
 
@@ -145,7 +148,7 @@ class JobQueue:
             if any(waiting is job for waiting in self._waiting):
                 self._waiting = [waiting for waiting in self._waiting if waiting is not job]
 
-    def take(self, most: int) -> list[Job]:
+    def take(self, most: int, fits: Fits = lambda _: True) -> list[Job]:
         """Wait for requests, and take those that are answered together.
 
         The first one has waited longest; the others are those of its adapter nearest to its length,
@@ -153,6 +156,7 @@ class JobQueue:
 
         Args:
             most: most requests.
+            fits: whether some requests can be answered together; a single one can.
 
         Returns:
             The requests; empty: the queue is closed and nobody waits.
@@ -163,15 +167,38 @@ class JobQueue:
                 self._change.wait_for(
                     lambda: len(self._waiting) >= most or self._closed, timeout=LINGER
                 )
-            if not self._waiting:
+            return self._take(most, fits)
+
+    def take_more(self, most: int, adapter: str, fits: Fits) -> list[Job]:
+        """Take requests that can join those that are being answered; does not wait.
+
+        If the one that has waited longest cannot, no other overtakes it.
+
+        Args:
+            most: most requests.
+            adapter: name of the adapter that is answering.
+            fits: whether some requests can join.
+        """
+        with self._change:
+            first = self._waiting[:1]
+            if not first or first[0].adapter != adapter or not fits(first):
                 return []
-            first, *later = self._waiting
-            others = [job for job in later if job.adapter == first.adapter]
-            others.sort(key=lambda job: abs(_count(job) - _count(first)))
-            taken = [first, *others[: most - 1]]
-            chosen = {id(job) for job in taken}
-            self._waiting = [job for job in self._waiting if id(job) not in chosen]
-            return taken
+            return self._take(most, fits)
+
+    def _take(self, most: int, fits: Fits) -> list[Job]:
+        if not self._waiting:
+            return []
+        first, *later = self._waiting
+        others = [job for job in later if job.adapter == first.adapter]
+        others.sort(key=lambda job: abs(_count(job) - _count(first)))
+        taken = [first]
+        for job in others[: most - 1]:
+            if not fits([*taken, job]):
+                break
+            taken.append(job)
+        chosen = {id(job) for job in taken}
+        self._waiting = [job for job in self._waiting if id(job) not in chosen]
+        return taken
 
     def close(self) -> None:
         """Take no more requests; those that wait are still answered."""

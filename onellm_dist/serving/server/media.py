@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 from onellm_dist.common.errors import MachineError, OneLLMError
 from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.modalities import all_modalities
-from onellm_dist.serving.media import GivenFiles, read_given_files
+from onellm_dist.serving.media import GivenFiles, GivenFilesReader
 from onellm_dist.serving.server.decoded import DecodedMedia
 
 
@@ -144,10 +145,16 @@ def _read(number: int, medium: GivenFiles, limits: SampleLimits) -> np.ndarray |
     """Decode a medium (in a worker) to an array: a tensor would go through shared memory."""
     _prepare()
     try:
-        (value,) = read_given_files([medium], limits, first=number)
+        (value,) = _open_reader(limits).read([medium], first=number)
         return value.numpy()
     except OneLLMError as error:
         return error
+
+
+@cache
+def _open_reader(limits: SampleLimits) -> GivenFilesReader:
+    """What decodes (in a worker); its process ends with the worker."""
+    return GivenFilesReader(limits)
 
 
 def to_files(modality: str, item: Any) -> GivenFiles:

@@ -44,7 +44,7 @@ class ServerMetrics:
         )
         self._batches = Histogram(
             "onellm_batch_size",
-            "Requests of a batch.",
+            "Requests that are answered together, whenever some have joined.",
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=self._registry,
         )
@@ -71,24 +71,13 @@ class ServerMetrics:
             registry=self._registry,
         )
 
-    def start_batch(self, requests: int) -> None:
-        """Count a batch that begins."""
-        self._batches.observe(requests)
-        self.running.set(requests)
-
-    def end_batch(self) -> None:
-        """Count a batch that has ended."""
-        self.running.set(0)
-
-    def add_answer(self, positions: int, tokens: int) -> None:
-        """Count an answer that has ended.
+    def count_batch(self, requests: int) -> None:
+        """Count a batch that requests have joined.
 
         Args:
-            positions: of the prompt, media included.
-            tokens: new ones.
+            requests: how many are answered together now.
         """
-        self.count_tokens(positions, tokens)
-        self.running.dec()
+        self._batches.observe(requests)
 
     def count_tokens(self, positions: int, tokens: int) -> None:
         """Count the tokens of an answer.

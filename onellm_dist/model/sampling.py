@@ -1,0 +1,79 @@
+"""The next tokens of the rows of a batch: greedy, or drawn with a number of each row's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.model.sequence_lengths import to_device_tensor
+
+_LEAST_TEMPERATURE = 1e-30
+"""Below it logits would become infinite in fp32, and their softmax NaN; it is greedy already."""
+
+
+class RowSampling(NamedTuple):
+    """How the next token of one row is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Probability mass of the nucleus."""
+    draw: float = 0.0
+    """A random number of [0, 1), which decides."""
+
+
+def choose_tokens(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int]:
+    """The next token of each row, whatever the other rows are.
+
+    Args:
+        logits: [B, V].
+        rows: how each is chosen.
+
+    Raises:
+        OneLLMError: there are no probabilities to draw with.
+    """
+    logits = logits.float()
+    tokens = logits.argmax(-1)
+    for narrow in (False, True):
+        places = [
+            place
+            for place, row in enumerate(rows)
+            if row.temperature > 0 and (row.top_p < 1) == narrow
+        ]
+        if not places:
+            continue
+        at = to_device_tensor(places, logits.device)
+        drawn = _draw(logits.index_select(0, at), [rows[place] for place in places], narrow=narrow)
+        tokens = tokens.index_copy(0, at, drawn)
+    found: list[int] = tokens.tolist()
+    if min(found) < 0:
+        raise OneLLMError(
+            "the LLM gave logits that are no numbers",
+            "no token can be drawn with them.",
+            "its weights are damaged, or do not fit the 16-bit type; try fp32.",
+        )
+    return found
+
+
+def _draw(logits: torch.Tensor, rows: Sequence[RowSampling], *, narrow: bool) -> torch.Tensor:
+    """Draw from each row's nucleus, or from all tokens: [N, V] -> [N]; -1: that is impossible."""
+    device = logits.device
+    heat = torch.tensor([[max(row.temperature, _LEAST_TEMPERATURE)] for row in rows])
+    shares = torch.softmax(logits / heat.to(device), -1)
+    ids = None
+    if narrow:
+        shares, ids = shares.sort(descending=True, stable=True)
+        mass = torch.tensor([[row.top_p] for row in rows]).to(device)
+        shares = torch.where(shares.cumsum(-1) - shares <= mass, shares, 0.0)
+    sums = shares.double().cumsum(-1)
+    total = sums[:, -1:]
+    draws = torch.tensor([[row.draw] for row in rows], dtype=torch.float64).to(device)
+    place = torch.searchsorted(sums, draws * total, right=True)
+    # Rounding may make the product the total: then it is the last token with a probability.
+    place = torch.minimum(place, (sums < total).sum(-1, keepdim=True))
+    possible = total.isfinite() & (total > 0)
+    chosen = place if ids is None else ids.gather(1, place)
+    return torch.where(possible, chosen, -1).squeeze(1)

@@ -1,0 +1,154 @@
+"""Requests that come while others are being answered join them, and each gets its own answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import served_model as served
+
+from onellm_dist.model.batched_generation import generate_batch
+from onellm_dist.model.generation_rows import Prompt
+from onellm_dist.model.presets import load_toy_tokenizer
+from onellm_dist.serving.server.engine import AnswerEngine
+from onellm_dist.serving.server.errors import RequestError
+from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece
+from onellm_dist.serving.server.metrics import ServerMetrics
+
+MODEL = served.make_model()
+TOKENIZER = load_toy_tokenizer()
+
+
+class Desk:
+    """An engine, and a log of what it sends."""
+
+    def __init__(self, batch: int = 4) -> None:
+        self.queue, self.metrics = JobQueue(20), ServerMetrics()
+        self.engine = AnswerEngine(MODEL, TOKENIZER, [2], self.queue, self.metrics, batch)
+        self.log: list[tuple[str, Any]] = []
+
+    def ask(self, name: str, prompt: Prompt, then: Callable[[], None] | None = None) -> Job:
+        """Put a request into the queue; with its first text, the engine's thread calls `then`."""
+
+        def send(event: Any) -> None:
+            is_first = all(logged != name for logged, _ in self.log)
+            self.log.append((name, event))
+            if is_first and then is not None:
+                then()
+
+        job = Job(prompt, (), None, time.monotonic() + 60, send)
+        self.queue.put(job)
+        return job
+
+    def finish(self, answers: int) -> None:
+        """Run the engine until so many requests have ended."""
+        self.engine.start()
+        end = time.monotonic() + 60
+        while len(self.find_ends()) < answers:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        self.engine.close()
+
+    def find_ends(self) -> list[str]:
+        return [name for name, event in list(self.log) if not isinstance(event, Piece)]
+
+    def get_text(self, name: str) -> str:
+        return "".join(e.text for n, e in self.log if n == name and isinstance(e, Piece))
+
+    def read_metrics(self) -> dict[str, float]:
+        lines = self.metrics.write().decode().splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        return {name: float(value) for name, value in pairs}
+
+
+def compute_text(prompt: Prompt) -> str:
+    (found,) = generate_batch(MODEL, [prompt], end_ids=[2])
+    return TOKENIZER.decode(found.tokens, skip_special_tokens=True).strip()
+
+
+LONG = Prompt([1, 40, 41, 42, 43], max_new_tokens=60)
+SHORT = Prompt([1, 50, 51], max_new_tokens=4)
+
+
+def test_a_request_does_not_wait_for_the_answers_under_way() -> None:
+    desk = Desk()
+
+    def ask_more() -> None:
+        desk.ask("short", SHORT)
+
+    desk.ask("long", LONG, ask_more)
+    desk.finish(2)
+    assert desk.find_ends() == ["short", "long"]
+    assert desk.get_text("long") == compute_text(LONG)
+    assert desk.get_text("short") == compute_text(SHORT)
+    metrics = desk.read_metrics()
+    assert metrics["onellm_batch_size_sum"] == 3 and metrics["onellm_batch_size_count"] == 2
+    assert metrics["onellm_running_requests"] == 0
+    assert metrics["onellm_completion_tokens_total"] == 64
+
+
+def test_a_request_that_cannot_be_answered_fails_alone_beside_others() -> None:
+    desk = Desk()
+
+    def ask_more() -> None:
+        desk.ask("bad", Prompt([1, 10**6], max_new_tokens=9))
+        desk.ask("gone", SHORT).cancel()
+        desk.ask("short", SHORT)
+
+    desk.ask("long", LONG, ask_more)
+    desk.finish(3)
+    assert sorted(desk.find_ends()) == ["bad", "long", "short"]
+    (error,) = [event for name, event in desk.log if name == "bad"]
+    assert isinstance(error, RequestError) and error.status == 400
+    assert desk.get_text("long") == compute_text(LONG)
+    assert desk.get_text("short") == compute_text(SHORT)
+    assert desk.read_metrics()["onellm_running_requests"] == 0
+
+
+def test_a_step_that_fails_ends_its_answers_and_no_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import onellm_dist.model.running_batch as running
+
+    calls = []
+    original = running.decode
+
+    def decode(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("a kernel failed")
+        return original(*args)
+
+    monkeypatch.setattr(running, "decode", decode)
+    desk = Desk(batch=2)
+    for name in ("a", "b", "c"):
+        desk.ask(name, LONG if name != "c" else SHORT)
+    desk.finish(3)
+    ends = {name: event for name, event in desk.log if not isinstance(event, Piece)}
+    assert ends["a"].status == ends["b"].status == 500
+    assert "kernel" not in ends["a"].message
+    assert isinstance(ends["c"], Ending) and desk.get_text("c") == compute_text(SHORT)
+    assert desk.read_metrics()["onellm_running_requests"] == 0
+
+
+def test_the_queue_lets_nobody_overtake_the_one_that_waited_longest() -> None:
+    queue = JobQueue(9)
+    for adapter, tokens in (("a", 9), ("b", 5), ("a", 5), ("a", 8)):
+        prompt = Prompt([1] * tokens, max_new_tokens=3)
+        queue.put(Job(prompt, (), None, time.monotonic() + 60, print, adapter))
+
+    def count(jobs: list[Job]) -> list[int]:
+        return [len(job.prompt.ids) for job in jobs]
+
+    def fits(jobs: Any) -> bool:
+        return sum(len(job.prompt.ids) for job in jobs) <= 14
+
+    assert queue.take_more(4, "a", lambda _: False) == []
+    assert queue.take_more(4, "b", fits) == []
+    assert count(queue.take_more(1, "a", fits)) == [9]
+    assert queue.take_more(4, "a", fits) == []  # that of b waits longer
+    assert count(queue.take(4, fits)) == [5]
+    assert count(queue.take_more(4, "a", fits)) == [5, 8]
+    assert queue.take_more(4, "a", fits) == []
