@@ -27,6 +27,7 @@ from media_samples import picture
 from PIL import Image
 
 from onellm_dist.common.errors import MachineError, UsageError
+from onellm_dist.common.resources import count_cpus
 from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.model import OneLLMProcessor
 from onellm_dist.model.batched_generation import Prompt
@@ -40,6 +41,7 @@ from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece, QueueF
 from onellm_dist.serving.server.limits import Pace, RequestLimits
 from onellm_dist.serving.server.media import MediaReader
 from onellm_dist.serving.server.metrics import ServerMetrics
+from onellm_dist.serving.server.run import choose_threads, limit_threads
 from onellm_dist.serving.server.settings import ServerSettings
 
 KIND = {"Content-Type": "application/json"}
@@ -120,6 +122,24 @@ def test_faults_of_the_machine_are_not_the_clients() -> None:
     fault = RequestError.from_error(MachineError("no memory", "it is full", "try again"))
     assert fault.status == 503 and fault.headers["Retry-After"]
     assert RequestError.from_error(UsageError("a", "b", "c")).status == 400
+
+
+def test_the_model_leaves_processors_to_media_and_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = [choose_threads(processors, 2) for processors in (1, 2, 4, 8, 64)]
+    assert chosen == [1, 1, 2, 5, 61]
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(before))
+        limit_threads(10**6)
+        assert torch.get_num_threads() == before
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        limit_threads(10**6)
+        if not torch.cuda.is_available():
+            assert torch.get_num_threads() == max(1, count_cpus() // 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_pace_of_clients() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
+from onellm_dist.common.resources import count_cpus
 from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.model.adapter_set import AdapterSet, NamedAdapter, check_adapters
 from onellm_dist.serving.generate import choose_dtype
@@ -46,6 +48,7 @@ def serve(model: Path, settings: ServerSettings, adapters: Sequence[NamedAdapter
     check_model(model)
     check_adapters(model, adapters)
     listening = listen(settings.host, settings.port)
+    limit_threads(settings.readers)
     network, tokenizer = open_model(model, settings)
     loaded = AdapterSet(network, adapters)
     app = assemble(network, tokenizer, settings, warm_up=True, adapters=loaded)
@@ -86,6 +89,32 @@ def open_model(model: Path, settings: ServerSettings) -> tuple[Any, Any]:
     if torch.cuda.is_available():
         network.to("cuda")
     return network, processor.tokenizer
+
+
+def limit_threads(readers: int) -> None:
+    """Let the model's threads leave processors to the readers of media and to connections.
+
+    OpenMP's threads wait for each other after every operation. Where one has no processor, the
+    others spin meanwhile: with other work beside it, a small model takes ten times as long.
+
+    Args:
+        readers: processes that decode media.
+    """
+    import torch
+
+    # Whoever sets the variable has counted the processors.
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(choose_threads(count_cpus(), readers))
+
+
+def choose_threads(processors: int, readers: int) -> int:
+    """Threads of a model on a CPU: half of the processors, or all but those that others need.
+
+    Args:
+        processors: of this machine.
+        readers: processes that decode media.
+    """
+    return max(1, processors // 2, processors - readers - 1)
 
 
 def describe_address(listening: socket.socket) -> str:
