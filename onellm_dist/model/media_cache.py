@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import distributed
 
 from onellm_dist.model.placement import get_device
 
@@ -38,7 +40,7 @@ class Medium:
 
 
 class MediaCache:
-    """Tokens [Q, d] of the media that were used last.
+    """Tokens [Q, d] of the media that were used last; several threads may share it.
 
     Args:
         max_bytes: most memory for them.
@@ -52,26 +54,29 @@ class MediaCache:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._tokens: OrderedDict[tuple[str, str, int], torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, medium: Medium) -> torch.Tensor | None:
         """Tokens of a medium; None if they are not kept."""
         identity = medium.identity
-        if identity is None or identity not in self._tokens:
-            return None
-        self._tokens.move_to_end(identity)
-        return self._tokens[identity]
+        with self._lock:
+            if identity is None or identity not in self._tokens:
+                return None
+            self._tokens.move_to_end(identity)
+            return self._tokens[identity]
 
     def put(self, medium: Medium, tokens: torch.Tensor) -> None:
         """Keep the tokens of a medium in place of those that were not used for longest."""
         identity = medium.identity
         if identity is None:
             return
-        if identity not in self._tokens:
-            self._bytes += _count_bytes(tokens)
-        self._tokens[identity] = tokens
-        while self._bytes > self._max_bytes:
-            _, dropped = self._tokens.popitem(last=False)
-            self._bytes -= _count_bytes(dropped)
+        with self._lock:
+            if identity not in self._tokens:
+                self._bytes += _count_bytes(tokens)
+            self._tokens[identity] = tokens
+            while self._bytes > self._max_bytes:
+                _, dropped = self._tokens.popitem(last=False)
+                self._bytes -= _count_bytes(dropped)
 
 
 def encode_media(
@@ -103,9 +108,11 @@ def encode_media(
         values.setdefault(medium.modality, []).append(value)
         numbers.setdefault(medium.modality, []).append(medium.number)
     own.encoded += len(wanted)
+    if not wanted and not (distributed.is_available() and distributed.is_initialized()):
+        return [found[name] for name in names]
     device = get_device(model.llm)
     stacked = {name: torch.stack(rows).to(device) for name, rows in values.items()}
-    # Runs without media too: every rank of a sharded model must run every module.
+    # Without media too, among ranks: every one of a sharded model must run every module.
     tokens_by_modality, _ = model.encode(stacked, numbers)
     rows = {name: iter(tokens) for name, tokens in tokens_by_modality.items()}
     for name, medium in wanted.items():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import served_model as served
+import torch
 
 from onellm_dist.model.batched_generation import generate_batch
 from onellm_dist.model.generation_rows import Prompt
+from onellm_dist.model.media_cache import Medium
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError
@@ -152,3 +155,77 @@ def test_the_queue_lets_nobody_overtake_the_one_that_waited_longest() -> None:
     assert count(queue.take(4, fits)) == [5]
     assert count(queue.take_more(4, "a", fits)) == [5, 8]
     assert queue.take_more(4, "a", fits) == []
+
+
+def make_picture(seed: int) -> Medium:
+    generator = torch.Generator().manual_seed(seed)
+    return Medium("image", torch.randn(3, 224, 224, generator=generator), f"picture {seed}")
+
+
+def make_prompt(*seeds: int) -> Prompt:
+    return Prompt([1, 60], [make_picture(seed) for seed in seeds], max_new_tokens=5)
+
+
+def test_media_of_waiting_requests_are_encoded_together_and_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts = {"a": make_prompt(1), "b": make_prompt(2, 1), "c": make_prompt(2), "d": SHORT}
+    expected = {name: compute_text(prompt) for name, prompt in prompts.items()}
+    assert len(set(expected.values())) == len(expected)
+    encoded: list[int] = []
+    original = MODEL.encode
+
+    def encode(values: Any, numbers: Any) -> Any:
+        encoded.append(sum(map(len, values.values())))
+        return original(values, numbers)
+
+    desk = Desk()
+    for name, prompt in prompts.items():
+        desk.ask(name, prompt)
+    monkeypatch.setattr(MODEL, "encode", encode)
+    desk.finish(len(prompts))
+    assert encoded == [2]
+    assert {name: desk.get_text(name) for name in prompts} == expected
+
+
+def test_a_medium_that_cannot_be_encoded_fails_its_request_alone() -> None:
+    good = make_prompt(3)
+    expected = compute_text(good)
+    wrong = Medium("image", torch.zeros(3, 5, 5), "wrong")
+    unknown = Medium("smell", torch.zeros(3), "unknown")
+    desk = Desk()
+    desk.ask("good", good)
+    desk.ask("wrong", Prompt([1, 60], [wrong], max_new_tokens=5))
+    desk.ask("unknown", Prompt([1, 60], [unknown], max_new_tokens=5))
+    desk.ask("again", good)
+    desk.finish(4)
+    assert desk.get_text("good") == desk.get_text("again") == expected
+    errors = {name: event for name, event in desk.log if isinstance(event, RequestError)}
+    assert errors.keys() == {"wrong", "unknown"}
+    assert "smell" in errors["unknown"].message
+
+
+def test_the_queue_holds_media_until_they_are_encoded_and_not_too_many_ahead() -> None:
+    queue = JobQueue(20)
+    queue.holds_media = True
+    jobs = []
+    for spans in (0, 9, 9, 20, 40, 1):
+        media = [Medium("image", torch.zeros(1), str(i)) for i in range(spans)]
+        prompt = Prompt([1] * 9, media, max_new_tokens=3)
+        jobs.append(Job(prompt, (), None, time.monotonic() + 60, print))
+        queue.put(jobs[-1])
+    assert queue.take(9) == jobs[:1]
+    for first in (1, 2, 3, 4):  # two of them together would be more than 16 spans
+        held = queue.wait_for_media()
+        assert held == jobs[first : first + 1]
+        queue.release(held)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(queue.wait_for_media)
+        time.sleep(0.2)
+        assert not waiting.done()  # 78 spans are ahead
+        assert len(queue.take(9)) == 4
+        assert waiting.result(5) == jobs[5:]
+    queue.discard(jobs[5])  # its client left
+    queue.release(jobs[5:])
+    queue.close()
+    assert queue.take(9) == [] and queue.wait_for_media() == []

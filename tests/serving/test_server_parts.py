@@ -41,7 +41,7 @@ from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece, QueueF
 from onellm_dist.serving.server.limits import Pace, RequestLimits
 from onellm_dist.serving.server.media import MediaReader
 from onellm_dist.serving.server.metrics import ServerMetrics
-from onellm_dist.serving.server.run import choose_threads, limit_threads
+from onellm_dist.serving.server.run import limit_threads
 from onellm_dist.serving.server.settings import ServerSettings
 
 KIND = {"Content-Type": "application/json"}
@@ -124,18 +124,16 @@ def test_faults_of_the_machine_are_not_the_clients() -> None:
     assert RequestError.from_error(UsageError("a", "b", "c")).status == 400
 
 
-def test_the_model_leaves_processors_to_media_and_connections(
+def test_llm_and_encoder_share_the_processors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    chosen = [choose_threads(processors, 2) for processors in (1, 2, 4, 8, 64)]
-    assert chosen == [1, 1, 2, 5, 61]
     before = torch.get_num_threads()
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", str(before))
-        limit_threads(10**6)
+        limit_threads()
         assert torch.get_num_threads() == before
         monkeypatch.delenv("OMP_NUM_THREADS")
-        limit_threads(10**6)
+        limit_threads()
         if not torch.cuda.is_available():
             assert torch.get_num_threads() == max(1, count_cpus() // 2)
     finally:

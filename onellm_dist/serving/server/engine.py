@@ -15,16 +15,14 @@ from onellm_dist.model.batched_generation import Prompt, check_prompts
 from onellm_dist.model.media_cache import MediaCache
 from onellm_dist.model.running_batch import BatchStatistics, RunningBatch
 from onellm_dist.serving.server.errors import RequestError, make_internal_error, make_late_error
-from onellm_dist.serving.server.jobs import Job, JobQueue
+from onellm_dist.serving.server.jobs import MOST_SPANS, Job, JobQueue
+from onellm_dist.serving.server.media_encoder import MediaEncoder
 from onellm_dist.serving.server.metrics import ServerMetrics
 from onellm_dist.serving.server.running_answer import RunningAnswer
 
 _log = get_logger(__name__)
 _SHARE_THAT_JOINS = 4
 """Where many wait, they join once this part of the places is free."""
-_MOST_SPANS = 16
-"""Media spans that are encoded at once, but for those of one request: the answers under way wait
-for them."""
 
 
 class AnswerEngine:
@@ -62,22 +60,29 @@ class AnswerEngine:
         self._statistics = BatchStatistics()
         self._batch = RunningBatch(model, self._media, self._statistics)
         self._answers: list[RunningAnswer] = []  # of the batch's rows
+        # Adapters may change what media become: there the engine encodes, with the right one.
+        self._encoder = None if self._adapters.names else MediaEncoder(model, queue, self._media)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, and that which encodes media."""
+        if self._encoder is not None:
+            self._encoder.start()
         self._thread.start()
 
     def close(self) -> None:
-        """Answer what waits, and end the thread."""
+        """Answer what waits, and end the threads."""
         self._queue.close()
         if self._thread.is_alive():
             self._thread.join()
+        if self._encoder is not None:
+            self._encoder.join()
 
     @property
     def is_alive(self) -> bool:
         """Whether requests are answered."""
-        return self._thread.is_alive()
+        encodes = self._encoder is None or self._encoder.is_alive
+        return self._thread.is_alive() and encodes
 
     def _work(self) -> None:
         while True:
@@ -101,13 +106,13 @@ class AnswerEngine:
             return self._queue.take(self._most, self._fits)
         free = self._most - len(self._answers)
         # A prefill of several costs little more than of one, and the answers under way wait for it.
-        if free <= 0 or free < min(len(self._queue), self._most // _SHARE_THAT_JOINS):
+        if free <= 0 or free < min(self._queue.count_ready(), self._most // _SHARE_THAT_JOINS):
             return []
         return self._queue.take_more(free, self._adapter, self._fits)
 
     def _fits(self, jobs: Sequence[Job]) -> bool:
         spans = sum(len(job.prompt.media) for job in jobs)
-        if len(jobs) > 1 and spans > _MOST_SPANS:
+        if len(jobs) > 1 and spans > MOST_SPANS:
             return False
         return self._batch.has_room([job.prompt for job in jobs])
 

@@ -13,6 +13,12 @@ LINGER = 0.005
 """Seconds that a first request waits for others to be answered with it."""
 
 
+MOST_SPANS = 16
+"""Media spans that are encoded at once, but for those of one request."""
+_MOST_AHEAD = 64
+"""Spans that are encoded before an answer begins; more could push each other out of the cache."""
+
+
 class QueueFullError(Exception):
     """More requests wait than the server allows."""
 
@@ -72,6 +78,8 @@ class Job:
         deadline: `time.monotonic()` at which it is given up.
         send: called in the engine's thread with each event; the last is an Ending or an exception.
         adapter: name of the adapter that answers; "": the base alone.
+        started: whether its answer has begun.
+        is_held: whether it waits in the queue until its media are encoded.
     """
 
     prompt: Prompt
@@ -81,6 +89,7 @@ class Job:
     send: Callable[[Event], None]
     adapter: str = ""
     started: bool = False
+    is_held: bool = False
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _wake: list[Callable[[], None]] = field(default_factory=list)
 
@@ -126,6 +135,8 @@ class JobQueue:
         self._waiting: list[Job] = []
         self._change = threading.Condition()
         self._closed = False
+        self.holds_media = False
+        """Whether requests with media wait until `release` lets them go."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -139,14 +150,46 @@ class JobQueue:
         with self._change:
             if self._closed or len(self._waiting) >= self._limit:
                 raise QueueFullError
+            job.is_held = self.holds_media and bool(job.prompt.media)
             self._waiting.append(job)
-            self._change.notify()
+            self._change.notify_all()
 
     def discard(self, job: Job) -> None:
         """Remove a request that waits; nothing happens if it does not."""
         with self._change:
             if any(waiting is job for waiting in self._waiting):
                 self._waiting = [waiting for waiting in self._waiting if waiting is not job]
+                self._change.notify_all()
+
+    def wait_for_media(self) -> list[Job]:
+        """Wait for requests that are held, and return the oldest; they stay in the queue.
+
+        Returns:
+            Requests with `MOST_SPANS` media spans together, or one with more; empty: the queue is
+            closed and none is held.
+        """
+        with self._change:
+            self._change.wait_for(self._can_encode)
+            found: list[Job] = []
+            spans = 0
+            for job in self._waiting:
+                spans += len(job.prompt.media) if job.is_held else 0
+                if found and spans > MOST_SPANS:
+                    break
+                if job.is_held:
+                    found.append(job)
+            return found
+
+    def release(self, jobs: Sequence[Job]) -> None:
+        """Let requests go whose media have been encoded.
+
+        Args:
+            jobs: the requests.
+        """
+        with self._change:
+            for job in jobs:
+                job.is_held = False
+            self._change.notify_all()
 
     def take(self, most: int, fits: Fits = lambda _: True) -> list[Job]:
         """Wait for requests, and take those that are answered together.
@@ -162,10 +205,10 @@ class JobQueue:
             The requests; empty: the queue is closed and nobody waits.
         """
         with self._change:
-            self._change.wait_for(lambda: self._waiting or self._closed)
-            if len(self._waiting) < most and not self._closed:
+            self._change.wait_for(self._can_take)
+            if self.count_ready() < most and not self._closed:
                 self._change.wait_for(
-                    lambda: len(self._waiting) >= most or self._closed, timeout=LINGER
+                    lambda: self.count_ready() >= most or self._closed, timeout=LINGER
                 )
             return self._take(most, fits)
 
@@ -180,15 +223,29 @@ class JobQueue:
             fits: whether some requests can join.
         """
         with self._change:
-            first = self._waiting[:1]
+            first = [job for job in self._waiting if not job.is_held][:1]
             if not first or first[0].adapter != adapter or not fits(first):
                 return []
             return self._take(most, fits)
 
+    def count_ready(self) -> int:
+        """Requests that can be taken."""
+        return sum(not job.is_held for job in self._waiting)
+
+    def _can_take(self) -> bool:
+        return self.count_ready() > 0 or (self._closed and not self._waiting)
+
+    def _can_encode(self) -> bool:
+        if all(not job.is_held for job in self._waiting):
+            return self._closed
+        ahead = sum(len(job.prompt.media) for job in self._waiting if not job.is_held)
+        return ahead < _MOST_AHEAD
+
     def _take(self, most: int, fits: Fits) -> list[Job]:
-        if not self._waiting:
+        free = [job for job in self._waiting if not job.is_held]
+        if not free:
             return []
-        first, *later = self._waiting
+        first, *later = free
         others = [job for job in later if job.adapter == first.adapter]
         others.sort(key=lambda job: abs(_count(job) - _count(first)))
         taken = [first]
@@ -198,6 +255,7 @@ class JobQueue:
             taken.append(job)
         chosen = {id(job) for job in taken}
         self._waiting = [job for job in self._waiting if id(job) not in chosen]
+        self._change.notify_all()
         return taken
 
     def close(self) -> None:

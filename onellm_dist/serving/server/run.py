@@ -48,7 +48,7 @@ def serve(model: Path, settings: ServerSettings, adapters: Sequence[NamedAdapter
     check_model(model)
     check_adapters(model, adapters)
     listening = listen(settings.host, settings.port)
-    limit_threads(settings.readers)
+    limit_threads()
     network, tokenizer = open_model(model, settings)
     loaded = AdapterSet(network, adapters)
     app = assemble(network, tokenizer, settings, warm_up=True, adapters=loaded)
@@ -91,30 +91,17 @@ def open_model(model: Path, settings: ServerSettings) -> tuple[Any, Any]:
     return network, processor.tokenizer
 
 
-def limit_threads(readers: int) -> None:
-    """Let the model's threads leave processors to the readers of media and to connections.
+def limit_threads() -> None:
+    """Let the LLM and the encoder of media, which compute at once, share a CPU's processors.
 
     OpenMP's threads wait for each other after every operation. Where one has no processor, the
     others spin meanwhile: with other work beside it, a small model takes ten times as long.
-
-    Args:
-        readers: processes that decode media.
     """
     import torch
 
     # Whoever sets the variable has counted the processors.
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(choose_threads(count_cpus(), readers))
-
-
-def choose_threads(processors: int, readers: int) -> int:
-    """Threads of a model on a CPU: half of the processors, or all but those that others need.
-
-    Args:
-        processors: of this machine.
-        readers: processes that decode media.
-    """
-    return max(1, processors // 2, processors - readers - 1)
+        torch.set_num_threads(max(1, count_cpus() // 2))
 
 
 def describe_address(listening: socket.socket) -> str:
