@@ -193,6 +193,9 @@ class _GrowingLayer(DynamicLayer):
         values: as `keys`.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)

@@ -86,7 +86,8 @@ class RunningBatch:
         if len(together) == 1:
             return True
         longest = max(prompt.positions + prompt.max_new_tokens for prompt in together)
-        return self._model.llm_support.cached and longest * len(together) <= self._max_positions
+        fits = longest * len(together) <= self._max_positions
+        return bool(self._model.llm_support.cached) and fits
 
     @torch.inference_mode()
     def join(self, rows: Sequence[AnswerRow]) -> None:

@@ -15,6 +15,7 @@ from onellm_dist.model.batched_generation import generate_batch
 from onellm_dist.model.generation_rows import Prompt
 from onellm_dist.model.media_cache import Medium
 from onellm_dist.model.presets import load_toy_tokenizer
+from onellm_dist.serving.server import jobs as jobs_module
 from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError
 from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece
@@ -229,3 +230,20 @@ def test_the_queue_holds_media_until_they_are_encoded_and_not_too_many_ahead() -
     queue.release(jobs[5:])
     queue.close()
     assert queue.take(9) == [] and queue.wait_for_media() == []
+
+
+def test_the_queue_goes_on_where_the_only_client_leaves_while_others_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs_module, "LINGER", 0.3)
+    queue = JobQueue(9)
+    jobs = [Job(SHORT, (), None, time.monotonic() + 60, print) for _ in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(queue.take, 4)
+        queue.put(jobs[0])
+        time.sleep(0.05)
+        queue.discard(jobs[0])
+        time.sleep(0.5)
+        assert not taking.done()
+        queue.put(jobs[1])
+        assert taking.result(5) == jobs[1:]

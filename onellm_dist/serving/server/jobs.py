@@ -205,12 +205,15 @@ class JobQueue:
             The requests; empty: the queue is closed and nobody waits.
         """
         with self._change:
-            self._change.wait_for(self._can_take)
-            if self.count_ready() < most and not self._closed:
-                self._change.wait_for(
-                    lambda: self.count_ready() >= most or self._closed, timeout=LINGER
-                )
-            return self._take(most, fits)
+            while True:
+                self._change.wait_for(self._can_take)
+                if self.count_ready() < most and not self._closed:
+                    self._change.wait_for(
+                        lambda: self.count_ready() >= most or self._closed, timeout=LINGER
+                    )
+                taken = self._take(most, fits)
+                if taken or (self._closed and not self._waiting):
+                    return taken  # else all clients have left meanwhile
 
     def take_more(self, most: int, adapter: str, fits: Fits) -> list[Job]:
         """Take requests that can join those that are being answered; does not wait.
