@@ -197,7 +197,7 @@ class _GrowingLayer(DynamicLayer):
     values: Any
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers has no annotation
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
         self._room: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -15,7 +15,7 @@ import served_model as served
 import torch
 
 from onellm_dist.common.errors import SampleError
-from onellm_dist.common.workers import pool
+from onellm_dist.common.workers import pool, process
 from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.serving import media
 from onellm_dist.serving.media import GivenFiles, GivenFilesReader, read_given_files
@@ -107,7 +107,7 @@ def test_a_process_reads_many_media_and_none_after_a_bad_or_large_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[int] = []
-    original = pool.fork_worker
+    original = process.fork_worker
 
     def fork_worker(*args: Any) -> int:
         started.append(original(*args))

@@ -69,7 +69,7 @@ class Desk:
 
 def compute_text(prompt: Prompt) -> str:
     (found,) = generate_batch(MODEL, [prompt], end_ids=[2])
-    return TOKENIZER.decode(found.tokens, skip_special_tokens=True).strip()
+    return str(TOKENIZER.decode(list(found.tokens), skip_special_tokens=True)).strip()
 
 
 LONG = Prompt([1, 40, 41, 42, 43], max_new_tokens=60)
@@ -114,10 +114,10 @@ def test_a_request_that_cannot_be_answered_fails_alone_beside_others() -> None:
 def test_a_step_that_fails_ends_its_answers_and_no_later_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import onellm_dist.model.running_batch as running
+    from onellm_dist.model import llm_cached, running_batch
 
     calls = []
-    original = running.decode
+    original = llm_cached.decode
 
     def decode(*args: Any) -> Any:
         calls.append(args)
@@ -125,7 +125,7 @@ def test_a_step_that_fails_ends_its_answers_and_no_later_ones(
             raise RuntimeError("a kernel failed")
         return original(*args)
 
-    monkeypatch.setattr(running, "decode", decode)
+    monkeypatch.setattr(running_batch, "decode", decode)
     desk = Desk(batch=2)
     for name in ("a", "b", "c"):
         desk.ask(name, LONG if name != "c" else SHORT)

@@ -48,7 +48,7 @@ class RunningAnswer:
         return AnswerRow(
             0,
             prompt,
-            self._end_ids,
+            tuple(self._end_ids),
             stop=lambda *_: self.has_ended,
             on_token=lambda _, token: self.add(token),
             on_logits=None if self.job.top_logprobs is None else lambda _, seen: self.see(seen),
