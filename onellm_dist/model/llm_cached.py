@@ -199,7 +199,8 @@ class _GrowingLayer(DynamicLayer):
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers has no annotation
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        self.keys = keys
+        self.values = values
         self._room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -212,7 +213,8 @@ class _GrowingLayer(DynamicLayer):
         keys, values = self._room
         keys[:, :, first:end] = key_states
         values[:, :, first:end] = value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        self.keys = keys[:, :, :end]
+        self.values = values[:, :, :end]
         return self.keys, self.values
 
 

@@ -135,7 +135,8 @@ class RunningBatch:
 
     def clear(self) -> None:
         """Give all rows up."""
-        self.rows, self._cached = [], None
+        self.rows = []
+        self._cached = None
 
 
 def _add_tokens(rows: Sequence[AnswerRow], logits: torch.Tensor) -> None:

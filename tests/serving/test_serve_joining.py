@@ -164,7 +164,9 @@ def make_picture(seed: int) -> Medium:
 
 
 def make_prompt(*seeds: int) -> Prompt:
-    return Prompt([1, 60], [make_picture(seed) for seed in seeds], max_new_tokens=5)
+    """A prompt of its own for all pictures, so that each answer is."""
+    media = [make_picture(seed) for seed in seeds]
+    return Prompt([1, 60 + sum(seeds) * 7], media, max_new_tokens=5)
 
 
 def test_media_of_waiting_requests_are_encoded_together_and_once(

@@ -187,7 +187,7 @@ def _find_going(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _describe(error: Exception) -> RequestError:
-    """What the clients are told."""
+    """The error that the clients get."""
     if isinstance(error, OneLLMError):
         return RequestError.from_error(error)
     _log.error("a request failed", exc_info=error)
