@@ -196,6 +196,8 @@ def _describe(error: Exception) -> RequestError:
 
 def _name_media(job: Job) -> Prompt:
     """The prompt, with the adapter in the keys of its media: it may change what they become."""
+    if not job.adapter:  # what the encoder's thread put into the cache has these keys
+        return job.prompt
     media = [
         medium if medium.key is None else replace(medium, key=f"{job.adapter} {medium.key}")
         for medium in job.prompt.media
