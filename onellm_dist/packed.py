@@ -27,7 +27,8 @@ class PackedBatch:
         modalities: modality of each span of each sample, in the order of the sequence; empty for
             text only.
         values: each modality of the model -> [n_m, *value_shape] in the order of the samples and of
-            their spans; n_m = 0 is normal.
+            their spans, fp32 or, of pictures, 8-bit pixels (`Modality.loader_dtype`); n_m = 0 is
+            normal.
         weights: [n] fp32 loss weight of each sample: 1, or 0 for a skipped sample and for the
             placeholder of an empty micro-batch.
         sample_ids: `dataset/shard-name/key@epoch` of each sample.
@@ -55,6 +56,11 @@ class PackedBatch:
     supervised: torch.Tensor | None = None
     places: tuple[tuple[int, ...], ...] = ()
     span_numbers: tuple[tuple[int, ...], ...] = ()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All its tensors."""
+        counted = [] if self.supervised is None else [self.supervised]
+        return [self.input_ids, self.labels, self.weights, *self.values.values(), *counted]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
         """The same batch with its tensors on `device`."""

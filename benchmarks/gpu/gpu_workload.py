@@ -86,7 +86,10 @@ class Workload:
         values = {}
         for name in self.config.modalities:
             number = sum(sample.spans.count(name) for sample in pack)
-            values[name] = torch.rand((number, *get_modality(name).value_shape))
+            modality = get_modality(name)
+            drawn = torch.rand((number, *modality.value_shape))
+            pixels = modality.loader_dtype == torch.uint8
+            values[name] = (drawn * 255).to(torch.uint8) if pixels else drawn
         batch = PackedBatch(
             ids,
             labels,

@@ -7,22 +7,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
 
 import torch
 
 from onellm_dist.common.workers.allocator import keep_freed_memory
 from onellm_dist.common.workers.pool import WorkerPool
+from onellm_dist.data.device_copy import BatchOrError, copy_ahead
 from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.data.worker import LOADER, BatchReader, LoaderTask
 from onellm_dist.packed import PackedBatch
-
-_Item = tuple[MicroBatch, Any]
-"""A micro-batch, and its batch or an error."""
 
 
 class Loader:
@@ -39,6 +35,7 @@ class Loader:
             `keep_freed_memory`). Default: `data.workers`.
         skipped_samples: sample id to reason, of samples that are not tried again (see Reader).
         pin: whether batches are page-locked; default: if there is a GPU.
+        device: a GPU that pinned batches are copied to, one ahead; default: they stay on the host.
 
     Raises:
         OneLLMError: while iterating; whatever the plan or the reader raises, also in a worker.
@@ -56,6 +53,7 @@ class Loader:
         *,
         skipped_samples: Mapping[str, str] | None = None,
         pin: bool | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._workers = plan.config.workers if workers is None else workers
         self._plan = plan
@@ -64,22 +62,23 @@ class Loader:
             plan, world_size, rank, range(first_step, last_step), max(1, self._workers)
         )
         self._pin = torch.cuda.is_available() if pin is None else pin
+        self._device = device if device is not None and device.type == "cuda" else None
         self._pool: WorkerPool[LoaderTask, PackedBatch] | None = None
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, PackedBatch]]:
         self.close()
         items = self._read_in_workers() if self._workers else self._read_here()
-        for micro, batch in _pin_ahead(items) if self._pin else items:
+        for micro, batch in copy_ahead(items, self._device) if self._pin else items:
             if isinstance(batch, Exception):
                 raise batch
             yield micro, batch
 
-    def _read_here(self) -> Iterator[_Item]:
+    def _read_here(self) -> Iterator[BatchOrError]:
         keep_freed_memory()
         for micro, ahead in self._schedule:
             yield micro, self._reader.read(micro, ahead)
 
-    def _read_in_workers(self) -> Iterator[_Item]:
+    def _read_in_workers(self) -> Iterator[BatchOrError]:
         config = self._plan.config
         pool = self._pool = WorkerPool(
             BatchReader(self._reader),
@@ -114,25 +113,6 @@ class Loader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _pin_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
-    """Copy each batch to page-locked memory, in a thread, while the one before it is used."""
-    device = torch.cuda.current_device()  # a thread begins with GPU 0
-    with ThreadPoolExecutor(1, "pin", torch.cuda.set_device, (device,)) as threads:
-        last: Future[_Item] | None = None
-        for item in items:
-            pinned = threads.submit(_pin, item)
-            if last is not None:
-                yield last.result()
-            last = pinned
-        if last is not None:
-            yield last.result()
-
-
-def _pin(item: _Item) -> _Item:
-    micro, batch = item
-    return micro, batch if isinstance(batch, Exception) else batch.pin_memory()
 
 
 class _Schedule:

@@ -255,9 +255,12 @@ class Reader:
             rng = self._build_rng(modality, f"{sample_id} {medium.prefix}" if prefix else sample_id)
             train = self._corpus.config.augment
             if medium.spans == 1:
-                values = [modality.make_value(modality.decode(own, meta), train=train, rng=rng)]
+                raw = modality.decode(own, meta)
+                values = [modality.make_loader_value(raw, train=train, rng=rng)]
             else:
-                values = modality.read_spans(own, meta, spans=medium.spans, train=train, rng=rng)
+                values = modality.read_spans(
+                    own, meta, spans=medium.spans, train=train, rng=rng, for_loader=True
+                )
         if len(values) != medium.spans:
             raise OneLLMError(
                 f"sample {sample_id}: modality {modality.name} returned {len(values)} values for "
@@ -298,7 +301,9 @@ class Reader:
         corpus, spans = self._corpus, self._corpus.list_spans(ref)
         zeros: dict[str, list[torch.Tensor]] = {}
         for name in spans:
-            zeros.setdefault(name, []).append(torch.zeros(corpus.modalities[name].value_shape))
+            modality = corpus.modalities[name]
+            zero = torch.zeros(modality.value_shape, dtype=modality.loader_dtype)
+            zeros.setdefault(name, []).append(zero)
         ids = [corpus.text_encoder.bos] * ref.text_tokens
         labels = [IGNORE] * ref.text_tokens
         return _Sample(ids, labels, zeros, spans, reason=reason)
@@ -372,10 +377,10 @@ def _translate_errors(modality: Modality, sample_id: str) -> Iterator[None]:
 
 def _check_value(modality: Modality, value: torch.Tensor, sample_id: str) -> None:
     shape = tuple(modality.value_shape)
-    if tuple(value.shape) != shape or value.dtype != torch.float32:
+    if tuple(value.shape) != shape or value.dtype != modality.loader_dtype:
         raise OneLLMError(
             f"sample {sample_id}: modality {modality.name} returned {tuple(value.shape)} "
-            f"{value.dtype} instead of {shape} float32",
+            f"{value.dtype} instead of {shape} {modality.loader_dtype}",
             "this is a fault of the program, not of the data.",
             "report it with the sample's id.",
         )

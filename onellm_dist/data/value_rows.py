@@ -24,7 +24,7 @@ class ValueRows:
     def __init__(self, modalities: Mapping[str, Modality], spans: Iterable[str]) -> None:
         counts = Counter(spans)
         self._values = {
-            name: torch.empty((counts[name], *modality.value_shape))
+            name: torch.empty((counts[name], *modality.value_shape), dtype=modality.loader_dtype)
             for name, modality in modalities.items()
         }
         self._used = dict.fromkeys(modalities, 0)
@@ -42,7 +42,7 @@ class ValueRows:
                 self._values[name][row] = value
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """Return modality to [spans, *value_shape] fp32.
+        """Return modality to [spans, *value_shape], of the modality's `loader_dtype`.
 
         Raises:
             RuntimeError: there are fewer than planned.

@@ -20,8 +20,8 @@ from onellm_dist.data.text_parts import read_meta
 from onellm_dist.evaluation.questions import BenchmarkQuestion
 from onellm_dist.evaluation.tasks.base import Task
 from onellm_dist.modalities import Modality, Part, get_modality
-from onellm_dist.modalities.base import translate_errors
 from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
+from onellm_dist.modalities.library_faults import translate_errors
 from onellm_dist.shards.build.registry import all_sources
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.parts import read_parts

@@ -43,8 +43,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -53,10 +52,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from onellm_dist.common.errors import OneLLMError, SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.common.media_size import MediaSize
 from onellm_dist.modalities.drawing import draw_heatmap
-from onellm_dist.modalities.library_faults import require_library
+from onellm_dist.modalities.library_faults import translate_errors
 from onellm_dist.modalities.limits import Limits, check_input
 from onellm_dist.modalities.meta_keys import MetaKey
 
@@ -197,6 +196,15 @@ class Modality(ABC):
         check_input(self.limits, value, self.name)
         return value
 
+    @property
+    def loader_dtype(self) -> torch.dtype:
+        """The dtype of `make_loader_value`: fp32, or uint8 (`pixels.PixelModality`)."""
+        return torch.float32
+
+    def make_loader_value(self, raw: Any, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
+        """What the loader carries to the model of a raw signal; by default that of `make_value`."""
+        return self.make_value(raw, train=train, rng=rng)
+
     def measure(self, parts: Mapping[str, Part]) -> MediaSize:
         """Read from its headers how large a medium is: what decides how many spans it takes.
 
@@ -248,6 +256,7 @@ class Modality(ABC):
         spans: int,
         train: bool,
         rng: np.random.Generator,
+        for_loader: bool = False,
     ) -> list[torch.Tensor]:
         """Decode and transform a medium to the model's input for each of its spans.
 
@@ -257,15 +266,17 @@ class Modality(ABC):
             spans: how many.
             train: as of `transform`.
             rng: as of `transform`.
+            for_loader: whether to return what `make_loader_value` makes.
 
         Raises:
             SampleError: as of `decode` and `make_value`.
         """
+        make = self.make_loader_value if for_loader else self.make_value
         if spans == 1:
-            return [self.make_value(self.decode(parts, meta), train=train, rng=rng)]
+            return [make(self.decode(parts, meta), train=train, rng=rng)]
         raws = self.decode_spans(parts, meta, spans)
         augment = train and self.augments_spans
-        return [self.make_value(raw, train=augment, rng=rng) for raw in raws]
+        return [make(raw, train=augment, rng=rng) for raw in raws]
 
     def make_raw(self, item: Any) -> Any:
         """Take a signal that a program holds in memory, instead of a file, as the raw signal.
@@ -379,22 +390,3 @@ class Modality(ABC):
                     f"put the {role} file there under one of these names.",
                 )
         return parts
-
-
-@contextmanager
-def translate_errors(name: str) -> Iterator[None]:
-    """Turn a decoder's unexpected exception into a SampleError: a strange file costs one sample.
-
-    Lack of memory and errors of the disk are the machine's and stay what they are.
-    """
-    try:
-        yield
-    except (OneLLMError, MemoryError, OSError):
-        raise
-    except Exception as error:
-        require_library(error)
-        raise SampleError(
-            f"unreadable {name}: {type(error).__name__}: {error}",
-            "it cannot be decoded.",
-            "encode it again, or drop the sample.",
-        ) from error

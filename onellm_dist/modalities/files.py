@@ -13,8 +13,9 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.common.workers.sandbox import decoding
-from onellm_dist.modalities.base import Modality, translate_errors
+from onellm_dist.modalities.base import Modality
 from onellm_dist.modalities.io.damage import ASSUMED, collect_damage
+from onellm_dist.modalities.library_faults import translate_errors
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from onellm_dist.common.media_size import MediaSize
-from onellm_dist.modalities.base import Modality, Part
+from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.drawing import make_thumbnail
 from onellm_dist.modalities.io.pictures import (
     IMAGE_EXTENSIONS,
@@ -20,6 +20,7 @@ from onellm_dist.modalities.io.pictures import (
     measure_picture,
 )
 from onellm_dist.modalities.limits import LIMITS
+from onellm_dist.modalities.pixels import PixelModality
 from onellm_dist.modalities.transforms.crops import (
     PATCHES,
     SIDE,
@@ -27,14 +28,14 @@ from onellm_dist.modalities.transforms.crops import (
     crop_eval,
     crop_train,
     make_picture,
-    normalise,
+    split_channels,
 )
 from onellm_dist.modalities.transforms.tiles import choose_grid, cut_tiles
 
 _JPEG = b"\xff\xd8\xff"
 
 
-class ImageModality(Modality):
+class ImageModality(PixelModality):
     """Still images; the encoder's own patch embedding reads them.
 
     | | |
@@ -97,15 +98,17 @@ class ImageModality(Modality):
         picture = self.make_raw(item)
         return {"image": encode_picture(picture)} if isinstance(picture, Image.Image) else None
 
-    def transform(self, raw: Image.Image, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-        """Crop and normalise to [3, 224, 224].
+    def cut_pixels(
+        self, raw: Image.Image, *, train: bool, rng: np.random.Generator
+    ) -> torch.Tensor:
+        """Crop to [3, 224, 224].
 
         Training takes a random crop of at least 0.9 of the area; evaluation resizes the short side
         to 224 and takes the middle.
         """
         if train:
-            return normalise(crop_train(raw, choose_crop_box(*raw.size, rng)))
-        return normalise(crop_eval(raw))
+            return split_channels(crop_train(raw, choose_crop_box(*raw.size, rng)))
+        return split_channels(crop_eval(raw))
 
     def build_tokenizer(self, width: int) -> None:
         """Return None: the encoder reads pixels itself."""

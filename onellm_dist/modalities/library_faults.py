@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
-from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.errors import OneLLMError, SampleError
 
 _OWN = "onellm_dist"
 _OTHER_ARGUMENTS = re.compile(r"unexpected keyword argument|positional arguments? ")
@@ -36,6 +38,25 @@ def require_library(error: BaseException) -> None:
             "it fails alike for every file, and good samples would be called bad.",
             "`onellm doctor` shows which versions are needed; `pip install -U onellm-dist` gets "
             "them.",
+        ) from error
+
+
+@contextmanager
+def translate_errors(name: str) -> Iterator[None]:
+    """Turn a decoder's unexpected exception into a SampleError: a strange file costs one sample.
+
+    Lack of memory and errors of the disk are the machine's and stay what they are.
+    """
+    try:
+        yield
+    except (OneLLMError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        require_library(error)
+        raise SampleError(
+            f"unreadable {name}: {type(error).__name__}: {error}",
+            "it cannot be decoded.",
+            "encode it again, or drop the sample.",
         ) from error
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from onellm_dist.common.errors import SampleError
-from onellm_dist.modalities.base import Modality, Part
+from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
 from onellm_dist.modalities.io.alignment import MAP_ORIENTATIONS, align_map
 from onellm_dist.modalities.io.arrays import is_npy, read_npy
@@ -29,6 +29,7 @@ from onellm_dist.modalities.io.pictures import (
 )
 from onellm_dist.modalities.limits import check_count
 from onellm_dist.modalities.meta_keys import MetaKey, make_choice_parser
+from onellm_dist.modalities.pixels import PixelModality
 from onellm_dist.modalities.transforms.crops import (
     PATCHES,
     SIDE,
@@ -36,7 +37,7 @@ from onellm_dist.modalities.transforms.crops import (
     crop_eval,
     crop_train,
     make_picture,
-    normalise,
+    split_channels,
 )
 
 _ORIENTATION_KEY = "map_orientation"
@@ -107,7 +108,7 @@ def _make_pair(picture: Image.Image, rendered: Image.Image) -> MapPair:
     return MapPair(picture, rendered)
 
 
-class PairModality(Modality):
+class PairModality(PixelModality):
     """A map with the picture it belongs to; a subclass says how a map becomes 8-bit RGB."""
 
     value_shape = (2, 3, SIDE, SIDE)
@@ -185,13 +186,13 @@ class PairModality(Modality):
         )
         return _make_pair(convert_to_rgb(photo.image), rendered)
 
-    def transform(self, raw: MapPair, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
+    def cut_pixels(self, raw: MapPair, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """[2, 3, 224, 224]: picture, map, cropped alike (training: at random, else the middle)."""
         both = (raw.picture, raw.map)
         if train:
             box = choose_crop_box(*raw.picture.size, rng)
-            return torch.stack([normalise(crop_train(p, box)) for p in both])
-        return torch.stack([normalise(crop_eval(p)) for p in both])
+            return torch.stack([split_channels(crop_train(p, box)) for p in both])
+        return torch.stack([split_channels(crop_eval(p)) for p in both])
 
     def build_tokenizer(self, width: int) -> None:
         """Return None: the encoder reads pixels itself."""

@@ -14,6 +14,7 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import QUERY_TOKENS, get_modality
+from onellm_dist.model.pixels import make_input
 from onellm_dist.model.placement import get_device
 from onellm_dist.model.sequence_lengths import SequenceLengths
 from onellm_dist.model.span_positions import SpanNumbers, add_span_positions
@@ -57,7 +58,8 @@ def compute_modality_tokens(
 
     Args:
         model: a OneLLM.
-        values: modality -> [n_m, *value_shape]; a modality that is not named has n_m = 0.
+        values: modality -> [n_m, *value_shape], floats or 8-bit pixels; a modality that is not
+            named has n_m = 0.
         numbers: number of each span within its medium; default: 0.
 
     Returns:
@@ -138,7 +140,7 @@ def _check_value(
             f"the model reads [n, {', '.join(map(str, shape))}].",
             "use the modality's own transform (OneLLMProcessor does).",
         )
-    return value.to(device)
+    return make_input(name, value.to(device))
 
 
 def _encode_visual(

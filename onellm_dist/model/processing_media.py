@@ -16,8 +16,8 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import Modality, Part, all_modalities, get_modality
-from onellm_dist.modalities.base import translate_errors
 from onellm_dist.modalities.files import read_file_spans, read_file_value
+from onellm_dist.modalities.library_faults import translate_errors
 
 DATA_URL = "data:"
 

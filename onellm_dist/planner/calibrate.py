@@ -278,7 +278,8 @@ def _make_tiny(device: torch.device) -> tuple[Any, PackedBatch, PackCount]:
         input_ids=ids,
         labels=labels,
         values={
-            name: torch.zeros(value.shape, device=device) for name, value in shape.values.items()
+            name: torch.zeros(value.shape, dtype=value.dtype, device=device)
+            for name, value in shape.values.items()
         },
         weights=torch.ones(1, device=device),
         supervised=torch.arange(1, TINY[0].text_tokens, device=device),

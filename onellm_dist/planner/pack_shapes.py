@@ -106,7 +106,8 @@ def make_meta_batch(pack: PackShape, modalities: Sequence[Modality]) -> PackedBa
         text_token_counts=tuple(sample.text_tokens for sample in pack),
         modalities=tuple(sample.spans for sample in pack),
         values={
-            m.name: torch.empty((counts[m.name], *m.value_shape), device=meta) for m in modalities
+            m.name: torch.empty((counts[m.name], *m.value_shape), dtype=m.loader_dtype, device=meta)
+            for m in modalities
         },
         weights=torch.empty(len(pack), device=meta),
         supervised=torch.empty(
@@ -117,7 +118,4 @@ def make_meta_batch(pack: PackShape, modalities: Sequence[Modality]) -> PackedBa
 
 def count_batch_bytes(batch: PackedBatch) -> int:
     """Bytes of a micro-batch's own tensors on the device."""
-    tensors = [batch.input_ids, batch.labels, batch.weights, *batch.values.values()]
-    if batch.supervised is not None:
-        tensors.append(batch.supervised)
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in batch.tensors())

@@ -32,7 +32,7 @@ class MicroBatchStream:
         self._running: Iterator[tuple[MicroBatch, PackedBatch]] = iter(())
 
     def next(self, planned: MicroBatch) -> PackedBatch:
-        """The pack of the next micro-batch, which must be `planned`."""
+        """The pack of the next micro-batch, which must be `planned`; on a GPU, in its memory."""
         if self._loader is None:
             self._loader = Loader(
                 self._plan,
@@ -41,6 +41,7 @@ class MicroBatchStream:
                 planned.step,
                 self._steps,
                 skipped_samples=self._left_out,
+                device=self._dist.device,
             )
             self._running = iter(self._loader)
         micro, batch = next(self._running)

@@ -251,3 +251,22 @@ def test_batches_are_pinned(root: Path) -> None:
             assert isinstance(micro, MicroBatch)
             assert batch.input_ids.is_pinned()
             assert all(value.is_pinned() for value in batch.values.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing to copy to")
+def test_batches_are_copied_ahead_on_a_stream_of_their_own(root: Path) -> None:
+    """They hold what was read, though the GPU is busy when they are copied, and after it."""
+    plan, device = open_plan(root, MIXTURE), torch.device("cuda", torch.cuda.current_device())
+    busy, sums = torch.rand(4096, 4096, device=device), []
+    with Loader(plan, 1, 0, 0, STEPS, 0, device=device) as loader:
+        for _, batch in loader:
+            for _ in range(20):
+                busy = (busy @ busy).div_(busy.max())
+            assert {tensor.device for tensor in batch.tensors()} == {device}
+            sums.append([tensor.double().sum() for tensor in batch.tensors()])
+            del batch  # the next copies may take its memory, but not before it was summed
+    wanted = [[t.double().sum() for t in batch.tensors()] for _, batch in run(plan, 1, 0, 0)]
+    assert [[float(s) for s in found] for found in sums] == [
+        pytest.approx([float(s) for s in own], rel=1e-12) for own in wanted
+    ]

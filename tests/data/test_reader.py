@@ -19,6 +19,7 @@ from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.data.token_counts import get_token_count_path
 from onellm_dist.modalities import Modality
+from onellm_dist.model.pixels import make_input
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.shards.format import parts as parts_module
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
@@ -71,7 +72,7 @@ def test_a_batch_holds_what_the_plan_names(root: Path) -> None:
             expected = kind.transform(
                 kind.decode(found, {}), train=False, rng=np.random.default_rng(0)
             )
-            assert torch.equal(batch.values[name][seen[name]], expected)
+            assert torch.equal(make_input(name, batch.values[name][seen[name]]), expected)
             seen[name] += 1
     assert {name: len(batch.values[name]) for name in seen} == seen
     assert batch.values["fmri"].shape == (0, 1, 15724)

@@ -15,7 +15,7 @@ _CHOSEN: dict[str, Modality] = {name: get_modality(name) for name in ("image", "
 
 
 def make_value(name: str, number: int) -> torch.Tensor:
-    return torch.full(tuple(_CHOSEN[name].value_shape), float(number))
+    return torch.full(tuple(_CHOSEN[name].value_shape), number, dtype=_CHOSEN[name].loader_dtype)
 
 
 def test_rows_are_the_stack_of_the_values_in_their_order() -> None:
@@ -32,7 +32,11 @@ def test_rows_are_the_stack_of_the_values_in_their_order() -> None:
     assert torch.equal(found["image"], torch.stack([make_value("image", n) for n in (1, 2, 4)]))
     assert torch.equal(found["fmri"], make_value("fmri", 3)[None])
     assert found["imu"].shape == (0, *_CHOSEN["imu"].value_shape)
-    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert {name: value.dtype for name, value in found.items()} == {
+        "image": torch.uint8,
+        "imu": torch.float32,
+        "fmri": torch.float32,
+    }
 
 
 def test_more_or_fewer_spans_than_planned_never_pass() -> None:

@@ -18,6 +18,7 @@ from onellm_dist.config.schema import DataSection, MixtureEntry
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.modalities import Part
+from onellm_dist.model.pixels import make_input
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.model.processing import OneLLMProcessor
 from onellm_dist.serving.media import read_files
@@ -60,7 +61,8 @@ def read_as_training(root: Path, modality: str, count: int) -> dict[int, Seen]:
         for i, sample in enumerate(batch.sample_ids):
             number = int(sample.split("/")[-1].split("@")[0])
             skipped = batch.skipped_samples.get(i)
-            seen[number] = batch.values[modality][i] if skipped is None else skipped
+            value = make_input(modality, batch.values[modality][i])
+            seen[number] = value if skipped is None else skipped
     return seen
 
 

@@ -28,19 +28,26 @@ Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels."""
 
 
-def normalise(picture: Image.Image | np.ndarray) -> torch.Tensor:
-    """Apply CLIP's mean and standard deviation.
+def split_channels(picture: Image.Image | np.ndarray) -> torch.Tensor:
+    """An RGB picture, or its bytes [height, width, 3], as [3, height, width] uint8."""
+    pixels = picture if isinstance(picture, np.ndarray) else np.array(picture)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Apply CLIP's mean and standard deviation, on the CPU.
 
     Args:
-        picture: an RGB picture, or its bytes [height, width, 3].
+        pixels: [..., 3, height, width] uint8.
 
     Returns:
-        [3, height, width] fp32.
+        The same shape in fp32.
     """
-    pixels = np.asarray(picture)
-    out = np.empty((3, *pixels.shape[:2]), np.float32)
+    given = pixels.numpy()
+    out = np.empty(given.shape, np.float32)
     for channel in range(3):  # mode: "raise" would write to a buffer first; bytes are in range
-        np.take(_NORMALISED[channel], pixels[..., channel], out=out[channel], mode="clip")
+        values = out[..., channel, :, :]
+        np.take(_NORMALISED[channel], given[..., channel, :, :], out=values, mode="clip")
     return torch.from_numpy(out)
 
 

@@ -133,7 +133,8 @@ class Validation(Callback):
         totals = StepTotals(self._plan.corpus.combinations, self._dist)
         skipped_samples = 0
         dist = self._dist
-        with torch.no_grad(), Loader(self._plan, dist.world_size, dist.rank, 0, 1) as loader:
+        loader = Loader(self._plan, dist.world_size, dist.rank, 0, 1, device=dist.device)
+        with torch.no_grad(), loader:
             for micro, batch in loader:
                 on_device = batch.to(dist.device)
                 totals.add(on_device, *self._engine.forward(on_device, last=micro.last))
