@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.data.micro_batch import StepPlan
+from onellm_dist.data.plan import Plan
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import GradNorms
 from onellm_dist.train.flops import FlopCounter, peak_flops
@@ -28,6 +30,8 @@ class LocalPass:
     started: float = field(default_factory=time.perf_counter)
     data_wait_seconds: float = 0.0
     """Time spent waiting for the loader."""
+    sample_digest: str | None = None
+    """That of the step's samples, on rank 0 (`work_ahead`)."""
 
     @property
     def skipped_samples(self) -> dict[str, str]:
@@ -147,6 +151,24 @@ class StepMeter:
         if self.peak_flops is None:
             return None
         return flops_per_second / (self._dist.world_size * self.peak_flops)
+
+
+def work_ahead(plan: Plan, step: int, steps: int, dist: Distributed) -> str | None:
+    """Do what the host can do of a step's end, and of the next step, while the device computes.
+
+    Args:
+        plan: the run's plan; it keeps that of the next step.
+        step: the step whose work is queued on the device.
+        steps: steps of the run.
+        dist: the ranks.
+
+    Returns:
+        The digest of the step's samples on rank 0, which records it; None elsewhere.
+    """
+    if step + 1 < steps:
+        with suppress(OneLLMError):  # the next step will raise it
+            plan.step(step + 1, dist.world_size)
+    return plan.digest(step) if dist.is_rank_zero else None
 
 
 def compare_plans(plan: StepPlan, dist: Distributed) -> None:

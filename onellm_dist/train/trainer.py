@@ -39,7 +39,7 @@ from onellm_dist.train.stability.offending_samples import MicroBatchLosses, find
 from onellm_dist.train.stability.policy import RollbackError, apply_policy
 from onellm_dist.train.stability.unreadable import UnreadableSamples, check_supervision
 from onellm_dist.train.state import Outcome, TrainState
-from onellm_dist.train.step import Decision, LocalPass, StepMeter, compare_plans
+from onellm_dist.train.step import Decision, LocalPass, StepMeter, compare_plans, work_ahead
 from onellm_dist.train.totals import StepTotals, StepValues
 
 COMPARE_EVERY = 50
@@ -132,9 +132,9 @@ class Trainer:
 
     def begin_at(self, first_step: int) -> None:
         """Make `first_step` the next step; records of it and of later ones are dropped."""
-        lost_steps, lost_seconds = 0, 0.0
-        if self.dist.is_rank_zero:
-            lost_steps, lost_seconds = drop_repeated_lines(self.config.run.dir, first_step)
+        run_dir, is_rank_zero = self.config.run.dir, self.dist.is_rank_zero
+        lost = drop_repeated_lines(run_dir, first_step) if is_rank_zero else (0, 0.0)
+        lost_steps, lost_seconds = lost
         self.state.begin(first_step, lost_steps=lost_steps, lost_seconds=lost_seconds)
         self.heartbeat.steps_done = first_step
         self.sample_log.begin(first_step)
@@ -254,8 +254,7 @@ class Trainer:
             OneLLMError: the step went wrong, and `stability.policy` is `stop`; or too many steps
                 or samples were skipped.
         """
-        step = self.state.step
-        self.heartbeat.enter("plan", step=step)
+        self.heartbeat.enter("plan", step=(step := self.state.step))
         plan = self.plan.step(step, self.dist.world_size)
         check_supervision(plan, self.config.data.max_text_tokens)
         if step == self.state.first_step or step % COMPARE_EVERY == 0:
@@ -274,8 +273,7 @@ class Trainer:
         """Run this rank's micro-batches of a step; gradients accumulate in the engine."""
         self._time.begin(plan.step)
         self.callbacks.before_forward_backward(plan.step)
-        reduced = self.meter.metrics.reduced
-        local = LocalPass(StepTotals(self._combinations, self.dist, reduced))
+        local = LocalPass(StepTotals(self._combinations, self.dist, self.meter.metrics.reduced))
         for planned in plan.ranks[self.dist.rank]:
             self.heartbeat.enter("data", micro_batch=planned)
             asked = time.perf_counter()
@@ -316,6 +314,8 @@ class Trainer:
             },
             rank_seconds=self._time.end(local.data_wait_seconds),
         )
+        steps = self.config.train.steps
+        local.sample_digest = work_ahead(self.plan, plan.step, steps, self.dist)
         return local.totals.read()
 
     def _decide(self, plan: StepPlan, values: StepValues) -> Decision:
@@ -359,8 +359,8 @@ class Trainer:
                 total=self.monitor.skipped_samples + values.new_skipped_samples,
             )
         metrics = self.meter.measure(plan, values, decision, local, applied=applied)
-        if self.dist.is_rank_zero:
-            metrics.record("sample_digest", self.plan.digest(plan.step))
+        if local.sample_digest is not None:
+            metrics.record("sample_digest", local.sample_digest)
         for name, value in self.callbacks.metrics_to_record(plan.step).items():
             metrics.record(name, value)
         self.callbacks.on_metrics(metrics)
