@@ -1,4 +1,4 @@
-"""The token budgets of a run on the devices at hand, for `data.pack_*_tokens: auto`."""
+"""What a start asks the planner about the devices at hand, where the recipe says `auto`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.token_budget import UNLIMITED
 from onellm_dist.planner.command import PlanOptions, make_config_planner, with_budget
-from onellm_dist.planner.hardware import find_kind
+from onellm_dist.planner.frozen import Placement, decide_placement
+from onellm_dist.planner.hardware import GpuKind, find_kind
 from onellm_dist.planner.search import search_budget
 
 
@@ -41,7 +42,36 @@ def find_budget(
             "measure them in two minutes (onellm plan --calibrate), or set both budgets to "
             "numbers.",
         )
-    options = PlanOptions(
+    options = _make_options(kind, nodes, ranks_per_node, text_tokens)
+    return search_budget(make_config_planner(with_budget(config, UNLIMITED), options), least)
+
+
+def find_placement(
+    config: RunConfig, *, device_name: str, nodes: int, ranks_per_node: int, text_tokens: int
+) -> Placement | None:
+    """Decide where frozen weights lie; `train/frozen_weights.py` asks.
+
+    Args:
+        config: the recipe, with numbers for token budgets.
+        device_name: as of `find_budget`.
+        nodes: as of `find_budget`.
+        ranks_per_node: as of `find_budget`.
+        text_tokens: as of `find_budget`.
+
+    Returns:
+        None if there is nothing to decide, or there are no constants for the device.
+
+    Raises:
+        UsageError: the recipe cannot be planned.
+    """
+    kind = find_kind(device_name)
+    if kind is None:
+        return None
+    options = _make_options(kind, nodes, ranks_per_node, text_tokens)
+    return decide_placement(make_config_planner(config, options), config)
+
+
+def _make_options(kind: GpuKind, nodes: int, ranks_per_node: int, text_tokens: int) -> PlanOptions:
+    return PlanOptions(
         gpu=kind.kind, nodes=nodes, gpus_per_node=ranks_per_node, text_tokens=max(1, text_tokens)
     )
-    return search_budget(make_config_planner(with_budget(config, UNLIMITED), options), least)

@@ -20,9 +20,10 @@ from onellm_dist.data.epochs import resolve_epochs
 from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.token_budget import UNLIMITED, read_budget, set_budget
 from onellm_dist.modalities import all_modalities
+from onellm_dist.planner.frozen import decide_placement
 from onellm_dist.planner.hardware import find_gpus_here, get_gpu_kind
 from onellm_dist.planner.memory import MemoryPlan
-from onellm_dist.planner.run_plan import Planner, get_modalities, load_model_config, vary
+from onellm_dist.planner.run_plan import Planner, get_modalities, load_model_config
 from onellm_dist.planner.search import search, search_budget
 from onellm_dist.planner.show import format_gb, format_plan, make_json
 from onellm_dist.planner.time import GpuCluster
@@ -32,8 +33,6 @@ from onellm_dist.train.recipe_check import find_shape_problems
 
 FOUND_BUDGETS = "token budgets"
 """First words of the note on budgets that were found."""
-WORTH = 0.005
-"""Share of a step below which a change is not suggested."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,14 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
     config, found = planner.config, search(planner) if options.search else None
     if found is not None:
         config = found.config
-    plan, notes = planner.plan(config), [*planner.data.notes]
-    if (hint := suggest_resident(planner, config)) is not None:
-        notes.append(hint)
+    notes = [*planner.data.notes]
+    if (placement := decide_placement(planner, config)) is not None:
+        config = placement.config
+        notes.append(
+            f"engine.frozen={config.engine.frozen} for frozen weights, as a start would decide "
+            f"(auto): {placement.reason}"
+        )
+    plan = planner.plan(config)
     untimed = get_engine(config.engine.name).find_untimed(config.engine)
     if untimed is not None:
         notes.append(f"nothing for {untimed}; --search leaves such engines out")
@@ -139,27 +143,6 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
     if options.write is not None:
         write_recipe(options.write, recipe, config)
     return EXIT_DONE if plan.memory.fits else EXIT_FAILED
-
-
-def suggest_resident(planner: Planner, config: RunConfig) -> str | None:
-    """What the planner decides where `engine.frozen` is `auto`; None: nothing is to be gained.
-
-    Args:
-        planner: plans the recipe.
-        config: the recipe, or a variation of it.
-    """
-    if config.engine.frozen != "auto":
-        return None
-    section = config.engine.model_copy(update={"frozen": "resident"})
-    try:
-        get_engine(section.name).check(section, bf16=config.train.precision == "bf16")
-    except UsageError:
-        return None
-    other = vary(config, {"engine": section.model_dump()})
-    before, after = (planner.compute_time(c).total for c in (config, other))
-    if after > before * (1 - WORTH) or not planner.compute_memory(other).fits:
-        return None
-    return f"engine.frozen=resident fits too: {after:.3g} s a step in place of {before:.3g} s"
 
 
 def check_target(options: PlanOptions) -> None:

@@ -17,6 +17,7 @@ from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.model.recompute import MODES
+from onellm_dist.planner.frozen import list_placements
 from onellm_dist.planner.hardware import GIGA, load_assumptions
 from onellm_dist.planner.pack_shapes import measure_sizes
 from onellm_dist.planner.run_plan import Planner, vary
@@ -134,10 +135,11 @@ def search_budget(planner: Planner, least: TokenBudget | None = None) -> TokenBu
         UsageError: none fits.
     """
     config = planner.config
+    bf16 = config.train.precision == "bf16"
     space = SearchSpace(
         tuple(dict.fromkeys(list_budgets(planner, least))),
         (config.train.activation_checkpointing,),
-        (config.engine,),
+        tuple(list_placements(config.engine, bf16=bf16)),
     )
     return read_budget(search(planner, space).config.data)
 

@@ -37,6 +37,7 @@ from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.frozen_weights import check_frozen_weights
 from onellm_dist.train.engine.settings import EngineSettings, make_settings
+from onellm_dist.train.frozen_weights import resolve_frozen
 from onellm_dist.train.optim.optimizers import check_optim
 from onellm_dist.train.pack_budget import PackBudget, resolve_budget
 from onellm_dist.train.records.events import Events
@@ -118,7 +119,7 @@ def open_inputs(
         session: what this start holds.
 
     Returns:
-        The recipe with its token budgets, the inputs, and where the weights of the model come from.
+        The recipe with what was `auto`, the inputs, and where the weights of the model come from.
 
     Raises:
         UsageError: the model or a dataset does not exist, or the recipe does not fit the
@@ -149,6 +150,7 @@ def open_inputs(
         for opened in plans:
             opened.corpus.exclusions = exclusions
         config, budget = resolve_budget(config, plans, session.dist)
+        config = resolve_frozen(config, plan, session.dist)
     inputs = Inputs(
         target=target,
         manifest=manifest,

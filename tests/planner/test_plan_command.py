@@ -17,8 +17,8 @@ from onellm_dist.planner.command import (
     make_cluster,
     make_planner,
     run_plan,
-    suggest_resident,
 )
+from onellm_dist.planner.frozen import decide_placement
 from onellm_dist.planner.hardware import all_gpu_kinds, find_gpus_here, get_gpu_kind
 from onellm_dist.planner.run_plan import build_model
 
@@ -94,10 +94,18 @@ def test_a_run_that_does_not_fit_says_what_it_needs(
 def test_frozen_weights_are_resident_where_that_fits_and_is_faster(recipe: Path) -> None:
     slow = PlanOptions(gpu="h100", nodes=2, gpus_per_node=2, network_gb_s=0.1)
     planner = make_planner(recipe, ["engine.name=fsdp"], slow)
-    assert "engine.frozen=resident fits too" in str(suggest_resident(planner, planner.config))
+    found = decide_placement(planner, planner.config)
+    assert found is not None and found.config.engine.frozen == "resident"
+    assert "they fit, and a step takes" in found.reason
     small = planner.cluster.gpu.model_copy(update={"memory_gb": 0.1})
     planner.cluster = replace(planner.cluster, gpu=small)
-    assert suggest_resident(planner, planner.config) is None
+    found = decide_placement(planner, planner.config)
+    assert found is not None and found.config.engine.frozen == "sharded"
+    assert "would not fit" in found.reason
+    alone = make_planner(recipe, ["engine.name=fsdp"], PlanOptions(gpu="h100", gpus_per_node=1))
+    found = decide_placement(alone, alone.config)
+    assert found is not None and found.config.engine.frozen == "sharded"
+    assert "no faster" in found.reason
     # Nothing is gathered that could stay, or the recipe says where weights lie.
     for keys in (
         ["engine.config=zero2"],
@@ -105,7 +113,7 @@ def test_frozen_weights_are_resident_where_that_fits_and_is_faster(recipe: Path)
         ["engine.name=fsdp", "engine.frozen=sharded"],
     ):
         planner = make_planner(recipe, keys, slow)
-        assert suggest_resident(planner, planner.config) is None
+        assert decide_placement(planner, planner.config) is None
 
 
 def test_wrong_recipes_are_refused_as_by_train(recipe: Path) -> None:

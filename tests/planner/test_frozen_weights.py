@@ -1,0 +1,85 @@
+"""`engine.frozen: auto`: what a start decides on devices that the planner knows, and on others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plain_counts import write_recipe
+
+from onellm_dist.config.load import load_config
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.train import frozen_weights
+from onellm_dist.train.frozen_weights import resolve_frozen
+
+H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+NUMA = "AMD EPYC 9999"
+
+
+@dataclass
+class SomeRanks:
+    """Ranks of two nodes, as far as a start asks them; all of them are this process."""
+
+    names: list[str]
+    world_size: int = 16
+    local_world_size: int = 8
+    is_rank_zero: bool = True
+    device: Any = None
+    told: list[Any] = field(default_factory=list)
+
+    def gather(self, _: str) -> list[str]:
+        return self.names
+
+    def broadcast(self, value: Any) -> Any:
+        self.told.append(value)
+        return value
+
+
+class SomePlan:
+    data_phases = (type("Phase", (), {"start": 0})(),)
+
+    def count_mean_text(self, _: int) -> int:
+        return 17
+
+
+@pytest.fixture(autouse=True)
+def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_weights, "name_device", lambda _: "asked of all ranks")
+
+
+def resolve(recipe: Path, keys: list[str], *names: str, **ranks: int) -> RunConfig:
+    config = load_config(recipe, keys)
+    dist: Any = SomeRanks([*names], **ranks)
+    plan: Any = SomePlan()
+    found = resolve_frozen(config, plan, dist)
+    assert found.model_copy(update={"engine": config.engine}) == config
+    return found
+
+
+@pytest.mark.slow
+def test_a_start_decides_by_the_devices_at_hand(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    fsdp = ["engine.name=fsdp"]
+    assert resolve(recipe, fsdp, H100).engine.frozen == "resident"
+    assert resolve(recipe, fsdp, H100, H200).engine.frozen == "resident"
+    # One rank gathers nothing, so that nothing would be faster.
+    assert resolve(recipe, fsdp, H100, world_size=1, local_world_size=1).engine.frozen == "sharded"
+    # The planner knows no such devices, or only those of some ranks.
+    assert resolve(recipe, fsdp, NUMA).engine.frozen == "auto"
+    assert resolve(recipe, fsdp, H100, NUMA).engine.frozen == "auto"
+    # The recipe says it, or the engine leaves no choice.
+    assert resolve(recipe, [*fsdp, "engine.frozen=sharded"], H100).engine.frozen == "sharded"
+    for name in ("zero2", "zero3"):
+        assert resolve(recipe, [f"engine.config={name}"], H100).engine.frozen == "auto"
+
+
+def test_what_cannot_be_planned_is_sharded_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = write_recipe(tmp_path)
+    keys = ["engine.name=fsdp", "data.mixture=[{path: mine}]"]  # nobody says what is in it
+    with caplog.at_level("WARNING"):
+        assert resolve(recipe, keys, H100).engine.frozen == "auto"
+    assert "the planner cannot say" in caplog.text
