@@ -136,6 +136,10 @@ class TrainSection(Section):
     """How norms, activation functions, rotary positions and the loss are computed. `plain`: one
     torch operation after another. `fused`: in fewer kernels, which keep less for backward, and in
     bf16 round less often. `auto`: `fused` on a CUDA device, else `plain`."""
+    compile: Literal["none", "blocks"] = "none"
+    """Whether torch.compile fuses what stands before and behind attention in each block of encoder,
+    UPM and LLM. `blocks`: yes; compiling takes a few minutes in the first steps, and new shapes of
+    packs compile nothing. Not under ZeRO-3, nor with `activation_checkpointing=selective`."""
     log_every: PositiveInt = 1
     """Steps between two lines of metrics on the terminal. `metrics.jsonl` has every step."""
     loss: str = "cross_entropy"
@@ -164,6 +168,15 @@ class TrainSection(Section):
             )
         if self.steps is None and self.epochs is None:
             raise ValueError(NO_LENGTH)
+        return self
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> TrainSection:
+        if self.compile == "blocks" and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "train.compile=blocks with train.activation_checkpointing=selective: single "
+                "operations cannot be chosen within what is compiled; use none or full"
+            )
         return self
 
     @model_validator(mode="after")

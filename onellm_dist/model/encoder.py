@@ -119,6 +119,9 @@ class EncoderAttention(nn.Module):
         bias: whether queries, keys and values have biases.
     """
 
+    attend = staticmethod(packed_attention)
+    """Computes attention (`compiled_blocks` puts an untraced one in its place)."""
+
     def __init__(self, width: int, heads: int, *, bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
@@ -130,7 +133,7 @@ class EncoderAttention(nn.Module):
         tokens, width = x.shape
         # q, k and v: [T, H, D/H] each.
         q, k, v = self.qkv(x).reshape(tokens, 3, self.heads, width // self.heads).unbind(1)
-        attended = packed_attention(q, k, v, seq_lengths).reshape(tokens, width)
+        attended = self.attend(q, k, v, seq_lengths).reshape(tokens, width)
         return cast(torch.Tensor, self.out(attended))
 
 

@@ -29,6 +29,8 @@ class KernelChoice:
     reason: str = "plain torch"
     modules: dict[str, int] = field(default_factory=dict)
     """Name of each fused form to the modules that run it; the loss counts as one."""
+    compiled: dict[str, int] = field(default_factory=dict)
+    """Class of blocks to how many of them are compiled (`train.compile`)."""
 
     def __str__(self) -> str:
         """The choice, its reason, and the modules."""

@@ -45,6 +45,9 @@ class UPMAttention(nn.Module):
         heads: H.
     """
 
+    attend = staticmethod(packed_attention)
+    """Computes attention (`compiled_blocks` puts an untraced one in its place)."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -62,7 +65,7 @@ class UPMAttention(nn.Module):
             y.reshape(len(y), self.heads, width // self.heads)
             for y in (self.q(queries), self.k(x), self.v(x))
         )
-        attended = packed_attention(q, k, v, seq_lengths).reshape(len(queries), width)
+        attended = self.attend(q, k, v, seq_lengths).reshape(len(queries), width)
         return cast(torch.Tensor, self.out(attended))
 
 

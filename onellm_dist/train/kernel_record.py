@@ -28,6 +28,8 @@ def record_kernels(
         "modules": choice.modules,
         "attention": trace_parts(model, device, dtype),
     }
+    if choice.compiled:
+        found["compiled"] = choice.compiled
     if choice.fused:
         ran = try_fused_kernels(device, dtype)
         found["ran"] = {name: ran[name] for name in choice.modules}

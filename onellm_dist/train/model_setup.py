@@ -9,6 +9,7 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.modalities import all_modalities
+from onellm_dist.model.compiled_blocks import compile_blocks
 from onellm_dist.model.lazy_weights import InitialWeights
 from onellm_dist.model.lora import AdapterWeights, add_adapters
 from onellm_dist.model.modality_tokens import find_idle_passes
@@ -69,6 +70,8 @@ def prepare_model(
     model.idle_passes = find_idle_passes(model, inputs.all_modalities)
     model.set_loss(train.loss)
     kernels = set_kernels(model, train.kernels, device_type)
+    if train.compile == "blocks":
+        kernels = replace(kernels, compiled=compile_blocks(model))
     enable_activation_checkpointing(model, train.activation_checkpointing)
     model.train()
     parts = summarize_parts(model, config.optim, parameters)

@@ -250,6 +250,14 @@ class EngineDescription(ABC):
             UsageError: the section is wrong.
         """
 
+    def hooks_within_blocks(self, section: EngineSection) -> bool:
+        """Whether modules inside a transformer block have hooks, which cannot be compiled.
+
+        Args:
+            section: a section that `check` accepts.
+        """
+        return False
+
     def find_untimed(self, section: EngineSection) -> str | None:
         """What of these settings the planner cannot time; None: nothing.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.optim.base import OptimizerComponent
@@ -55,6 +56,12 @@ def make_settings(
     bf16 = config.train.precision == "bf16"
     description = get_engine(config.engine.name)
     description.check(config.engine, bf16=bf16)
+    if config.train.compile == "blocks" and description.hooks_within_blocks(config.engine):
+        raise UsageError(
+            f"train.compile=blocks under {description.describe(config.engine)}",
+            "it gathers weights within a block, in hooks that cannot be compiled.",
+            "use engine.name=fsdp or ZeRO-1 or 2 (engine.config), or train.compile=none.",
+        )
     return EngineSettings(
         world_size=world_size,
         device=device,

@@ -176,6 +176,9 @@ class DeepSpeedDescription(EngineDescription):
             whole.backward_us + frozen_blocks * (HOST_COSTS_LEAVES.backward_us - whole.backward_us),
         )
 
+    def hooks_within_blocks(self, section: EngineSection) -> bool:
+        return get_zero_stage(load_ds_config(section.config)) == 3
+
     def find_untimed(self, section: EngineSection) -> str | None:
         config = load_ds_config(section.config)
         zero = config.get("zero_optimization", {})
