@@ -55,13 +55,18 @@ class PlanOptions:
 
 
 def make_planner(recipe: Path | str, overrides: Sequence[str], options: PlanOptions) -> Planner:
-    """The planner of a recipe.
+    """The planner of a recipe; unless it searches, with `engine.frozen` as a start would decide.
 
     Raises:
         UsageError: the recipe or an option is wrong, or something that is needed is not known.
     """
     make_cluster(options)  # what the options lack is said before what the recipe lacks
-    return make_config_planner(load_planned_config(recipe, overrides), options)
+    planner = make_config_planner(load_planned_config(recipe, overrides), options)
+    placement = None if options.search else decide_placement(planner, planner.config)
+    if placement is not None:
+        planner.config = placement.config
+        planner.data = replace(planner.data, notes=(*planner.data.notes, placement.describe()))
+    return planner
 
 
 def make_config_planner(config: RunConfig, options: PlanOptions) -> Planner:
@@ -114,10 +119,7 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
     notes = [*planner.data.notes]
     if (placement := decide_placement(planner, config)) is not None:
         config = placement.config
-        notes.append(
-            f"engine.frozen={config.engine.frozen} for frozen weights, as a start would decide "
-            f"(auto): {placement.reason}"
-        )
+        notes.append(placement.describe())
     plan = planner.plan(config)
     untimed = get_engine(config.engine.name).find_untimed(config.engine)
     if untimed is not None:

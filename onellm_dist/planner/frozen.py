@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onellm_dist.common.errors import UsageError
-from onellm_dist.config.schema import EngineSection, RunConfig
+from onellm_dist.config.schema import RunConfig
 from onellm_dist.planner.run_plan import Planner
-from onellm_dist.train.engine.select import get_engine
+from onellm_dist.train.engine.frozen import list_placements
 
 WORTH = 0.005
 """Share of a step that must be gained before memory is spent on it."""
@@ -23,27 +22,10 @@ class Placement:
     config: RunConfig
     reason: str
 
-
-def list_placements(section: EngineSection, *, bf16: bool) -> list[EngineSection]:
-    """What a section may become: `sharded`, then `resident`.
-
-    Args:
-        section: the recipe's `engine` section.
-        bf16: whether the model computes in bf16.
-
-    Returns:
-        The section alone, if it says where frozen weights lie or its engine leaves no choice.
-    """
-    if section.frozen != "auto":
-        return [section]
-    engine = get_engine(section.name)
-    found = [section.model_copy(update={"frozen": name}) for name in ("sharded", "resident")]
-    try:
-        for choice in found:
-            engine.check(choice, bf16=bf16)
-    except UsageError:
-        return [section]
-    return found
+    def describe(self) -> str:
+        """The decision, for people."""
+        frozen = self.config.engine.frozen
+        return f"engine.frozen={frozen}, as a start would decide (auto): {self.reason}"
 
 
 def decide_placement(planner: Planner, config: RunConfig) -> Placement | None:

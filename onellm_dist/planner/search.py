@@ -17,10 +17,10 @@ from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.model.recompute import MODES
-from onellm_dist.planner.frozen import list_placements
 from onellm_dist.planner.hardware import GIGA, load_assumptions
 from onellm_dist.planner.pack_shapes import measure_sizes
 from onellm_dist.planner.run_plan import Planner, vary
+from onellm_dist.train.engine.frozen import list_placements
 from onellm_dist.train.engine.select import all_engines, get_engine
 
 MOST_MICRO_BATCHES = 48

@@ -15,6 +15,7 @@ from onellm_dist.common.logging import get_logger
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.plan import Plan
 from onellm_dist.train.distributed import Distributed, name_device
+from onellm_dist.train.engine.frozen import list_placements
 
 FINDER = "onellm_dist.planner.budgets:find_placement"
 """The planner knows training, so training knows it by this name alone."""
@@ -33,7 +34,7 @@ def resolve_frozen(config: RunConfig, plan: Plan, dist: Distributed) -> RunConfi
         The recipe with `engine.frozen` decided; as it is, where it says so itself, the engine
         leaves no choice, or the planner does not know the devices (they are sharded then).
     """
-    if config.engine.frozen != "auto":
+    if len(list_placements(config.engine, bf16=config.train.precision == "bf16")) < 2:
         return config
     names = sorted(set(dist.gather(name_device(dist.device))))
     found = _ask(config, plan, dist, names) if dist.is_rank_zero else None

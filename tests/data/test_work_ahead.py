@@ -32,9 +32,12 @@ def test_the_next_step_is_planned_and_this_one_is_described(
     assert work_ahead(plan, 0, 3, ranks(1)) is None
     made: list[int] = []
     assign = plan._assign
-    monkeypatch.setattr(
-        plan, "_assign", lambda step, world: made.append(step) or assign(step, world)
-    )
+
+    def note(step: int, world: int) -> Any:
+        made.append(step)
+        return assign(step, world)
+
+    monkeypatch.setattr(plan, "_assign", note)
     assert work_ahead(plan, 0, 3, ranks()) == plan.digest(0) != plan.digest(1)
     assert made == []  # the plan of step 1 was kept
     assert work_ahead(plan, 1, 3, ranks()) == plan.digest(1)
@@ -60,7 +63,11 @@ def test_it_is_done_between_the_queued_reduction_and_the_wait(
     order: list[str] = []
 
     def note(name: str, value: Any = None) -> Any:
-        return lambda *_, **__: order.append(name) or value
+        def run(*_: Any, **__: Any) -> Any:
+            order.append(name)
+            return value
+
+        return run
 
     monkeypatch.setattr(trainer_module, "work_ahead", note("ahead", "abc"))
     anything: Any = SimpleNamespace

@@ -9,7 +9,6 @@ import torch
 from packs import empty_pack, make_pack, relative, small_model
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.model import compiled_blocks
 from onellm_dist.model.compiled_blocks import compile_blocks
 from onellm_dist.packed import PackedBatch
 
@@ -65,7 +64,7 @@ def test_a_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatc
     def fail(*_: object, **__: object) -> object:
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(compiled_blocks.torch, "compile", fail)
+    monkeypatch.setattr(torch, "compile", fail)
     model = small_model(modalities=("imu",))
     with pytest.raises(UsageError, match=r"train\.compile=blocks.*no C\+\+ compiler"):
         compile_blocks(model)

@@ -15,7 +15,6 @@ from stage_setup import make_groups
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.load import load_config
 from onellm_dist.config.train_sections import OptimSection
-from onellm_dist.model import compiled_blocks
 from onellm_dist.model.compiled_blocks import compile_blocks
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.engine.select import get_engine
@@ -54,8 +53,15 @@ def test_an_engine_and_recomputation_stay_around_what_is_compiled(
 ) -> None:
     """Traced as for inductor, but run by torch, which takes no compiler."""
     compile_eagerly = partial(torch.compile, backend="eager")
-    monkeypatch.setattr(compiled_blocks.torch, "compile", compile_eagerly)
-    norms, kept = [], []
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    norms: list[torch.Tensor] = []
+    kept: list[int] = []
+    saved: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.nbytes)
+        return tensor
+
     for compiled in (False, True):
         model = small_model(modalities=("imu",))
         if compiled:
@@ -64,10 +70,8 @@ def test_an_engine_and_recomputation_stay_around_what_is_compiled(
         engine = wrap(model)
         losses = []
         for seed in range(3):
-            saved: list[int] = []
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda t, saved=saved: saved.append(t.nbytes) or t, lambda t: t
-            ):
+            saved.clear()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 loss, _, _ = engine.forward(make_pack([("imu",), ()], [7 + seed, 5]), last=True)
             engine.backward(loss, 10 + seed)
             losses.append(loss.detach())

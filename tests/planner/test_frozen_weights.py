@@ -49,7 +49,7 @@ def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen_weights, "name_device", lambda _: "asked of all ranks")
 
 
-def resolve(recipe: Path, keys: list[str], *names: str, **ranks: int) -> RunConfig:
+def resolve(recipe: Path, keys: list[str], *names: str, **ranks: Any) -> RunConfig:
     config = load_config(recipe, keys)
     dist: Any = SomeRanks([*names], **ranks)
     plan: Any = SomePlan()

@@ -20,7 +20,7 @@ from onellm_dist.planner.command import (
 )
 from onellm_dist.planner.frozen import decide_placement
 from onellm_dist.planner.hardware import all_gpu_kinds, find_gpus_here, get_gpu_kind
-from onellm_dist.planner.run_plan import build_model
+from onellm_dist.planner.run_plan import build_model, vary
 
 H100 = PlanOptions(gpu="h100", gpus_per_node=2)
 
@@ -94,18 +94,16 @@ def test_a_run_that_does_not_fit_says_what_it_needs(
 def test_frozen_weights_are_resident_where_that_fits_and_is_faster(recipe: Path) -> None:
     slow = PlanOptions(gpu="h100", nodes=2, gpus_per_node=2, network_gb_s=0.1)
     planner = make_planner(recipe, ["engine.name=fsdp"], slow)
-    found = decide_placement(planner, planner.config)
-    assert found is not None and found.config.engine.frozen == "resident"
-    assert "they fit, and a step takes" in found.reason
+    assert planner.config.engine.frozen == "resident"
+    assert "they fit, and a step takes" in planner.data.notes[-1]
+    auto = vary(planner.config, {"engine.frozen": "auto"})
     small = planner.cluster.gpu.model_copy(update={"memory_gb": 0.1})
     planner.cluster = replace(planner.cluster, gpu=small)
-    found = decide_placement(planner, planner.config)
+    found = decide_placement(planner, auto)
     assert found is not None and found.config.engine.frozen == "sharded"
     assert "would not fit" in found.reason
     alone = make_planner(recipe, ["engine.name=fsdp"], PlanOptions(gpu="h100", gpus_per_node=1))
-    found = decide_placement(alone, alone.config)
-    assert found is not None and found.config.engine.frozen == "sharded"
-    assert "no faster" in found.reason
+    assert alone.config.engine.frozen == "sharded" and "no faster" in alone.data.notes[-1]
     # Nothing is gathered that could stay, or the recipe says where weights lie.
     for keys in (
         ["engine.config=zero2"],
