@@ -302,8 +302,8 @@ class Reader:
         zeros: dict[str, list[torch.Tensor]] = {}
         for name in spans:
             modality = corpus.modalities[name]
-            zero = torch.zeros(modality.value_shape, dtype=modality.loader_dtype)
-            zeros.setdefault(name, []).append(zero)
+            value = torch.zeros(modality.value_shape, dtype=modality.loader_dtype)
+            zeros.setdefault(name, []).append(value)
         ids = [corpus.text_encoder.bos] * ref.text_tokens
         labels = [IGNORE] * ref.text_tokens
         return _Sample(ids, labels, zeros, spans, reason=reason)

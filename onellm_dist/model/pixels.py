@@ -14,8 +14,8 @@ from onellm_dist.model.sequence_lengths import to_device_tensor
 def normalise_pixels(pixels: torch.Tensor) -> torch.Tensor:
     """Apply CLIP's mean and standard deviation: the numbers of `transforms.crops.normalise`.
 
-    The divisors are tensors: by a host's number, CUDA multiplies with the reciprocal, which rounds
-    otherwise.
+    It divides by tensors: in place of a division by a host's number, CUDA multiplies with the
+    reciprocal, which rounds otherwise.
 
     Args:
         pixels: [..., 3, height, width] uint8.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from onellm_dist.common.run_files import CHECKPOINTS, SAMPLES
@@ -56,7 +55,7 @@ def assemble_trainer(
     callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
     target, preemption = _find_target(config, session)
     config, inputs, weights = setup.open_inputs(config, target=target, session=session)
-    settings = replace(settings, frozen_resident=config.engine.frozen == "resident")
+
     prepared = prepare_model(config, inputs=inputs, weights=weights, device_type=dist.device.type)
     meter = StepMeter(MetricSet(), FlopCounter(inputs.model, inputs.plan.corpus), dist)  # unsharded
     router = RouterWatch(inputs.model, inputs.modalities)

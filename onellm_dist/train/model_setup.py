@@ -118,7 +118,8 @@ def shard_model(
             )
         groups = build_parameter_groups(model, prepared.parameters.rates)
         engine_class = get_engine(config.engine.name).load()
-        parts = replace(settings, parts=map_parts(model))
+        resident = config.engine.frozen == "resident"  # decided since the settings were made
+        parts = replace(settings, parts=map_parts(model), frozen_resident=resident)
         torch_groups = [group.to_torch() for group in groups]
         engine = engine_class.wrap(model, torch_groups, parts, prepared.weights)
     session.hold(engine.close)

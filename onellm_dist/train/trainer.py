@@ -132,9 +132,9 @@ class Trainer:
 
     def begin_at(self, first_step: int) -> None:
         """Make `first_step` the next step; records of it and of later ones are dropped."""
-        run_dir, is_rank_zero = self.config.run.dir, self.dist.is_rank_zero
-        lost = drop_repeated_lines(run_dir, first_step) if is_rank_zero else (0, 0.0)
-        lost_steps, lost_seconds = lost
+        lost_steps, lost_seconds = 0, 0.0
+        if self.dist.is_rank_zero:
+            lost_steps, lost_seconds = drop_repeated_lines(self.config.run.dir, first_step)
         self.state.begin(first_step, lost_steps=lost_steps, lost_seconds=lost_seconds)
         self.heartbeat.steps_done = first_step
         self.sample_log.begin(first_step)

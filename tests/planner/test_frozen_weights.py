@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from plain_counts import write_recipe
 
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.planner.hardware import get_gpu_kind
 from onellm_dist.train import frozen_weights
 from onellm_dist.train.frozen_weights import resolve_frozen
 
@@ -27,13 +28,11 @@ class SomeRanks:
     local_world_size: int = 8
     is_rank_zero: bool = True
     device: Any = None
-    told: list[Any] = field(default_factory=list)
 
     def gather(self, _: str) -> list[str]:
         return self.names
 
     def broadcast(self, value: Any) -> Any:
-        self.told.append(value)
         return value
 
 
@@ -59,8 +58,13 @@ def resolve(recipe: Path, keys: list[str], *names: str, **ranks: Any) -> RunConf
 
 
 @pytest.mark.slow
-def test_a_start_decides_by_the_devices_at_hand(tmp_path: Path) -> None:
+def test_a_start_decides_by_the_devices_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = write_recipe(tmp_path)
+    # A network so slow that the traffic of a toy model counts.
+    slow = get_gpu_kind("h100").model_copy(update={"node_network_gb_s": 0.1})
+    monkeypatch.setattr("onellm_dist.planner.command.get_gpu_kind", lambda _: slow)
     fsdp = ["engine.name=fsdp"]
     assert resolve(recipe, fsdp, H100).engine.frozen == "resident"
     assert resolve(recipe, fsdp, H100, H200).engine.frozen == "resident"
