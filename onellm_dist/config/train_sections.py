@@ -139,7 +139,8 @@ class TrainSection(Section):
     compile: Literal["none", "blocks"] = "none"
     """Whether torch.compile fuses what stands before and behind attention in each block of encoder,
     UPM and LLM. `blocks`: yes; compiling takes a few minutes in the first steps, and new shapes of
-    packs compile nothing. Not under ZeRO-3, nor with `activation_checkpointing=selective`."""
+    packs compile nothing. Not under ZeRO-3, nor with `activation_checkpointing=selective`, nor with
+    rounded weights (`engine.frozen_weights`)."""
     log_every: PositiveInt = 1
     """Steps between two lines of metrics on the terminal. `metrics.jsonl` has every step."""
     loss: str = "cross_entropy"

@@ -49,7 +49,7 @@ def find_budget(
 def find_placement(
     config: RunConfig, *, device_name: str, nodes: int, ranks_per_node: int, text_tokens: int
 ) -> Placement | None:
-    """Decide where frozen weights lie; `train/frozen_weights.py` asks.
+    """Decide where frozen weights lie; `train/frozen_placement.py` asks.
 
     Args:
         config: the recipe, with numbers for token budgets.

@@ -37,7 +37,7 @@ from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.frozen_weights import check_frozen_weights
 from onellm_dist.train.engine.settings import EngineSettings, make_settings
-from onellm_dist.train.frozen_weights import resolve_frozen
+from onellm_dist.train.frozen_placement import resolve_frozen
 from onellm_dist.train.optim.optimizers import check_optim
 from onellm_dist.train.pack_budget import PackBudget, resolve_budget
 from onellm_dist.train.records.events import Events

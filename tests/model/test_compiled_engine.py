@@ -89,6 +89,9 @@ def test_what_cannot_be_compiled_is_refused() -> None:
     recipe, compiled = "toy/align_image", ["train.compile=blocks"]
     for keys in (["engine.config=zero2"], ["engine.name=fsdp", "engine.config="]):
         make_settings(load_config(recipe, [*compiled, *keys]), world_size=1, device=CPU)
+    rounded = load_config(recipe, [*compiled, "engine.config=zero2", "engine.frozen_weights=int8"])
+    with pytest.raises(UsageError, match=r"train\.compile=blocks with engine\.frozen_weights"):
+        make_settings(rounded, world_size=1, device=CPU)
     zero3 = load_config(recipe, [*compiled, "engine.config=zero3"])
     with pytest.raises(UsageError, match=r"train\.compile=blocks under DeepSpeed ZeRO-3"):
         make_settings(zero3, world_size=1, device=CPU)

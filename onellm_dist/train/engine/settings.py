@@ -56,6 +56,12 @@ def make_settings(
     bf16 = config.train.precision == "bf16"
     description = get_engine(config.engine.name)
     description.check(config.engine, bf16=bf16)
+    if config.train.compile == "blocks" and config.engine.frozen_weights != "plain":
+        raise UsageError(
+            f"train.compile=blocks with engine.frozen_weights={config.engine.frozen_weights}",
+            "compiled layers of rounded weights have not been shown to give the same numbers.",
+            "use engine.frozen_weights=plain, or train.compile=none.",
+        )
     if config.train.compile == "blocks" and description.hooks_within_blocks(config.engine):
         raise UsageError(
             f"train.compile=blocks under {description.describe(config.engine)}",

@@ -12,8 +12,8 @@ from plain_counts import write_recipe
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.planner.hardware import get_gpu_kind
-from onellm_dist.train import frozen_weights
-from onellm_dist.train.frozen_weights import resolve_frozen
+from onellm_dist.train import frozen_placement
+from onellm_dist.train.frozen_placement import resolve_frozen
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 NUMA = "AMD EPYC 9999"
@@ -45,7 +45,7 @@ class SomePlan:
 
 @pytest.fixture(autouse=True)
 def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen_weights, "name_device", lambda _: "asked of all ranks")
+    monkeypatch.setattr(frozen_placement, "name_device", lambda _: "asked of all ranks")
 
 
 def resolve(recipe: Path, keys: list[str], *names: str, **ranks: Any) -> RunConfig:
