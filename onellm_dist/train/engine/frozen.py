@@ -17,7 +17,7 @@ def list_placements(section: EngineSection, *, bf16: bool) -> list[EngineSection
     Returns:
         The section alone, if it says where frozen weights lie or its engine leaves no choice.
     """
-    if section.frozen != "auto":
+    if section.frozen != "auto" or section.frozen_weights != "plain":  # quantised: on every rank
         return [section]
     engine = get_engine(section.name)
     found = [section.model_copy(update={"frozen": name}) for name in ("sharded", "resident")]
