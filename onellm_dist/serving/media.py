@@ -15,8 +15,9 @@ from onellm_dist.common.workers.samples import SampleFunction, SampleLimits, Sam
 from onellm_dist.common.workers.sandbox import decoding, get_data_bytes
 from onellm_dist.common.workers.words import PoolWords
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.modalities.base import Modality, translate_errors
+from onellm_dist.modalities.base import Modality
 from onellm_dist.modalities.files import read_file_spans
+from onellm_dist.modalities.library_faults import translate_errors
 
 if TYPE_CHECKING:
     import torch

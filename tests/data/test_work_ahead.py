@@ -89,6 +89,7 @@ def test_it_is_done_between_the_queued_reduction_and_the_wait(
         count_modalities=lambda _: {},
         totals=anything(reduce=note("reduce"), read=note("read", "values")),
     )
-    assert Trainer._reduce(fake, anything(step=3), local) == "values"
+    values: Any = Trainer._reduce(fake, anything(step=3), local)
+    assert values == "values"
     assert order == ["enter", "record", "reduce", "ahead", "read"]
     assert local.sample_digest == "abc"

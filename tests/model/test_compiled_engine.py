@@ -11,6 +11,7 @@ import pytest
 import torch
 from packs import make_pack, relative, small_model
 from stage_setup import make_groups
+from torch.distributed import FileStore
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.load import load_config
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path / "ranks"), 1)
+    store = FileStore(str(tmp_path / "ranks"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

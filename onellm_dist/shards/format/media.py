@@ -19,7 +19,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.common.media_size import MediaSize, SampleMedium
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import Modality, Part, get_modality
-from onellm_dist.modalities.base import translate_errors
+from onellm_dist.modalities.library_faults import translate_errors
 from onellm_dist.shards.format.names import find_readable_modalities, get_known_extensions
 
 LISTED = {"media": "listed"}
