@@ -11,7 +11,7 @@ import pytest
 import torch
 from packs import make_pack, relative, small_model
 from stage_setup import make_groups
-from torch.distributed import FileStore
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # not in its __all__
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.load import load_config
