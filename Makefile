@@ -10,7 +10,7 @@ DEMO_OUT ?= demo_run
 INTEGRATION_OUT ?= integration_run
 ABLATIONS_OUT ?= ablations_run
 # Four processes on two cores: many tests wait for others. tests/conftest.py orders the files.
-PARALLEL := -n 5 --dist loadfile --no-loadscope-reorder
+PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 SLOW_REPORT := --durations=10
 COVERAGE := --cov=onellm_dist --cov-report=term:skip-covered --cov-report=xml
 
