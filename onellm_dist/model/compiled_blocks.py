@@ -23,12 +23,13 @@ _CHECKPOINTING = "forward_with_checkpointing"
 """What transformers (5.23) wraps the forward of each class of layers in, subclasses included."""
 
 
-def compile_blocks(model: Any) -> dict[str, int]:
+def compile_blocks(model: Any, device_type: str) -> dict[str, int]:
     """Let inductor compile the blocks of encoder, UPM and LLM, each kind when it first runs.
 
     Args:
         model: a OneLLM, whose kernels and adapters are set. It is not sharded yet: an engine's
             hooks stay outside of what is compiled.
+        device_type: type of the device that computes.
 
     Returns:
         Name of each class of blocks to how many there are.
@@ -36,7 +37,7 @@ def compile_blocks(model: Any) -> dict[str, int]:
     Raises:
         UsageError: nothing can be compiled on this machine.
     """
-    check_compiler()
+    check_compiler(device_type)
     untraced: Any = torch.compiler.disable(packed_attention)
     for module in model.modules():
         if isinstance(module, EncoderAttention | UPMAttention):
@@ -68,18 +69,32 @@ def _compile_class(kind: Any) -> type:
     return type(kind.__name__, (kind,), members)
 
 
-def check_compiler() -> None:
-    """Compile a small function.
+def check_compiler(device_type: str) -> None:
+    """Compile a small function, and run it on the device that computes.
+
+    Args:
+        device_type: type of that device; processors and GPUs have different compilers.
 
     Raises:
-        UsageError: that fails.
+        UsageError: that fails, or torch.compile does nothing.
     """
+    what = "train.compile=blocks: torch.compile"
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(4))
+        found = torch.compile(_add_if_compiled)(torch.zeros(4, device=device_type))
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UsageError(
-            f"train.compile=blocks: torch.compile fails here: {type(error).__name__}: {reason}",
+            f"{what} fails on {device_type}: {type(error).__name__}: {reason}",
             "inductor needs a C++ compiler on the CPU, and Triton and a C compiler on a GPU.",
             "install them, or use train.compile=none.",
         ) from error
+    if not found.all():
+        raise UsageError(
+            f"{what} is switched off",
+            "TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE is set, so that nothing is compiled.",
+            "unset it, or use train.compile=none.",
+        )
+
+
+def _add_if_compiled(x: torch.Tensor) -> torch.Tensor:
+    return x + float(torch.compiler.is_compiling())

@@ -7,6 +7,7 @@ form computes. A family with other norms, MLPs or rotations keeps its own code.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -155,9 +156,18 @@ def _takes_part(own: Callable[..., Any], q: torch.Tensor, k: torch.Tensor) -> bo
 
 def _bind_rotation(module: nn.Module) -> Any:
     """The forward of the module's class, but with the fused rotation."""
-    own: Any = type(module).forward
-    names = {**own.__globals__, ROTATION: rotate}
-    bound = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    return _replace_rotation(type(module).forward)
+
+
+@functools.cache
+def _replace_rotation(own: Any) -> Any:
+    """One function for all modules of a class, with a code object of its own.
+
+    torch.compile keeps what it compiled with the code object, and names that in the globals of the
+    function that it met first: another function of the same code would not find it there.
+    """
+    code, names = own.__code__.replace(), {**own.__globals__, ROTATION: rotate}
+    bound = FunctionType(code, names, own.__name__, own.__defaults__, own.__closure__)
     bound.__kwdefaults__ = own.__kwdefaults__
     return bound
 

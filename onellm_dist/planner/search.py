@@ -13,6 +13,7 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import EngineSection, RunConfig
+from onellm_dist.config.train_sections import TrainSection
 from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities import SPAN_TOKENS
@@ -20,6 +21,7 @@ from onellm_dist.model.recompute import MODES
 from onellm_dist.planner.hardware import GIGA, load_assumptions
 from onellm_dist.planner.pack_shapes import measure_sizes
 from onellm_dist.planner.run_plan import Planner, vary
+from onellm_dist.train.engine.compile_check import check_compile
 from onellm_dist.train.engine.frozen import list_placements
 from onellm_dist.train.engine.select import all_engines, get_engine
 
@@ -56,7 +58,8 @@ def make_space(planner: Planner) -> SearchSpace:
     """Budgets for different numbers of micro-batches, all recomputation, all engines.
 
     The recipe's own values are among them, but for an engine whose steps cannot be timed. A budget
-    holds the longest sample that the recipe allows.
+    holds the longest sample that the recipe allows. What `train.compile` cannot compile is left
+    out.
     """
     config, cluster = planner.config, planner.cluster
     own = get_engine(config.engine.name)
@@ -68,9 +71,21 @@ def make_space(planner: Planner) -> SearchSpace:
         ):
             section = EngineSection.model_validate({**choice, **kept})
             engine.check(section, bf16=config.train.precision == "bf16")
-            engines += [section] if section not in engines else []
+            if section not in engines and _can_compile(section, config.train):
+                engines.append(section)
+    modes: tuple[str, ...] = MODES
+    if config.train.compile == "blocks":
+        modes = tuple(mode for mode in MODES if mode != "selective")
     budgets = dict.fromkeys([read_budget(config.data), *list_budgets(planner)])
-    return SearchSpace(tuple(budgets), MODES, tuple(engines))
+    return SearchSpace(tuple(budgets), modes, tuple(engines))
+
+
+def _can_compile(engine: EngineSection, train: TrainSection) -> bool:
+    try:
+        check_compile(engine, train)
+    except UsageError:
+        return False
+    return True
 
 
 def list_budgets(planner: Planner, least: TokenBudget | None = None) -> Iterator[TokenBudget]:

@@ -53,7 +53,8 @@ def prepare_model(
 
     Raises:
         UsageError: a rule matches nothing, nothing would train, new rows of span positions would
-            not, or the recipe names a modality or loss that does not exist.
+            not, the recipe names a modality or loss that does not exist, or nothing can be
+            compiled here.
     """
     model, train = inputs.model, config.train
     if config.model.init_from_image:
@@ -71,7 +72,7 @@ def prepare_model(
     model.set_loss(train.loss)
     kernels = set_kernels(model, train.kernels, device_type)
     if train.compile == "blocks":
-        kernels = replace(kernels, compiled=compile_blocks(model))
+        kernels = replace(kernels, compiled=compile_blocks(model, device_type))
     enable_activation_checkpointing(model, train.activation_checkpointing)
     model.train()
     parts = summarize_parts(model, config.optim, parameters)

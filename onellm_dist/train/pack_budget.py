@@ -57,6 +57,8 @@ PARTS = {
     "data": ("global_batch", "max_text_tokens", "mixture", "spans", "text_format"),
     "train": (
         "activation_checkpointing",
+        "compile",
+        "encoder",
         "kernels",
         "lora",
         "loss",

@@ -118,6 +118,7 @@ def _check_data(sections: Sections) -> Iterator[UsageError]:
 
 def _check_parts(sections: Sections) -> Iterator[UsageError]:
     """The engine, the optimizer, trackers and callbacks."""
+    from onellm_dist.train.engine.compile_check import check_compile
     from onellm_dist.train.engine.frozen_weights import check_frozen_weights
     from onellm_dist.train.engine.select import get_engine
     from onellm_dist.train.optim.optimizers import check_optim
@@ -126,9 +127,12 @@ def _check_parts(sections: Sections) -> Iterator[UsageError]:
     train = cast("TrainSection | None", sections.get("train"))
     if engine is not None:
         bf16 = train is None or train.precision == "bf16"
-        yield from _collect(get_engine(engine.name).check, engine, bf16=bf16)
+        wrong = [*_collect(get_engine(engine.name).check, engine, bf16=bf16)]
+        yield from wrong
         if train is not None:
             yield from _collect(check_frozen_weights, engine, train)
+            if not wrong:
+                yield from _collect(check_compile, engine, train)
     optim = cast("OptimSection | None", sections.get("optim"))
     if optim is not None:
         known = () if train is None else (train.parameters, train.steps)

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,11 @@ def _impatient(seconds: float, rank: int) -> None:
     run_directory.LOCK_PATIENCE_S = seconds
 
 
+def _no_inductor(_: bool, rank: int) -> None:
+    """What is compiled is traced as for inductor, but run by torch: inductor would take minutes."""
+    torch.compile = partial(torch.compile, backend="eager")
+
+
 def _stop(step: int, rank: int) -> None:
     """The run is asked to stop in this step of the start (the first is 0)."""
     from onellm_dist.train.callbacks.preemption import Preemption
@@ -270,6 +276,7 @@ PLANTS: dict[str, Callable[[Any, int], None]] = {
     "slow_writes": _slow_writes,
     "slow_steps": _slow_steps,
     "impatient": _impatient,
+    "no_inductor": _no_inductor,
     "stop": _stop,
     "kill": _kill,
     "unreadable": _unreadable,

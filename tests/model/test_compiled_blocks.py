@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.model.compiled_blocks import compile_blocks
 from onellm_dist.packed import PackedBatch
 
+NAMES = ("image", "imu", "fmri")
 PACKS, SETTLED, MOST_GRAPHS = 50, 12, 48
 """New shapes; after how many nothing is compiled; graphs in all. Of those, 42 were seen: parts of
 three kinds of blocks, with and without gradients of their inputs, and for empty packs."""
@@ -31,29 +34,37 @@ def draw_packs() -> list[PackedBatch]:
     return packs
 
 
+def check_loss(given: torch.Tensor, wanted: torch.Tensor) -> None:
+    difference, size = (float(x.detach()) for x in (given - wanted, wanted))
+    assert abs(difference) <= BOUND * max(1.0, abs(size))
+
+
+def check_step(compiled: Any, plain: Any, pack: PackedBatch) -> None:
+    """Loss and gradients are those of the plain model."""
+    for model in (plain, compiled):
+        model.zero_grad()
+    wanted, given = plain(packed=pack).loss, compiled(packed=pack).loss
+    check_loss(given, wanted)
+    wanted.backward()
+    given.backward()
+    for (name, one), other in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None and other.grad is not None and other.grad.abs().max() > 1e-12:
+            assert relative(one.grad, other.grad) < 10 * BOUND, name
+
+
 @pytest.mark.soak
 def test_new_packs_compile_nothing_new_and_give_the_same_numbers() -> None:
     from torch._dynamo.utils import counters
 
-    names = ("image", "imu", "fmri")
-    plain, compiled = small_model(modalities=names), small_model(modalities=names)
+    plain, compiled = small_model(modalities=NAMES), small_model(modalities=NAMES)
     torch._dynamo.reset()
-    found = compile_blocks(compiled)
+    found = compile_blocks(compiled, "cpu")
     assert found == {"EncoderBlock": 2, "UPMBlock": 6, "LlamaDecoderLayer": 2}
     counters.clear()
     graphs = []
     for pack in draw_packs():
-        for model in (plain, compiled):
-            model.zero_grad()
-        wanted, given = plain(packed=pack).loss, compiled(packed=pack).loss
-        difference, size = (float(x.detach()) for x in (given - wanted, wanted))
-        assert abs(difference) <= BOUND * max(1.0, abs(size))
-        wanted.backward()
-        given.backward()
-        for (name, one), other in zip(compiled.named_parameters(), plain.parameters(), strict=True):
-            assert (one.grad is None) == (other.grad is None), name
-            if one.grad is not None and other.grad is not None and other.grad.abs().max() > 1e-12:
-                assert relative(one.grad, other.grad) < 10 * BOUND, name
+        check_step(compiled, plain, pack)
         graphs.append(counters["stats"]["unique_graphs"])
 
     assert 0 < graphs[-1] <= MOST_GRAPHS
@@ -61,10 +72,23 @@ def test_new_packs_compile_nothing_new_and_give_the_same_numbers() -> None:
 
 
 def test_a_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> object:
-        raise RuntimeError("no C++ compiler")
+    """It has a compiler for processors; the meta device stands for a GPU without Triton."""
 
-    monkeypatch.setattr(torch, "compile", fail)
-    model = small_model(modalities=("imu",))
-    with pytest.raises(UsageError, match=r"train\.compile=blocks.*no C\+\+ compiler"):
-        compile_blocks(model)
+    def compile_for_processors(_: object, **__: object) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            if x.is_meta:
+                raise RuntimeError("no Triton")
+            return x + 1
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_for_processors)
+    assert compile_blocks(small_model(modalities=("imu",)), "cpu")
+    with pytest.raises(UsageError, match=r"train\.compile=blocks.* on meta: .*no Triton"):
+        compile_blocks(small_model(modalities=("imu",)), "meta")
+
+
+def test_a_compiler_that_is_switched_off_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(UsageError, match=r"train\.compile=blocks.* is switched off"):
+        compile_blocks(small_model(modalities=("imu",)), "cpu")

@@ -17,6 +17,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.config.load import load_config
 from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.model.compiled_blocks import compile_blocks
+from onellm_dist.model.model_kernels import set_kernels
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings, make_settings
@@ -49,12 +50,16 @@ def wrap(model: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("kernels", ["plain", "fused"])
 def test_an_engine_and_recomputation_stay_around_what_is_compiled(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, kernels: str
 ) -> None:
     """Traced as for inductor, but run by torch, which takes no compiler."""
+    from torch._dynamo.utils import counters
+
     compile_eagerly = partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", compile_eagerly)
+    torch._dynamo.reset()
     norms: list[torch.Tensor] = []
     kept: list[int] = []
     saved: list[int] = []
@@ -65,8 +70,11 @@ def test_an_engine_and_recomputation_stay_around_what_is_compiled(
 
     for compiled in (False, True):
         model = small_model(modalities=("imu",))
+        set_kernels(model, kernels, "cpu")
         if compiled:
-            compile_blocks(model)
+            found = compile_blocks(model, "cpu")
+            assert found == {"EncoderBlock": 2, "UPMBlock": 6, "LlamaDecoderLayer": 2}
+            counters.clear()
         enable_activation_checkpointing(model, "full")
         engine = wrap(model)
         losses = []
@@ -80,6 +88,7 @@ def test_an_engine_and_recomputation_stay_around_what_is_compiled(
             assert engine.step(1e-3)
         norms.append(torch.stack(losses))
         kept.append(sum(saved))
+    assert counters["stats"]["unique_graphs"] > 0
     own, other = norms[: len(norms) // 2], norms[len(norms) // 2 :]
     assert all(relative(b, a) < 1e-6 for a, b in zip(own, other, strict=True))
     # Every block is recomputed: what is kept is that of blocks that are not compiled.

@@ -11,7 +11,7 @@ from torch import nn
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import EngineSection
-from onellm_dist.config.train_sections import LoraSection, TrainSection
+from onellm_dist.config.train_sections import LoraSection, ParameterRule, TrainSection
 from onellm_dist.model.lora import add_adapters
 from onellm_dist.model.quantised_linear import (
     WEIGHT_BYTES,
@@ -29,20 +29,33 @@ LORA = LoraSection(rank=2, targets=("llm.*q_proj",))
 
 
 @pytest.mark.parametrize(
-    ("installed", "lora", "words"),
+    ("installed", "changes", "words"),
     [
-        (False, LORA, "torchao is not installed"),
-        (True, LORA.model_copy(update={"dora": True}), "train.lora.dora=true"),
+        (False, {}, "torchao is not installed"),
+        (True, {"lora": LORA.model_copy(update={"dora": True})}, "train.lora.dora=true"),
+        (True, {"lora": None}, "stage=tune and without train.lora"),
+        (True, {"lora": None, "stage": "joint"}, "stage=joint and without train.lora"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(
-    monkeypatch: pytest.MonkeyPatch, installed: bool, lora: LoraSection, words: str
+    monkeypatch: pytest.MonkeyPatch, installed: bool, changes: dict[str, Any], words: str
 ) -> None:
     monkeypatch.setattr(frozen_weights, "has_torchao", lambda: installed)
-    train = TrainSection(stage="tune", steps=1, lora=lora)
+    train = TrainSection(stage="tune", steps=1, lora=LORA).model_copy(update=changes)
     check_frozen_weights(EngineSection(), train)
     with pytest.raises(UsageError, match=words):
         check_frozen_weights(EngineSection(frozen_weights="nf4"), train)
+
+
+def test_what_leaves_some_of_the_llm_frozen_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_weights, "has_torchao", lambda: True)
+    rules = (ParameterRule(match="llm.model.layers.0.*", freeze=True),)
+    for train in (
+        TrainSection(stage="tune", steps=1, lora=LORA),
+        TrainSection(stage="align", steps=1),
+        TrainSection(stage="joint", steps=1, parameters=rules),
+    ):
+        check_frozen_weights(EngineSection(frozen_weights="int8"), train)
 
 
 def test_quantised_weights_are_not_sharded() -> None:

@@ -100,6 +100,17 @@ def test_the_space_has_the_recipe_s_own_values(recipe: Path) -> None:
     assert all(budget.llm >= longest for budget in space.budgets[1:])
 
 
+def test_what_cannot_be_compiled_is_no_answer(recipe: Path) -> None:
+    planner = make_planner(recipe, ["engine.config=zero2", "train.compile=blocks"], H100)
+    space = make_space(planner)
+    assert set(space.modes) == {"none", "full"}
+    names = {(e.name, e.config and e.config.stem) for e in space.engines}
+    assert names == {("deepspeed", "zero1"), ("deepspeed", "zero2"), ("fsdp", None)}
+    for mode, engine in product(space.modes, space.engines):
+        changes = {"engine": engine.model_dump(), "train.activation_checkpointing": mode}
+        vary(planner.config, changes)
+
+
 def test_quantised_weights_stay_so_and_need_less(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

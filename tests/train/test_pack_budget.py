@@ -17,7 +17,8 @@ from toy_runs import Runs
 from zygote import get_zygote
 
 from onellm_dist.config.load import load_config
-from onellm_dist.train.pack_budget import hash_recipe, is_out_of_memory
+from onellm_dist.config.train_sections import TrainSection
+from onellm_dist.train.pack_budget import PARTS, hash_recipe, is_out_of_memory
 from onellm_dist.train.records.budget_file import read_budget_record
 
 AUTO = ("data.pack_llm_tokens=auto", "data.pack_encoder_tokens=auto")
@@ -196,11 +197,24 @@ def test_a_device_without_constants_is_refused(runs: BudgetRuns, tmp_path: Path)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("key", ["train.kernels=plain", "train.precision=bf16"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "train.kernels=plain",
+        "train.precision=bf16",
+        "train.compile=blocks",
+        "train.encoder=trainable",
+    ],
+)
 def test_what_was_learned_holds_for_the_same_kernels_and_numbers_alone(key: str) -> None:
     own, other = load_config("toy/align_image", []), load_config("toy/align_image", [key])
     assert hash_recipe(own, ["Abacus"]) == hash_recipe(own, ["Abacus"])
     assert hash_recipe(own, ["Abacus"]) != hash_recipe(other, ["Abacus"])
+
+
+def test_every_key_of_train_counts_for_budgets_or_is_known_not_to() -> None:
+    without = {"callbacks", "early_stopping", "epochs", "log_every", "steps"}
+    assert {*PARTS["train"]} == TrainSection.model_fields.keys() - without
 
 
 def test_errors_that_mean_a_lack_of_memory() -> None:

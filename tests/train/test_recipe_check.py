@@ -66,3 +66,17 @@ def test_a_requeued_job_may_have_removed_the_checkpoint_that_it_began_with(
     monkeypatch.setenv("SLURM_JOB_ID", "13")
     with pytest.raises(UsageError, match="no such folder"):
         load_checked_config(recipe, command)
+
+
+def test_what_cannot_be_compiled_or_rounded_is_refused_before_the_ranks_begin(
+    dataset: Path,
+) -> None:
+    recipe, compiled = write_recipe(dataset), "train.compile=blocks"
+    with pytest.raises(UsageError, match=r"train\.compile=blocks under DeepSpeed ZeRO-3"):
+        load_checked_config(recipe, [compiled])
+    load_checked_config(recipe, [compiled, "engine.config=zero2"])
+    rounded = "engine.frozen_weights=int8"
+    with pytest.raises(UsageError, match=r"train\.compile=blocks with engine\.frozen_weights=int8"):
+        load_checked_config(recipe, [compiled, rounded, "engine.config=zero2"])
+    with pytest.raises(UsageError, match=r"int8 with train\.stage=tune and without"):
+        load_checked_config(recipe, [rounded, "train.stage=tune"])

@@ -14,11 +14,21 @@ def has_torchao() -> bool:
     return importlib.util.find_spec("torchao") is not None
 
 
+def _trains_whole_llm(train: TrainSection) -> bool:
+    """Whether a recipe surely leaves nothing of the LLM frozen; a rule that freezes may."""
+    return (
+        train.stage in ("tune", "joint")
+        and train.lora is None
+        and not any(rule.freeze for rule in train.parameters)
+    )
+
+
 def check_frozen_weights(engine: EngineSection, train: TrainSection) -> None:
     """Refuse what quantised weights cannot do, without importing torch.
 
     Raises:
-        UsageError: torchao is not installed, or adapters read the weights that they stand beside.
+        UsageError: torchao is not installed, nothing of the LLM is frozen, or adapters read the
+            weights that they stand beside.
     """
     if engine.frozen_weights == "plain":
         return
@@ -29,6 +39,12 @@ def check_frozen_weights(engine: EngineSection, train: TrainSection) -> None:
             "DoRA reads the norms of the frozen weights in every step, and PEFT has no such "
             "reading of quantised ones.",
             "set train.lora.dora=false, or engine.frozen_weights=plain.",
+        )
+    if _trains_whole_llm(train):
+        raise UsageError(
+            f"{key} with train.stage={train.stage} and without train.lora",
+            "the LLM trains: none of its linear layers is frozen.",
+            "add adapters (train.lora), or set engine.frozen_weights=plain.",
         )
     if not has_torchao():
         raise UsageError(

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.train.engine.compile_check import check_compile
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.optim.base import OptimizerComponent
 from onellm_dist.train.optim.optimizers import make_optimizer
@@ -51,23 +51,12 @@ def make_settings(
 
     Raises:
         UsageError: the engine's or the optimizer's section is wrong, or does not fit the number of
-            ranks.
+            ranks or `train.compile`.
     """
     bf16 = config.train.precision == "bf16"
     description = get_engine(config.engine.name)
     description.check(config.engine, bf16=bf16)
-    if config.train.compile == "blocks" and config.engine.frozen_weights != "plain":
-        raise UsageError(
-            f"train.compile=blocks with engine.frozen_weights={config.engine.frozen_weights}",
-            "compiled layers of rounded weights have not been shown to give the same numbers.",
-            "use engine.frozen_weights=plain, or train.compile=none.",
-        )
-    if config.train.compile == "blocks" and description.hooks_within_blocks(config.engine):
-        raise UsageError(
-            f"train.compile=blocks under {description.describe(config.engine)}",
-            "it gathers weights within a block, in hooks that cannot be compiled.",
-            "use engine.name=fsdp or ZeRO-1 or 2 (engine.config), or train.compile=none.",
-        )
+    check_compile(config.engine, config.train)
     return EngineSettings(
         world_size=world_size,
         device=device,
