@@ -31,7 +31,7 @@ class _OwnChoice(LogitsProcessor):
         (token,) = choose_tokens(scores, [self._row.draw()])
         self._row.add(token, scores[0])
         forced = torch.full_like(scores, -torch.inf)
-        forced[:, token] = 0
+        forced[:, max(token, 0)] = 0  # of a row that failed, the token means nothing
         return forced
 
 
@@ -74,9 +74,9 @@ def continue_alone(model: Any, rows: Sequence[AnswerRow], media_cache: MediaCach
 
 
 def _make_stop(row: AnswerRow) -> Any:
-    """A transformers StoppingCriteria: the row has ended."""
+    """A transformers StoppingCriteria: the row has ended, or failed."""
 
     def has_ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.tensor([row.ended is not None], device=input_ids.device)
+        return torch.tensor([not row.is_going], device=input_ids.device)
 
     return has_ended

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.model.layout import PackedLayout
 from onellm_dist.model.llm_per_layer import get_token_ids
 from onellm_dist.model.media_cache import MediaCache, Medium, encode_media
 from onellm_dist.model.placement import get_device
-from onellm_dist.model.sampling import RowSampling
+from onellm_dist.model.sampling import NO_TOKEN, RowSampling
 from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.model.token_ids import check_tokens, count_embeddings
 
@@ -72,6 +73,8 @@ class AnswerRow:
         stop: from `place` and the new tokens so far to whether the answer ends there.
         on_token: called with `place` and each new token.
         on_logits: called with `place` and the [V] logits of each new token, before `on_token`.
+        on_error: called with `place` and what keeps this row alone from going on, which ends it;
+            None: that is raised, and the rows beside it end too.
     """
 
     def __init__(
@@ -82,16 +85,25 @@ class AnswerRow:
         stop: Callable[[int, Sequence[int]], bool] | None,
         on_token: Callable[[int, int], None] | None,
         on_logits: Callable[[int, torch.Tensor], None] | None = None,
+        on_error: Callable[[int, Exception], None] | None = None,
     ) -> None:
         self.place = place
         self.prompt = prompt
         self.tokens: list[int] = []
         self.ended: Ending | None = None
+        self.failed = False
+        """Whether `on_error` was called."""
         self._end_ids = frozenset(end_ids)
         self._stop = stop
         self._on_token = on_token
         self._on_logits = on_logits
+        self._on_error = on_error
         self._generator = torch.Generator().manual_seed(prompt.seed)
+
+    @property
+    def is_going(self) -> bool:
+        """Whether it gets further tokens."""
+        return self.ended is None and not self.failed
 
     def draw(self) -> RowSampling:
         """How the next token is chosen, with the next random number of this prompt."""
@@ -102,7 +114,31 @@ class AnswerRow:
         return RowSampling(heat, self.prompt.top_p, float(number))
 
     def add(self, token: int, logits: torch.Tensor) -> None:
-        """Add a token that was chosen by [V] logits, and find out whether it ends the answer."""
+        """Add a token that was chosen by [V] logits, and find out whether it ends the answer.
+
+        Args:
+            token: its id, or `NO_TOKEN`.
+            logits: [V].
+
+        Raises:
+            Exception: what is raised by what is called with the token, and OneLLMError if there is
+                none; with `on_error` that gets it instead.
+        """
+        try:
+            self._add(token, logits)
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self.failed = True
+            self._on_error(self.place, error)
+
+    def _add(self, token: int, logits: torch.Tensor) -> None:
+        if token == NO_TOKEN:
+            raise OneLLMError(
+                "the LLM gave logits that are no numbers",
+                "no token can be drawn with them.",
+                "its weights are damaged, or do not fit the 16-bit type; try fp32.",
+            )
         self.tokens.append(token)
         if self._on_logits:
             self._on_logits(self.place, logits)

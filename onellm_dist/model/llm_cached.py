@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -50,16 +49,14 @@ class CachedRows:
             others: rows of the same LLM.
         """
         columns = max(self.columns, others.columns)
-        joined = [
-            (
-                torch.cat([_pad(own_k, columns), _pad(k, columns)]),
-                torch.cat([_pad(own_v, columns), _pad(v, columns)]),
-            )
+        cache = DynamicCache()
+        cache.layers = [
+            _GrowingLayer.join((own_k, k), (own_v, v), columns)
             for (own_k, own_v), (k, v) in zip(
                 _get_layers(self.cache), _get_layers(others.cache), strict=True
             )
         ]
-        return CachedRows(_build_cache(joined), [*self.lengths, *others.lengths])
+        return CachedRows(cache, [*self.lengths, *others.lengths])
 
     def keep(self, rows: Sequence[int]) -> CachedRows:
         """Some of the rows, without the columns that are padding in all of them.
@@ -168,12 +165,6 @@ def _split_rows(cache: DynamicCache, lengths: Sequence[int]) -> DynamicCache:
     return _build_cache([(lay_out(k), lay_out(v)) for k, v in layers])
 
 
-def _pad(x: torch.Tensor, columns: int) -> torch.Tensor:
-    """[B, H, L, D/H] -> [B, H, columns, D/H], zeros first."""
-    missing = columns - x.shape[2]
-    return F.pad(x, (0, 0, missing, 0)) if missing else x
-
-
 def _get_layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     layers: list[Any] = list(cache.layers)
     return [(layer.keys, layer.values) for layer in layers if layer.keys is not None]
@@ -203,6 +194,22 @@ class _GrowingLayer(DynamicLayer):
         self.values = values
         self._room: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @classmethod
+    def join(
+        cls, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], columns: int
+    ) -> _GrowingLayer:
+        """The rows of several layers, in order; there is room for more at once.
+
+        Args:
+            keys: [B, H, L, D/H] of each.
+            values: as `keys`.
+            columns: what the shorter ones are padded to, on the left.
+        """
+        room = _join_rows(keys, columns), _join_rows(values, columns)
+        layer = cls(room[0][:, :, :columns], room[1][:, :, :columns])
+        layer._room = room
+        return layer
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,4 +229,18 @@ def _make_room(x: torch.Tensor, columns: int) -> torch.Tensor:
     """A copy of [B, H, L, D/H] with so many columns and some to spare; new ones mean nothing."""
     room = x.new_empty((*x.shape[:2], columns + _SPARE_COLUMNS, x.shape[3]))
     room[:, :, : x.shape[2]] = x
+    return room
+
+
+def _join_rows(parts: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
+    """[B, H, L, D/H] each -> all rows: zeros before L, some columns to spare behind `columns`."""
+    heads, width = parts[0].shape[1], parts[0].shape[3]
+    count = sum(len(part) for part in parts)
+    room = parts[0].new_empty((count, heads, columns + _SPARE_COLUMNS, width))
+    first = 0
+    for part in parts:
+        end, missing = first + len(part), columns - part.shape[2]
+        room[first:end, :, :missing] = 0
+        room[first:end, :, missing:columns] = part
+        first = end
     return room

@@ -122,7 +122,7 @@ class RunningBatch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Add a token to every row; rows that have ended leave."""
+        """Add a token to every row; rows that have ended or failed leave."""
         if self._cached is None or self._device is None:
             return
         cached = self._cached
@@ -148,7 +148,7 @@ def _add_tokens(rows: Sequence[AnswerRow], logits: torch.Tensor) -> None:
 def _take_out_ended(
     rows: Sequence[AnswerRow], cached: CachedRows
 ) -> tuple[list[AnswerRow], CachedRows | None]:
-    going = [at for at, row in enumerate(rows) if row.ended is None]
+    going = [at for at, row in enumerate(rows) if row.is_going]
     if not going:
         return [], None
     kept = cached if len(going) == len(rows) else cached.keep(going)

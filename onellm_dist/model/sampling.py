@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from onellm_dist.common.errors import OneLLMError
 from onellm_dist.model.sequence_lengths import to_device_tensor
 
 _LEAST_TEMPERATURE = 1e-30
 """Below it logits would become infinite in fp32, and their softmax NaN; it is greedy already."""
+NO_TOKEN = -1
+"""In place of a token that cannot be drawn: the logits are no numbers."""
 
 
 class RowSampling(NamedTuple):
@@ -32,8 +33,8 @@ def choose_tokens(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int
         logits: [B, V].
         rows: how each is chosen.
 
-    Raises:
-        OneLLMError: there are no probabilities to draw with.
+    Returns:
+        Ids; `NO_TOKEN` for a row that has no probabilities to draw with.
     """
     logits = logits.float()
     tokens = logits.argmax(-1)
@@ -49,17 +50,11 @@ def choose_tokens(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int
         drawn = _draw(logits.index_select(0, at), [rows[place] for place in places], narrow=narrow)
         tokens = tokens.index_copy(0, at, drawn)
     found: list[int] = tokens.tolist()
-    if min(found) < 0:
-        raise OneLLMError(
-            "the LLM gave logits that are no numbers",
-            "no token can be drawn with them.",
-            "its weights are damaged, or do not fit the 16-bit type; try fp32.",
-        )
     return found
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[RowSampling], *, narrow: bool) -> torch.Tensor:
-    """Draw from each row's nucleus, or from all tokens: [N, V] -> [N]; -1: that is impossible."""
+    """Draw from each row's nucleus, or from all tokens: [N, V] -> [N] ids or `NO_TOKEN`."""
     device = logits.device
     heat = torch.tensor([[max(row.temperature, _LEAST_TEMPERATURE)] for row in rows])
     shares = torch.softmax(logits / heat.to(device), -1)
@@ -76,4 +71,4 @@ def _draw(logits: torch.Tensor, rows: Sequence[RowSampling], *, narrow: bool) ->
     place = torch.minimum(place, (sums < total).sum(-1, keepdim=True))
     possible = total.isfinite() & (total > 0)
     chosen = place if ids is None else ids.gather(1, place)
-    return torch.where(possible, chosen, -1).squeeze(1)
+    return torch.where(possible, chosen, NO_TOKEN).squeeze(1)

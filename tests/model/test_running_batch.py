@@ -9,7 +9,8 @@ import pytest
 import torch
 from packs import WORDS, small_model
 
-from onellm_dist.common.errors import UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.model import running_batch
 from onellm_dist.model.batched_generation import generate_batch
 from onellm_dist.model.generation_rows import AnswerRow, Prompt
 from onellm_dist.model.media_cache import MediaCache, Medium
@@ -43,6 +44,11 @@ def make_prompts() -> list[Prompt]:
         heat = 0.8 if i % 2 else 0.0
         prompts.append(Prompt(ids, media, 1 + i * 5 % 12, temperature=heat, top_p=0.95, seed=i))
     return prompts
+
+
+def finish(batch: RunningBatch) -> None:
+    while batch.rows:
+        batch.step()
 
 
 def test_rows_that_join_and_those_they_join_get_their_own_tokens(model: Any) -> None:
@@ -82,6 +88,80 @@ def test_a_prompt_that_cannot_join_disturbs_nobody(model: Any) -> None:
     batch.join([AnswerRow(0, first, [], None, None)])
     batch.clear()
     assert batch.rows == []
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_a_row_without_a_token_ends_alone_where_its_error_is_taken(
+    model: Any, monkeypatch: pytest.MonkeyPatch, is_taken: bool
+) -> None:
+    prompts = [make_prompts()[i] for i in (1, 7, 9)]
+    alone = [generate_batch(model, [prompt], end_ids=[])[0].tokens for prompt in prompts]
+    original, steps, errors = running_batch.decode, [], []
+
+    def damage(*args: Any) -> torch.Tensor:
+        logits = original(*args)
+        steps.append(len(logits))
+        if len(steps) == 3:
+            logits[1] = torch.nan
+        return logits
+
+    def take(place: int, error: Exception) -> None:
+        errors.append((place, str(error)))
+
+    monkeypatch.setattr(running_batch, "decode", damage)
+    batch = RunningBatch(model, None, BatchStatistics())
+    on_error = take if is_taken else None
+    rows = [AnswerRow(i, p, [], None, None, None, on_error) for i, p in enumerate(prompts)]
+    batch.join(rows)
+    if not is_taken:
+        with pytest.raises(OneLLMError, match="logits that are no numbers"):
+            finish(batch)
+        return
+    finish(batch)
+    ((place, said),) = errors
+    assert place == 1 and "logits that are no numbers" in said
+    assert [tuple(row.tokens) for row in rows] == [alone[0], alone[1][:3], alone[2]]
+    assert [row.ended for row in rows] == ["length", None, "length"]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_is_raised_for_one_row_ends_that_row(
+    model: Any, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    prompts = [make_prompts()[i] for i in (1, 7)]
+    alone = [generate_batch(model, [prompt], end_ids=[])[0].tokens for prompt in prompts]
+    monkeypatch.setattr(model, "llm_support", replace(model.llm_support, cached=cached))
+    errors: list[int] = []
+
+    def fail(place: int, _: int) -> None:
+        if place == 0 and len(rows[0].tokens) == 2:
+            raise ValueError("this text")
+
+    batch = RunningBatch(model, None, BatchStatistics())
+    rows = [
+        AnswerRow(i, prompt, [], None, fail, None, lambda place, _: errors.append(place))
+        for i, prompt in enumerate(prompts)
+    ]
+    batch.join(rows)
+    finish(batch)
+    assert errors == [0]
+    assert [tuple(row.tokens) for row in rows] == [alone[0][:2], alone[1]]
+
+
+def test_rows_that_have_joined_have_room_for_their_next_tokens(model: Any) -> None:
+    prompts = [make_prompts()[i] for i in (7, 9)]
+    batch = RunningBatch(model, None, BatchStatistics())
+    for prompt in prompts:
+        batch.join([AnswerRow(0, prompt, [], None, None)])
+    assert batch._cached is not None
+    layers: list[Any] = list(batch._cached.cache.layers)
+
+    def find_memory() -> list[int]:
+        return [x.untyped_storage().data_ptr() for one in layers for x in (one.keys, one.values)]
+
+    before = find_memory()
+    batch.step()
+    assert len(batch.rows) == 2 and find_memory() == before
 
 
 def test_room_is_counted_with_what_is_being_answered(

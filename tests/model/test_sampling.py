@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onellm_dist.common.errors import OneLLMError
-from onellm_dist.model.sampling import RowSampling, choose_tokens
+from onellm_dist.model.sampling import NO_TOKEN, RowSampling, choose_tokens
 
 DRAWS = [(i + 0.5) / 4000 for i in range(4000)]
 """Evenly spread, so that each token comes as often as its probability says, up to one time."""
@@ -65,8 +64,10 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_logits_that_are_no_numbers_are_an_error(top_p: float) -> None:
-    logits = torch.zeros(2, 5)
+def test_logits_that_are_no_numbers_give_their_own_row_no_token(top_p: float) -> None:
+    logits = torch.zeros(4, 5)
     logits[1, 2] = torch.nan
-    with pytest.raises(OneLLMError, match="logits that are no numbers"):
-        choose_tokens(logits, [RowSampling(1.0, top_p, 0.5)] * 2)
+    logits[2, 0] = torch.inf
+    logits[3] = -torch.inf
+    drawn = choose_tokens(logits, [RowSampling(1.0, top_p, 0.5)] * 4)
+    assert drawn == [2, NO_TOKEN, NO_TOKEN, NO_TOKEN]

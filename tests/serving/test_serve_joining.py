@@ -3,77 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import served_model as served
 import torch
+from engine_desk import BESIDE, LONG, SHORT, Desk, compute_text
 
-from onellm_dist.model.batched_generation import generate_batch
 from onellm_dist.model.generation_rows import Prompt
 from onellm_dist.model.media_cache import Medium
-from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.serving.server import jobs as jobs_module
-from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError
 from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece
-from onellm_dist.serving.server.metrics import ServerMetrics
-
-MODEL = served.make_model()
-TOKENIZER = load_toy_tokenizer()
-
-
-class Desk:
-    """An engine, and a log of what it sends."""
-
-    def __init__(self, batch: int = 4) -> None:
-        self.queue, self.metrics = JobQueue(20), ServerMetrics()
-        self.engine = AnswerEngine(MODEL, TOKENIZER, [2], self.queue, self.metrics, batch)
-        self.log: list[tuple[str, Any]] = []
-
-    def ask(self, name: str, prompt: Prompt, then: Callable[[], None] | None = None) -> Job:
-        """Put a request into the queue; with its first text, the engine's thread calls `then`."""
-
-        def send(event: Any) -> None:
-            is_first = all(logged != name for logged, _ in self.log)
-            self.log.append((name, event))
-            if is_first and then is not None:
-                then()
-
-        job = Job(prompt, (), None, time.monotonic() + 60, send)
-        self.queue.put(job)
-        return job
-
-    def finish(self, answers: int) -> None:
-        """Run the engine until so many requests have ended."""
-        self.engine.start()
-        end = time.monotonic() + 60
-        while len(self.find_ends()) < answers:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        self.engine.close()
-
-    def find_ends(self) -> list[str]:
-        return [name for name, event in list(self.log) if not isinstance(event, Piece)]
-
-    def get_text(self, name: str) -> str:
-        return "".join(e.text for n, e in self.log if n == name and isinstance(e, Piece))
-
-    def read_metrics(self) -> dict[str, float]:
-        lines = self.metrics.write().decode().splitlines()
-        pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
-        return {name: float(value) for name, value in pairs}
-
-
-def compute_text(prompt: Prompt) -> str:
-    (found,) = generate_batch(MODEL, [prompt], end_ids=[2])
-    return str(TOKENIZER.decode(list(found.tokens), skip_special_tokens=True)).strip()
-
-
-LONG = Prompt([1, 40, 41, 42, 43], max_new_tokens=60)
-SHORT = Prompt([1, 50, 51], max_new_tokens=4)
 
 
 def test_a_request_does_not_wait_for_the_answers_under_way() -> None:
@@ -91,6 +32,89 @@ def test_a_request_does_not_wait_for_the_answers_under_way() -> None:
     assert metrics["onellm_batch_size_sum"] == 3 and metrics["onellm_batch_size_count"] == 2
     assert metrics["onellm_running_requests"] == 0
     assert metrics["onellm_completion_tokens_total"] == 64
+
+
+def test_answers_that_end_with_their_first_token_are_counted_in_the_batch() -> None:
+    desk, one = Desk(), Prompt([1, 50, 51], max_new_tokens=1)
+    desk.ask("long", LONG, lambda: desk.ask("one", one))
+    desk.finish(2)
+    metrics = desk.read_metrics()
+    assert metrics["onellm_batch_size_sum"] == 3 and metrics["onellm_batch_size_count"] == 2
+
+
+def test_answers_side_by_side_have_their_own_logprobs() -> None:
+    desk = Desk()
+    desk.ask("long", LONG, lambda: desk.ask("short", SHORT, top_logprobs=2), top_logprobs=0)
+    desk.finish(2)
+    assert desk.find_ends() == ["short", "long"]
+    for name, prompt, top in (("long", LONG, 0), ("short", SHORT, 2)):
+        alone = Desk()
+        alone.ask(name, prompt, top_logprobs=top)
+        alone.finish(1)
+        found, wanted = desk.get_records(name), alone.get_records(name)
+        assert [one.token for one in found] == [one.token for one in wanted]
+        assert len(found) == prompt.max_new_tokens
+        for own, other in zip(found, wanted, strict=True):
+            assert own.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [i for i, _ in own.top] == [i for i, _ in other.top] and len(own.top) == top
+
+
+def test_the_time_of_one_answer_may_end_beside_others() -> None:
+    desk = Desk()
+    late: list[Job] = []
+
+    def end_time() -> None:
+        late[0].deadline = 0.0
+
+    desk.ask("long", LONG, lambda: late.append(desk.ask("late", BESIDE, end_time)))
+    desk.finish(2)
+    assert desk.find_ends() == ["late", "long"] and desk.get_error("late").status == 504
+    assert compute_text(BESIDE).startswith(desk.get_text("late")) and desk.get_text("late")
+    assert desk.get_text("long") == compute_text(LONG)
+    assert desk.read_metrics()["onellm_running_requests"] == 0
+
+
+def test_a_fault_in_one_answer_ends_that_answer_alone() -> None:
+    desk = Desk()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no room for this text")
+
+    def ask_more() -> None:
+        desk.ask("bad", BESIDE, fail)
+        for seconds in (60, -1):  # one that not even an error reaches, answered and late
+            desk.queue.put(Job(BESIDE, (), None, time.monotonic() + seconds, fail))
+
+    desk.ask("long", LONG, ask_more)
+    desk.finish(2)
+    assert desk.find_ends() == ["bad", "long"]
+    error = desk.get_error("bad")
+    assert error.status == 500 and "room" not in error.message
+    assert desk.get_text("long") == compute_text(LONG)
+    assert desk.read_metrics()["onellm_running_requests"] == 0
+
+
+def test_logits_that_are_no_numbers_end_the_answer_that_is_drawn_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from onellm_dist.model import running_batch
+
+    original = running_batch.decode
+
+    def decode(*args: Any) -> Any:
+        logits = original(*args)
+        logits[1:] = torch.nan
+        return logits
+
+    monkeypatch.setattr(running_batch, "decode", decode)
+    desk, drawn = Desk(), Prompt([1, 50, 51], max_new_tokens=30, temperature=1.0)
+    desk.ask("long", LONG, lambda: desk.ask("drawn", drawn))
+    desk.finish(2)
+    assert desk.find_ends() == ["drawn", "long"]
+    error = desk.get_error("drawn")
+    assert error.status == 500 and "logits that are no numbers" in error.message
+    monkeypatch.undo()
+    assert desk.get_text("long") == compute_text(LONG)
 
 
 def test_a_request_that_cannot_be_answered_fails_alone_beside_others() -> None:
@@ -158,80 +182,19 @@ def test_the_queue_lets_nobody_overtake_the_one_that_waited_longest() -> None:
     assert queue.take_more(4, "a", fits) == []
 
 
-def make_picture(seed: int) -> Medium:
-    generator = torch.Generator().manual_seed(seed)
-    return Medium("image", torch.randn(3, 224, 224, generator=generator), f"picture {seed}")
-
-
-def make_prompt(*seeds: int) -> Prompt:
-    """A prompt of its own for all pictures, so that each answer is."""
-    media = [make_picture(seed) for seed in seeds]
-    return Prompt([1, 60 + sum(seeds) * 7], media, max_new_tokens=5)
-
-
-def test_media_of_waiting_requests_are_encoded_together_and_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    prompts = {"a": make_prompt(1), "b": make_prompt(2, 1), "c": make_prompt(2), "d": SHORT}
-    expected = {name: compute_text(prompt) for name, prompt in prompts.items()}
-    assert len(set(expected.values())) == len(expected)
-    encoded: list[int] = []
-    original = MODEL.encode
-
-    def encode(values: Any, numbers: Any) -> Any:
-        encoded.append(sum(map(len, values.values())))
-        return original(values, numbers)
-
-    desk = Desk()
-    for name, prompt in prompts.items():
-        desk.ask(name, prompt)
-    monkeypatch.setattr(MODEL, "encode", encode)
-    desk.finish(len(prompts))
-    assert encoded == [2]
-    assert {name: desk.get_text(name) for name in prompts} == expected
-
-
-def test_a_medium_that_cannot_be_encoded_fails_its_request_alone() -> None:
-    good = make_prompt(3)
-    expected = compute_text(good)
-    wrong = Medium("image", torch.zeros(3, 5, 5), "wrong")
-    unknown = Medium("smell", torch.zeros(3), "unknown")
-    desk = Desk()
-    desk.ask("good", good)
-    desk.ask("wrong", Prompt([1, 60], [wrong], max_new_tokens=5))
-    desk.ask("unknown", Prompt([1, 60], [unknown], max_new_tokens=5))
-    desk.ask("again", good)
-    desk.finish(4)
-    assert desk.get_text("good") == desk.get_text("again") == expected
-    errors = {name: event for name, event in desk.log if isinstance(event, RequestError)}
-    assert errors.keys() == {"wrong", "unknown"}
-    assert "smell" in errors["unknown"].message
-
-
-def test_the_queue_holds_media_until_they_are_encoded_and_not_too_many_ahead() -> None:
-    queue = JobQueue(20)
-    queue.holds_media = True
-    jobs = []
-    for spans in (0, 9, 9, 20, 40, 1):
-        media = [Medium("image", torch.zeros(1), str(i)) for i in range(spans)]
-        prompt = Prompt([1] * 9, media, max_new_tokens=3)
+def test_requests_join_past_one_for_which_there_is_no_room() -> None:
+    queue = JobQueue(9)
+    medium, jobs = Medium("image", torch.zeros(1)), []
+    for media in (9, 9, 0, 0):
+        prompt = Prompt([1] * 9, [medium] * media, max_new_tokens=3)
         jobs.append(Job(prompt, (), None, time.monotonic() + 60, print))
         queue.put(jobs[-1])
-    assert queue.take(9) == jobs[:1]
-    for first in (1, 2, 3, 4):  # two of them together would be more than 16 spans
-        held = queue.wait_for_media()
-        assert held == jobs[first : first + 1]
-        queue.release(held)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(queue.wait_for_media)
-        time.sleep(0.2)
-        assert not waiting.done()  # 78 spans are ahead
-        assert len(queue.take(9)) == 4
-        assert waiting.result(5) == jobs[5:]
-    queue.discard(jobs[5])  # its client left
-    queue.release(jobs[5:])
-    queue.close()
-    assert queue.take(9) == [] and queue.wait_for_media() == []
+
+    def fits(some: Any) -> bool:
+        return sum(len(job.prompt.media) for job in some) <= 16
+
+    assert queue.take(3, fits) == [jobs[0], jobs[2], jobs[3]]
+    assert queue.take(3, fits) == [jobs[1]]
 
 
 def test_the_queue_goes_on_where_the_only_client_leaves_while_others_are_waited_for(

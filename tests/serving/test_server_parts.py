@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,14 +27,14 @@ from hypothesis import strategies as st
 from media_samples import picture
 from PIL import Image
 
-from onellm_dist.common.errors import MachineError, UsageError
-from onellm_dist.common.resources import count_cpus
+from onellm_dist.common.errors import MachineError, OneLLMError, UsageError
 from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.model import OneLLMProcessor
 from onellm_dist.model.batched_generation import Prompt
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.serving.answer_text import AnswerText
 from onellm_dist.serving.media import GivenFiles
+from onellm_dist.serving.server import run
 from onellm_dist.serving.server.decoded import DecodedMedia
 from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError
@@ -41,7 +42,7 @@ from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece, QueueF
 from onellm_dist.serving.server.limits import Pace, RequestLimits
 from onellm_dist.serving.server.media import MediaReader
 from onellm_dist.serving.server.metrics import ServerMetrics
-from onellm_dist.serving.server.run import limit_threads
+from onellm_dist.serving.server.remote_llm import RemoteAddress
 from onellm_dist.serving.server.settings import ServerSettings
 
 KIND = {"Content-Type": "application/json"}
@@ -122,20 +123,33 @@ def test_faults_of_the_machine_are_not_the_clients() -> None:
     fault = RequestError.from_error(MachineError("no memory", "it is full", "try again"))
     assert fault.status == 503 and fault.headers["Retry-After"]
     assert RequestError.from_error(UsageError("a", "b", "c")).status == 400
+    fault = RequestError.from_error(OneLLMError("no numbers", "none can be drawn", "use fp32"))
+    assert fault.status == 500 and fault.kind == "server_error"
 
 
-def test_llm_and_encoder_share_the_processors(
+def test_llm_and_encoder_share_the_processors_where_both_compute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = torch.get_num_threads()
+    model, tokenizer, before = served.make_model(), load_toy_tokenizer(), torch.get_num_threads()
+    adapters: Any = SimpleNamespace(names=("photos",))
+
+    def count_threads(beside: Any = None, **settings: Any) -> int:
+        torch.set_num_threads(1)
+        chosen = ServerSettings(name="toy", port=0, readers=1, **settings)
+        service, _, _ = run.build_service(model, tokenizer, chosen, adapters=beside)
+        service.media.close()
+        return torch.get_num_threads()
+
+    monkeypatch.setattr(run, "count_cpus", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(RemoteAddress, "find_model", lambda _: "llm")
     try:
-        monkeypatch.setenv("OMP_NUM_THREADS", str(before))
-        limit_threads()
-        assert torch.get_num_threads() == before
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert count_threads() == 1
         monkeypatch.delenv("OMP_NUM_THREADS")
-        limit_threads()
-        if not torch.cuda.is_available():
-            assert torch.get_num_threads() == max(1, count_cpus() // 2)
+        assert count_threads() == 4
+        # The engine encodes by itself, or the LLM computes elsewhere.
+        assert count_threads(adapters) == count_threads(llm_url="http://127.0.0.1:1/v1") == 1
     finally:
         torch.set_num_threads(before)
 

@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.model.adapter_set import AdapterSet
 from onellm_dist.model.batched_generation import Prompt, check_prompts
 from onellm_dist.model.media_cache import MediaCache
 from onellm_dist.model.running_batch import BatchStatistics, RunningBatch
-from onellm_dist.serving.server.errors import RequestError, make_internal_error, make_late_error
+from onellm_dist.serving.server.errors import (
+    RequestError,
+    describe_error,
+    make_internal_error,
+    make_late_error,
+)
 from onellm_dist.serving.server.jobs import MOST_SPANS, Job, JobQueue
 from onellm_dist.serving.server.media_encoder import MediaEncoder
 from onellm_dist.serving.server.metrics import ServerMetrics
@@ -22,7 +26,7 @@ from onellm_dist.serving.server.running_answer import RunningAnswer
 
 _log = get_logger(__name__)
 _SHARE_THAT_JOINS = 4
-"""Where many wait, they join once this part of the places is free."""
+"""Where more wait than places are free, they join once a quarter of the places is."""
 
 
 class AnswerEngine:
@@ -84,6 +88,11 @@ class AnswerEngine:
         encodes = self._encoder is None or self._encoder.is_alive
         return self._thread.is_alive() and encodes
 
+    @property
+    def encodes_ahead(self) -> bool:
+        """Whether media are encoded while answers continue, by a thread of their own."""
+        return self._encoder is not None
+
     def _work(self) -> None:
         while True:
             jobs = self._take()
@@ -98,7 +107,7 @@ class AnswerEngine:
                 _log.exception("requests failed")
                 self._fail(make_internal_error())
                 for job in going:
-                    job.send(make_internal_error())
+                    job.fail(make_internal_error())
 
     def _take(self) -> list[Job]:
         """The requests that begin now; where others are being answered, those that may join."""
@@ -112,7 +121,8 @@ class AnswerEngine:
 
     def _fits(self, jobs: Sequence[Job]) -> bool:
         spans = sum(len(job.prompt.media) for job in jobs)
-        if len(jobs) > 1 and spans > MOST_SPANS:
+        # Of those that the encoder has let go, the media are encoded already.
+        if self._encoder is None and len(jobs) > 1 and spans > MOST_SPANS:
             return False
         return self._batch.has_room([job.prompt for job in jobs])
 
@@ -125,7 +135,6 @@ class AnswerEngine:
             self._begin(jobs)
         except Exception as error:
             self._begin_alone(jobs, error)
-        self._metrics.count_batch(len(self._answers))
 
     def _begin_alone(self, jobs: Sequence[Job], error: Exception) -> None:
         """Find the request that keeps the others from being begun, and begin those."""
@@ -136,7 +145,7 @@ class AnswerEngine:
                     continue
                 except Exception as own:
                     error = own
-            job.send(_describe(error))
+            job.fail(describe_error(error))
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         """Begin to answer requests of the adapter that is answering (the queue does not mix)."""
@@ -152,23 +161,22 @@ class AnswerEngine:
             raise
         finally:
             self._count_positions()
+        self._metrics.count_batch(len(self._answers) + len(answers))
         self._answers += [answer for answer in answers if not answer.has_ended]
 
     def _step(self) -> None:
-        """Add a token to every answer; where that fails, all of them do."""
+        """Add a token to every answer; where the model fails, all of them do."""
         try:
             self._batch.step()
         except Exception as error:
-            self._fail(_describe(error))
+            self._fail(describe_error(error))
         self._count_positions()
         self._answers = [answer for answer in self._answers if not answer.has_ended]
 
     def _fail(self, error: RequestError) -> None:
         self._batch.clear()
         for answer in self._answers:
-            if not answer.has_ended:
-                answer.close()
-                answer.job.send(error)
+            answer.fail(error)
         self._answers = []
 
     def _count_positions(self) -> None:
@@ -179,19 +187,15 @@ class AnswerEngine:
 
 def _find_going(jobs: Sequence[Job]) -> list[Job]:
     """Requests that are still waited for, in time."""
-    going = [job for job in jobs if not job.is_cancelled]
-    for job in going:
+    going: list[Job] = []
+    for job in jobs:
+        if job.is_cancelled:
+            continue
         if job.is_late:
-            job.send(make_late_error())
-    return [job for job in going if not job.is_late]
-
-
-def _describe(error: Exception) -> RequestError:
-    """The error that the clients get."""
-    if isinstance(error, OneLLMError):
-        return RequestError.from_error(error)
-    _log.error("a request failed", exc_info=error)
-    return make_internal_error()
+            job.fail(make_late_error())
+        else:
+            going.append(job)
+    return going
 
 
 def _name_media(job: Job) -> Prompt:

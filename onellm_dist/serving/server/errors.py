@@ -8,6 +8,9 @@ from typing import Any
 from starlette.responses import Response
 
 from onellm_dist.common.errors import MachineError, OneLLMError
+from onellm_dist.common.logging import get_logger
+
+_log = get_logger(__name__)
 
 
 class RequestError(Exception):
@@ -46,6 +49,8 @@ class RequestError(Exception):
         message = "; ".join(line.rstrip(".") for line in (error.what, error.why, error.do) if line)
         if isinstance(error, MachineError):
             return cls(message, status=503, kind="server_error", headers={"Retry-After": "1"})
+        if type(error) is OneLLMError:  # neither the request nor a medium is at fault
+            return cls(message, status=500, kind="server_error")
         return cls(message)
 
     @property
@@ -93,6 +98,14 @@ def make_late_error() -> RequestError:
     return RequestError(
         "the answer took longer than this server allows", status=504, kind="timeout_error"
     )
+
+
+def describe_error(error: Exception) -> RequestError:
+    """What a client gets for an error; if it is no OneLLMError, the log has its traceback."""
+    if isinstance(error, OneLLMError):
+        return RequestError.from_error(error)
+    _log.error("a request failed", exc_info=error)
+    return make_internal_error()
 
 
 def make_internal_error() -> RequestError:

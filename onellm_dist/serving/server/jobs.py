@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from onellm_dist.common.logging import get_logger
 from onellm_dist.model.batched_generation import Prompt
 
+_log = get_logger(__name__)
 LINGER = 0.005
 """Seconds that a first request waits for others to be answered with it."""
 
@@ -98,6 +100,17 @@ class Job:
         self._cancelled.set()
         for wake in self._wake:
             wake()
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error; one that cannot be sent is logged, and harms no other.
+
+        Args:
+            error: what its client gets.
+        """
+        try:
+            self.send(error)
+        except Exception:
+            _log.exception("an error could not be sent to its client: %s", error)
 
     def on_cancel(self, wake: Callable[[], None]) -> None:
         """Call something when the request is given up, or now if it was.
@@ -252,10 +265,11 @@ class JobQueue:
         others = [job for job in later if job.adapter == first.adapter]
         others.sort(key=lambda job: abs(_count(job) - _count(first)))
         taken = [first]
-        for job in others[: most - 1]:
-            if not fits([*taken, job]):
+        for job in others:
+            if len(taken) >= most:
                 break
-            taken.append(job)
+            if fits([*taken, job]):  # else one behind it may fit, as a text behind many media
+                taken.append(job)
         chosen = {id(job) for job in taken}
         self._waiting = [job for job in self._waiting if id(job) not in chosen]
         self._change.notify_all()

@@ -1,7 +1,8 @@
-"""Media of requests as model inputs, decoded in processes of their own within limits.
+"""Media of requests as model inputs, decoded in processes apart from the server, within limits.
 
 Each medium is decoded in a sandbox (`serving/media.py`): one that takes too much time or memory, or
-that makes its decoder crash, is refused, and harms nothing else.
+that makes its decoder crash, is refused, and harms nothing else. A process decodes media of many
+requests: a file that subverts its decoder could read or change those that are decoded after it.
 """
 
 from __future__ import annotations

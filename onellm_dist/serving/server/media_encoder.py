@@ -1,4 +1,7 @@
-"""The thread that encodes the media of waiting requests, while the engine continues answers."""
+"""The thread that encodes the media of waiting requests, while the engine continues answers.
+
+On a GPU both threads queue on one stream: a token waits for what was queued before it.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,6 @@ def serve(model: Path, settings: ServerSettings, adapters: Sequence[NamedAdapter
     check_model(model)
     check_adapters(model, adapters)
     listening = listen(settings.host, settings.port)
-    limit_threads()
     network, tokenizer = open_model(model, settings)
     loaded = AdapterSet(network, adapters)
     app = assemble(network, tokenizer, settings, warm_up=True, adapters=loaded)
@@ -171,6 +170,8 @@ def build_service(
         engine = AnswerEngine(
             model, tokenizer, text.end_ids, queue, metrics, settings.batch, adapters
         )
+        if engine.encodes_ahead:
+            limit_threads()
     resolvers = ThreadPoolExecutor(settings.preparing, thread_name_prefix="resolve")
     return ChatService(model, text, reader, queue, gate, resolvers, settings), engine, metrics
 

@@ -9,7 +9,7 @@ import torch
 
 from onellm_dist.model.generation_rows import AnswerRow, Prompt
 from onellm_dist.serving.answer_text import AnswerText
-from onellm_dist.serving.server.errors import make_late_error
+from onellm_dist.serving.server.errors import RequestError, describe_error, make_late_error
 from onellm_dist.serving.server.jobs import Ending, Job, Piece, TokenRecord
 from onellm_dist.serving.server.metrics import ServerMetrics
 
@@ -52,13 +52,21 @@ class RunningAnswer:
             stop=lambda *_: self.has_ended,
             on_token=lambda _, token: self.add(token),
             on_logits=None if self.job.top_logprobs is None else lambda _, seen: self.see(seen),
+            on_error=lambda _, error: self.fail(describe_error(error)),
         )
 
     def close(self) -> None:
-        """Count the answer as running no more; nothing happens if it has ended."""
+        """Stop counting the answer as running; does nothing once it has ended."""
         if not self.has_ended:
             self.has_ended = True
             self._metrics.running.dec()
+
+    def fail(self, error: RequestError) -> None:
+        """End the answer with an error; does nothing once it has ended."""
+        self.job.started = True  # it is not begun again
+        if not self.has_ended:
+            self.close()
+            self.job.fail(error)
 
     def see(self, logits: torch.Tensor) -> None:
         """Keep the logits that the next token is chosen by."""
@@ -81,8 +89,9 @@ class RunningAnswer:
         self._send(self._text.add(token))
         stops = token in self._end_ids or self._text.stopped
         if stops or self._tokens >= job.prompt.max_new_tokens:
+            last = self._text.finish()
             self._end()
-            self._send(self._text.finish(), is_last=True)
+            self._send(last, is_last=True)
             job.send(Ending("stop" if stops else "length", self._tokens))
 
     def _end(self) -> None:
