@@ -74,6 +74,23 @@ def test_the_time_of_one_answer_may_end_beside_others() -> None:
     assert desk.read_metrics()["onellm_running_requests"] == 0
 
 
+def test_a_request_whose_time_ends_as_it_begins_gets_its_error() -> None:
+    desk, asked = Desk(), []
+
+    class EndingJob(Job):
+        @property
+        def is_late(self) -> bool:
+            asked.append(self)
+            return len(asked) == 2
+
+    def send(event: Any) -> None:
+        desk.log.append(("late", event))
+
+    desk.queue.put(EndingJob(SHORT, (), None, time.monotonic() + 60, send))
+    desk.finish(1)
+    assert desk.get_error("late").status == 504
+
+
 def test_a_fault_in_one_answer_ends_that_answer_alone() -> None:
     desk = Desk()
 
