@@ -10,7 +10,7 @@ import torch
 from packs import WORDS, small_model
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.model import running_batch
+from onellm_dist.model import llm_cached, running_batch
 from onellm_dist.model.batched_generation import generate_batch
 from onellm_dist.model.generation_rows import AnswerRow, Prompt
 from onellm_dist.model.media_cache import MediaCache, Medium
@@ -96,7 +96,7 @@ def test_a_row_without_a_token_ends_alone_where_its_error_is_taken(
 ) -> None:
     prompts = [make_prompts()[i] for i in (1, 7, 9)]
     alone = [generate_batch(model, [prompt], end_ids=[])[0].tokens for prompt in prompts]
-    original, steps, errors = running_batch.decode, [], []
+    original, steps, errors = llm_cached.decode, [], []
 
     def damage(*args: Any) -> torch.Tensor:
         logits = original(*args)

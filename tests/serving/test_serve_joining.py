@@ -114,9 +114,9 @@ def test_a_fault_in_one_answer_ends_that_answer_alone() -> None:
 def test_logits_that_are_no_numbers_end_the_answer_that_is_drawn_with_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from onellm_dist.model import running_batch
+    from onellm_dist.model import llm_cached, running_batch
 
-    original = running_batch.decode
+    original = llm_cached.decode
 
     def decode(*args: Any) -> Any:
         logits = original(*args)
