@@ -14,9 +14,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.diagnostics.check_result import CheckResult
-from onellm_dist.diagnostics.error_text import get_first_line
 from onellm_dist.launch.slurm.job import STARTERS
 
 IMPORT_REMEDIES = {

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from onellm_dist.common.checksums import check_folder, hash_once, list_recorded_files
+from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.config.train_sections import LoraSection
@@ -271,7 +272,7 @@ def explain_faults(folder: Path) -> Iterator[None]:
         ) from None
     except (RuntimeError, ValueError, KeyError) as error:
         raise OneLLMError(
-            f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}",
+            f"{folder}: the adapter does not fit its base: {get_first_line(error)}",
             "parts of it would be lost.",
             "give the model that it was trained over.",
         ) from None

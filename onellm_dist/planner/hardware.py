@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
+from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.resources import user_cache
 
@@ -149,7 +150,7 @@ def _read_kind(path: Path, _: int) -> GpuKind:
         return _read(path, GpuKind)
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(
-            f"{path}: not a calibration file: {str(error).splitlines()[0]}",
+            f"{path}: not a calibration file: {get_first_line(error)}",
             "its constants decide what a plan says.",
             "remove it, and measure again: onellm plan --calibrate.",
         ) from None

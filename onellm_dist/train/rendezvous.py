@@ -12,6 +12,7 @@ from datetime import timedelta
 from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
+from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.launch.ranks import Ranks
@@ -62,7 +63,7 @@ def meet(ranks: Ranks, timeout: timedelta, *, patience_s: float | None = None) -
     except (DistError, RuntimeError) as error:
         raise OneLLMError(
             f"rank 0 ended while rank {ranks.rank} waited for the other ranks "
-            f"({str(error).splitlines()[0]})",
+            f"({get_first_line(error)})",
             "the ranks meet at its store.",
             "see its own message; it comes first in the job's log.",
         ) from None
@@ -105,7 +106,7 @@ def host_store(address: str, port: int, timeout: timedelta) -> TCPStore:
         )
     except (DistError, RuntimeError, OSError) as error:
         raise OneLLMError(
-            f"rank 0 cannot listen on port {port}: {str(error).splitlines()[0]}",
+            f"rank 0 cannot listen on port {port}: {get_first_line(error)}",
             "the ranks meet there (MASTER_PORT); another process may use it, perhaps a rank of an "
             "earlier start.",
             "end that process, or choose another MASTER_PORT.",

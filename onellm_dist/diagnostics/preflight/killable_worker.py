@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.processes import kill_with_parent
-from onellm_dist.diagnostics.error_text import get_first_line
 from onellm_dist.diagnostics.preflight.rendezvous import TimeLimitError
 
 POLL_S = 0.02

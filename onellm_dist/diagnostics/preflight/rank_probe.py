@@ -13,9 +13,9 @@ from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore
 
+from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import EXIT_FAILED
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.diagnostics.error_text import get_first_line
 from onellm_dist.diagnostics.preflight.disks import find_visible, probe_data, probe_disk
 from onellm_dist.diagnostics.preflight.host import get_ecc_facts, get_gpu_facts, get_host_facts
 from onellm_dist.diagnostics.preflight.killable_worker import KillableWorker

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 from torch.distributed.distributed_c10d import PrefixStore
 
+from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.diagnostics.error_text import get_first_line
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.train.rendezvous import LOOPBACK, host_store
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.logging import get_logger
 
 log = get_logger(__name__)
@@ -66,7 +67,7 @@ class CompiledBody:
             log.warning("fused kernel %s: too many kinds of inputs, it runs unfused", name)
             return self._body(*tensors)
         except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = get_first_line(error)
             CompiledBody.failure = f"{type(error).__name__}: {reason}"
             log.warning("fused kernels are not compiled here, and run unfused: %s", reason)
             return self._body(*tensors)
