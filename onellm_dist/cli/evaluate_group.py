@@ -74,12 +74,14 @@ def evaluate_in_group(
     """
     from onellm_dist.evaluation.evaluate_group import answer_as_group
     from onellm_dist.evaluation.loading import choose_dtype, identify_model
+    from onellm_dist.evaluation.stop_request import StopRequest
     from onellm_dist.model.lazy_weights import open_model
     from onellm_dist.train.engine.select import get_engine
     from onellm_dist.train.rank_group import join_group
 
     load = get_engine(ENGINE).load_sharded_model()
     assert load is not None
+    stop = StopRequest(out)  # before the model is loaded, which takes minutes
     group, member = divmod(ranks.rank, size)
     options = replace(options, rank=group, world_size=ranks.world_size // size)
     with join_group(ranks, size, out) as joined:
@@ -94,6 +96,7 @@ def evaluate_in_group(
             out,
             options,
             identity=identify_model(folder),
+            stop=stop,
         )
         held, whole = sharded.count_weights()
     return (

@@ -9,6 +9,7 @@ from typing import Any
 from onellm_dist.evaluation.evaluate import EvaluationOptions, evaluate_model
 from onellm_dist.evaluation.group_generation import GroupGeneration
 from onellm_dist.evaluation.question_format import QuestionFormat
+from onellm_dist.evaluation.stop_request import StopRequest
 
 
 def answer_as_group(
@@ -21,6 +22,7 @@ def answer_as_group(
     options: EvaluationOptions,
     *,
     identity: str,
+    stop: StopRequest,
 ) -> str:
     """Answer the questions of this group, and say what this rank did.
 
@@ -33,6 +35,7 @@ def answer_as_group(
         out: the output folder.
         options: how they are asked; its ranks are the groups.
         identity: as of `evaluate_model`.
+        stop: notices a request to stop.
 
     Raises:
         StoppedError: the evaluation was asked to stop.
@@ -52,6 +55,7 @@ def answer_as_group(
             out,
             options,
             identity=identity,
+            stop=stop,
             generate=group.generate,
         )
     except BaseException as error:

@@ -1,20 +1,22 @@
 """Answers of a group of ranks that hold one model together, in lockstep.
 
 The first rank leads: it reads, asks and writes as a rank alone does, and gives the others each
-batch of prompts. All ranks run the batch, and take the first one's logits: rounding may differ
-between devices, and rows must end alike.
+batch of prompts. All ranks run the batch, and take the tokens that the first one chooses: rounding
+may differ between devices, and rows must end alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.evaluation.question_format import QuestionFormat
 from onellm_dist.model.batched_generation import (
@@ -24,8 +26,12 @@ from onellm_dist.model.batched_generation import (
     Prompt,
     generate_batch,
 )
+from onellm_dist.model.sampling import RowSampling, choose_tokens
 
 LEADER = 0
+HOSTS_TIMEOUT = timedelta(days=1)
+"""The others wait so long for the first rank, which reads media between batches. Its end they see
+without a timeout: its connections are closed then."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,9 @@ class _Batch:
 class _End:
     """No batch follows."""
 
-    reason: str = ""
-    """What went wrong on the first rank; "": everything is answered."""
-    exit_code: int = 0
+    failure: str | None
+    """What went wrong on the first rank; None: everything is answered."""
+    exit_code: int
 
 
 class GroupGeneration:
@@ -68,11 +74,12 @@ class GroupGeneration:
         self._run = run
         self._form = form
         self._batch = batch
-        model.llm.get_output_embeddings().register_forward_hook(self._take_first)
-        # Prompts are on the host: NCCL would take them by way of the device.
-        self._hosts: Any = dist.new_group(backend="gloo")
+        # Prompts and tokens are on the host: NCCL would take them by way of the device, and does
+        # not see that another rank is gone.
+        self._hosts: Any = dist.new_group(backend="gloo", timeout=HOSTS_TIMEOUT)
         self._asked_cache: MediaCache | None = None
         self._cache: MediaCache | None = None
+        self._is_in_batch = False
         self.is_leader = dist.get_rank() == LEADER
         """Whether this rank asks, and the others follow."""
 
@@ -99,8 +106,10 @@ class GroupGeneration:
         starts_anew = media_cache is not self._asked_cache
         self._asked_cache = media_cache
         batch = _Batch(list(prompts), starts_anew, media_cache is not None)
+        self._is_in_batch = True
         self._in_step(partial(self._send, batch))
         found: list[Continuation] = self._in_step(partial(self._answer, batch, statistics))
+        self._is_in_batch = False
         return found
 
     def follow(self) -> int:
@@ -116,9 +125,9 @@ class GroupGeneration:
         while isinstance(order := self._in_step(self._receive), _Batch):
             self._in_step(partial(self._answer, order, BatchStatistics()))
             count += 1
-        if order.reason:
+        if order.failure is not None:
             error = OneLLMError(
-                f"the first rank of the group ended: {order.reason}",
+                f"the first rank of the group ended: {order.failure}",
                 "it asks what all of its ranks answer.",
                 "see its own message.",
             )
@@ -127,10 +136,16 @@ class GroupGeneration:
         return count
 
     def end(self, error: BaseException | None = None) -> None:
-        """Let the other ranks end; with an error, as this rank does."""
-        reason = "" if error is None else str(error).splitlines()[0] if str(error) else repr(error)
+        """Let the other ranks end; with an error, as this rank does.
+
+        Inside a batch the others wait in the model, where no message reaches them: they see that
+        this rank is gone once it has left.
+        """
+        if self._is_in_batch:
+            return
+        failure = None if error is None else get_first_line(error)
         try:
-            self._send(_End(reason, getattr(error, "exit_code", 1)))
+            self._send(_End(failure, getattr(error, "exit_code", 1)))
         except RuntimeError:  # they are gone already
             if error is None:
                 raise
@@ -147,16 +162,18 @@ class GroupGeneration:
                 batch=self._batch,
                 media_cache=self._cache,
                 statistics=statistics,
+                choose=self._choose,
             )
         )
         return found
 
-    @staticmethod
-    def _take_first(_head: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
-        """Replace this rank's logits with the first rank's."""
-        taken = logits.contiguous()
-        dist.broadcast(taken, group_src=LEADER)
-        return taken
+    def _choose(self, logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int]:
+        """The tokens that the first rank chooses."""
+        chosen = choose_tokens(logits, rows) if self.is_leader else [0] * len(rows)
+        taken = torch.tensor(chosen)
+        dist.broadcast(taken, group_src=LEADER, group=self._hosts)
+        tokens: list[int] = taken.tolist()
+        return tokens
 
     def _send(self, order: _Batch | _End) -> None:
         dist.broadcast_object_list([order], group_src=LEADER, group=self._hosts)
@@ -178,7 +195,8 @@ class GroupGeneration:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise OneLLMError(
-                f"a rank of the group is gone or failed ({str(error).splitlines()[0]})",
+                "this rank of the group or another one is gone or failed "
+                f"({get_first_line(error)})",
                 "the ranks of a group hold one model together.",
                 "what was answered is on the disk; see the messages of the other ranks, and start "
                 "again.",

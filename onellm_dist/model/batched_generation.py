@@ -20,6 +20,7 @@ from onellm_dist.model.llm_call import check_call
 from onellm_dist.model.llm_positions import check_new_tokens, get_context
 from onellm_dist.model.media_cache import MediaCache, Medium
 from onellm_dist.model.running_batch import MAX_POSITIONS, BatchStatistics, RunningBatch
+from onellm_dist.model.sampling import Choose, choose_tokens
 
 __all__ = [
     "BatchStatistics",
@@ -70,6 +71,7 @@ def generate_batch(
     max_positions: int = MAX_POSITIONS,
     media_cache: MediaCache | None = None,
     statistics: BatchStatistics | None = None,
+    choose: Choose = choose_tokens,
 ) -> list[Continuation]:
     """Continue prompts; each gets the tokens that it gets alone.
 
@@ -86,6 +88,7 @@ def generate_batch(
         media_cache: keeps the encoded media between calls; default: media are reused within a
             batch alone.
         statistics: added to.
+        choose: chooses the next tokens; the ranks of a group choose alike.
 
     Returns:
         The answers, in the order of the prompts.
@@ -97,7 +100,7 @@ def generate_batch(
     """
     check_prompts(model, prompts)
     statistics = BatchStatistics() if statistics is None else statistics
-    running = RunningBatch(model, media_cache, statistics, max_positions)
+    running = RunningBatch(model, media_cache, statistics, max_positions, choose)
     answers: dict[int, Continuation] = {}
     for places in split_batches(prompts, batch, max_positions):
         rows = [

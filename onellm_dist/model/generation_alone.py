@@ -17,31 +17,38 @@ from onellm_dist.model.generation_rows import AnswerRow, pack_prompts
 from onellm_dist.model.llm_per_layer import give_token_ids
 from onellm_dist.model.llm_rope import set_lengths
 from onellm_dist.model.media_cache import MediaCache
-from onellm_dist.model.sampling import choose_tokens
+from onellm_dist.model.sampling import Choose, choose_tokens
 from onellm_dist.model.token_ids import choose_padding, count_embeddings
 
 
 class _OwnChoice(LogitsProcessor):
     """Lets transformers' greedy search take the token that a row chooses."""
 
-    def __init__(self, row: AnswerRow) -> None:
+    def __init__(self, row: AnswerRow, choose: Choose) -> None:
         self._row = row
+        self._choose = choose
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        (token,) = choose_tokens(scores, [self._row.draw()])
+        (token,) = self._choose(scores, [self._row.draw()])
         self._row.add(token, scores[0])
         forced = torch.full_like(scores, -torch.inf)
         forced[:, max(token, 0)] = 0  # of a row that failed, the token means nothing
         return forced
 
 
-def continue_alone(model: Any, rows: Sequence[AnswerRow], media_cache: MediaCache | None) -> int:
+def continue_alone(
+    model: Any,
+    rows: Sequence[AnswerRow],
+    media_cache: MediaCache | None,
+    choose: Choose = choose_tokens,
+) -> int:
     """Answer prompts one at a time, with the LLM's own cache.
 
     Args:
         model: a OneLLMForConditionalGeneration.
         rows: the prompts; they end.
         media_cache: keeps the tokens of media.
+        choose: chooses the next tokens.
 
     Returns:
         Positions that all steps behind the prefills attended to.
@@ -65,7 +72,7 @@ def continue_alone(model: Any, rows: Sequence[AnswerRow], media_cache: MediaCach
                     inputs_embeds=packed.sequence[None],
                     attention_mask=torch.ones_like(ids),
                     generation_config=config,
-                    logits_processor=LogitsProcessorList([_OwnChoice(row)]),
+                    logits_processor=LogitsProcessorList([_OwnChoice(row, choose)]),
                     stopping_criteria=StoppingCriteriaList([_make_stop(row)]),
                 )
         finally:

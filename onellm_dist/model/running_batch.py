@@ -17,7 +17,7 @@ from onellm_dist.model.generation_rows import AnswerRow, Prompt, pack_prompts
 from onellm_dist.model.llm_cached import CachedRows, decode, prefill
 from onellm_dist.model.llm_dropout import update_dropout
 from onellm_dist.model.media_cache import MediaCache
-from onellm_dist.model.sampling import choose_tokens
+from onellm_dist.model.sampling import Choose, choose_tokens
 from onellm_dist.model.sequence_lengths import to_device_tensor
 
 MAX_POSITIONS = 65536
@@ -57,6 +57,7 @@ class RunningBatch:
         media_cache: keeps the encoded media; None: they are reused within a call of `join` alone.
         statistics: the positions of each step are added to it.
         max_positions: most positions of all rows, padding and new tokens included.
+        choose: chooses the next tokens.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class RunningBatch:
         media_cache: MediaCache | None,
         statistics: BatchStatistics,
         max_positions: int = MAX_POSITIONS,
+        choose: Choose = choose_tokens,
     ) -> None:
         self.rows: list[AnswerRow] = []
         """Rows whose answers have not ended."""
@@ -72,6 +74,7 @@ class RunningBatch:
         self._media_cache = media_cache
         self._statistics = statistics
         self._max_positions = max_positions
+        self._choose = choose
         self._cached: CachedRows | None = None
         self._device: torch.device | None = None
         """Where the LLM's logits are."""
@@ -101,7 +104,7 @@ class RunningBatch:
         """
         update_dropout(self._model.llm)
         if not self._model.llm_support.cached:
-            positions = continue_alone(self._model, rows, self._media_cache)
+            positions = continue_alone(self._model, rows, self._media_cache, self._choose)
             self._statistics.positions += positions
             return
         packed = pack_prompts(self._model, [row.prompt for row in rows], self._media_cache)
@@ -113,7 +116,7 @@ class RunningBatch:
             lengths=packed.layout.lengths,
             position_ids=to_device_tensor(packed.layout.position_ids, packed.sequence.device),
         )
-        _add_tokens(rows, logits)
+        _add_tokens(rows, logits, self._choose)
         self._device = logits.device
         going, kept = _take_out_ended(rows, cached)
         if kept is not None:
@@ -130,7 +133,7 @@ class RunningBatch:
         logits = decode(self._model.llm, cached, tokens)
         self._statistics.positions += sum(cached.lengths)
         self._statistics.padding += cached.columns * len(self.rows) - sum(cached.lengths)
-        _add_tokens(self.rows, logits)
+        _add_tokens(self.rows, logits, self._choose)
         self.rows, self._cached = _take_out_ended(self.rows, cached)
 
     def clear(self) -> None:
@@ -139,8 +142,8 @@ class RunningBatch:
         self._cached = None
 
 
-def _add_tokens(rows: Sequence[AnswerRow], logits: torch.Tensor) -> None:
-    tokens = choose_tokens(logits, [row.draw() for row in rows])
+def _add_tokens(rows: Sequence[AnswerRow], logits: torch.Tensor, choose: Choose) -> None:
+    tokens = choose(logits, [row.draw() for row in rows])
     for row, token, seen in zip(rows, tokens, logits, strict=True):
         row.add(token, seen)
 

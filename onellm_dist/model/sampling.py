@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,10 @@ class RowSampling(NamedTuple):
     """Probability mass of the nucleus."""
     draw: float = 0.0
     """A random number of [0, 1), which decides."""
+
+
+Choose = Callable[[torch.Tensor, Sequence[RowSampling]], list[int]]
+"""Called as `choose_tokens` is."""
 
 
 def choose_tokens(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int]:

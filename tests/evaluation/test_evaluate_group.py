@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def begin(base: Path, benchmark_data: Callable[[str], Path], tmp_path: Path) -> Begin:
-    def start(world: int, *more: str, fault: str = "none", rank: int = 0) -> Start:
+    def start(
+        world: int, *more: str, fault: str = "none", rank: int | str = 0, out: str = "out"
+    ) -> Start:
         arguments = ["evaluate", str(base), TASK, "--data", str(benchmark_data(TASK))]
-        arguments += ["--out", str(tmp_path / "out"), "--format", "raw", "--any-count", *more]
+        arguments += ["--out", str(tmp_path / out), "--format", "raw", "--any-count", *more]
         script = [str(SCRIPT), fault, str(rank), *arguments]
         return get_zygote().start(world, [], script=script)
 
@@ -64,24 +67,27 @@ def test_a_group_answers_as_one_rank_and_others_outlive_it(
     expected = read_answers(tmp_path / "alone" / TASK)
     assert len(expected) == COUNT and len({a.answer for a in expected.values()}) > 2
 
-    def read() -> dict[str, WrittenAnswer]:
-        return read_answers(tmp_path / "out" / TASK)
+    def read(out: str = "out") -> dict[str, WrittenAnswer]:
+        return read_answers(tmp_path / out / TASK)
 
-    # Two ranks, of which the second one computes noise, take the first one's tokens.
-    start = begin(2, "--group", "2", "--limit", "4", "--batch", "4", fault="noise", rank=1)
+    # Two ranks, of which the second one computes and draws noise, take the first one's tokens.
+    drawn = replace(options, as_reference=True, limit=4)
+    evaluate_folder(base, [TASK], benchmark_data(TASK), tmp_path / "alone-drawn", drawn, None)
+    more = ["--as-reference", "--limit", "4", "--batch", "4"]
+    start = begin(2, "--group", "2", *more, fault="noise", rank=1, out="drawn")
     assert start.wait() == [0, 0], read_logs(start)
-    assert read() == {name: expected[name] for name in list(read())} and len(read()) == 4
+    assert read("drawn") == read("alone-drawn") and len(read("drawn")) == 4
     form = QuestionFormat(load_toy_tokenizer(), "raw")
     took = re.findall(r"^took ([\d ]+)$", read_logs(start)[1], re.MULTILINE)
     texts = [form.decode([int(token) for token in tokens.split()]) for tokens in took]
-    assert sorted(texts) == sorted(answer.answer for answer in read().values())
+    assert sorted(texts) == sorted(answer.answer for answer in read("drawn").values())
     (first, whole), (second, _) = read_held(read_logs(start))
     assert first + second == whole and whole / 2 <= first < whole * 0.51  # rows are not cut
     # Of two groups one loses a rank in its second batch; the other one answers all of its own.
     start = begin(4, "--group", "2", "--batch", "1", fault="kill", rank=3)
     codes, logs = start.wait(), read_logs(start)
     assert codes[:2] == [0, 0] and codes[2] == 1 and codes[3] == -9, (codes, logs)
-    assert "a rank of the group is gone" in logs[2]
+    assert "another one is gone" in logs[2]
     assert "holds" in logs[0] and 4 < len(read()) < COUNT
     # Another number of ranks, in a group of another size, answers the rest.
     start = begin(3, "--group", "3")
@@ -92,6 +98,25 @@ def test_a_group_answers_as_one_rank_and_others_outlive_it(
     start = begin(2, "--group", "2", "--prompt", "short")
     assert start.wait() == [2, 2], read_logs(start)
     assert "the first rank of the group ended" in read_logs(start)[1]
+
+
+@pytest.mark.slow
+def test_a_first_rank_that_fails_or_is_asked_to_stop_ends_its_group(
+    begin: Begin, tmp_path: Path
+) -> None:
+    # Inside a batch, where the other one waits in the model: both end at once.
+    start = begin(2, "--group", "2", "--batch", "1", fault="fail")
+    assert start.wait(120) == [1, 1], read_logs(start)
+    first, second = read_logs(start)
+    assert "this rank of the group or another one is gone or failed (RuntimeError)" in first
+    assert "this rank of the group or another one is gone or failed" in second
+    assert len(read_answers(tmp_path / "out" / TASK)) == 1
+    # While the model loads; and media may be read for longer than a collective waits.
+    start = begin(2, "--group", "2", "--batch", "4", fault="stop", rank="all")
+    assert start.wait(120) == [75, 75], read_logs(start)
+    assert "asked to stop" in read_logs(start)[1]
+    assert len(read_answers(tmp_path / "out" / TASK)) == 5
+    assert not list((tmp_path / "out").glob("group*"))
 
 
 def test_ranks_that_make_no_groups_and_adapters_are_refused(base: Path, tmp_path: Path) -> None:
