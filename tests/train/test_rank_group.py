@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -56,8 +56,7 @@ def test_ranks_of_a_group_find_each_other_wherever_a_launcher_put_them(
         member.rank = rank
         ranks = Ranks(rank, size, local_ranks[rank], size, "localhost", PORT)
         with rank_group.join_group(ranks, size, tmp_path) as own:
-            found: Any = own
-            return found
+            return cast("Ranks", own)
 
     monkeypatch.setattr(socket, "gethostname", lambda: hosts[getattr(member, "rank", 0)])
     monkeypatch.setattr(rank_group, "process_group", join_at_once)
