@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from onellm_dist.modalities.base import Modality
-from onellm_dist.modalities.transforms.crops import normalise
+from onellm_dist.modalities.transforms.crops import LARGEST, normalise
 
 
 class PixelModality(Modality):
@@ -35,8 +35,17 @@ class PixelModality(Modality):
 
     @property
     def carries_pixels(self) -> bool:
-        """Whether the loader carries pixels; not where a subclass has a transform of its own."""
-        return type(self).transform is PixelModality.transform
+        """Whether the loader carries pixels.
+
+        Not where a subclass makes its values itself, or refuses some that pixels can have: bytes
+        would pass by its checks.
+        """
+        own = type(self)
+        return (
+            own.transform is PixelModality.transform
+            and own.make_value is Modality.make_value
+            and self.limits.magnitude >= LARGEST
+        )
 
     @property
     def loader_dtype(self) -> torch.dtype:

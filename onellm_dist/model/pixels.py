@@ -7,7 +7,7 @@ import torch
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import get_modality
 from onellm_dist.modalities.pixels import PixelModality
-from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
+from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD, check_pixels
 from onellm_dist.model.sequence_lengths import to_device_tensor
 
 
@@ -22,7 +22,11 @@ def normalise_pixels(pixels: torch.Tensor) -> torch.Tensor:
 
     Returns:
         The same shape in fp32.
+
+    Raises:
+        OneLLMError: as of `check_pixels`.
     """
+    check_pixels(pixels)
     numbers = to_device_tensor([(255.0,) * 3, CLIP_MEAN, CLIP_STD], pixels.device, torch.float32)
     most, mean, deviation = numbers[:, :, None, None]
     return pixels.to(torch.float32).div_(most).sub_(mean).div_(deviation)
@@ -36,7 +40,8 @@ def make_input(name: str, value: torch.Tensor) -> torch.Tensor:
         value: [n, *value_shape], floats or pixels (uint8).
 
     Raises:
-        OneLLMError: these are bytes, and the modality's input is not made of pixels.
+        OneLLMError: these are bytes, and the modality's input is not made of pixels, or they are
+            not RGB.
     """
     if value.dtype != torch.uint8:
         return value

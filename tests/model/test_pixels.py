@@ -10,11 +10,11 @@ import torch
 from packs import make_pack, small_model
 from PIL import Image
 
-from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.modalities.image import ImageModality
 from onellm_dist.modalities.pairs import MapPair
-from onellm_dist.modalities.transforms.crops import normalise
+from onellm_dist.modalities.transforms.crops import LARGEST, normalise
 from onellm_dist.model.pixels import make_input, normalise_pixels
 
 CARRIED = ("image", "depth", "normal")
@@ -63,19 +63,64 @@ def test_modalities_of_floats_are_carried_as_they_were() -> None:
         make_input("imu", torch.zeros(1, 6, 400, dtype=torch.uint8))
 
 
-def test_a_transform_of_ones_own_is_what_is_carried() -> None:
+def test_a_transform_of_one_s_own_is_what_is_carried() -> None:
     class Halved(ImageModality):
         def transform(
             self, raw: Image.Image, *, train: bool, rng: np.random.Generator
         ) -> torch.Tensor:
             return super().transform(raw, train=train, rng=rng) / 2
 
-    rng = np.random.default_rng(0)
-    carried = Halved().make_loader_value(draw_noise(0), train=False, rng=rng)
-    assert Halved().loader_dtype == carried.dtype == torch.float32
-    assert torch.equal(
-        carried, get_modality("image").make_value(draw_noise(0), train=False, rng=rng) / 2
+    class HalvedLater(ImageModality):
+        def make_value(
+            self, raw: Image.Image, *, train: bool, rng: np.random.Generator
+        ) -> torch.Tensor:
+            return super().make_value(raw, train=train, rng=rng) / 2
+
+    whole = get_modality("image").make_value(
+        draw_noise(0), train=False, rng=np.random.default_rng(0)
     )
+    for modality in (Halved(), HalvedLater()):
+        carried = modality.make_loader_value(
+            draw_noise(0), train=False, rng=np.random.default_rng(0)
+        )
+        assert modality.loader_dtype == carried.dtype == torch.float32
+        assert torch.equal(carried, whole / 2)
+
+
+def test_limits_of_one_s_own_are_checked_unless_every_byte_is_within_them() -> None:
+    class Dim(ImageModality):
+        limits = replace(ImageModality.limits, magnitude=2)
+
+    class Bright(ImageModality):
+        limits = replace(ImageModality.limits, magnitude=LARGEST)
+
+    white, rng = Image.new("RGB", (224, 224), "white"), np.random.default_rng(0)
+    with pytest.raises(SampleError, match=r"a value of 2\.\d+; the limit is 2"):
+        Dim().make_loader_value(white, train=False, rng=rng)
+    assert Dim().loader_dtype == torch.float32 and Bright().loader_dtype == torch.uint8
+    assert Bright().make_loader_value(white, train=False, rng=rng).eq(255).all()
+    assert float(normalise(all_bytes()).abs().max()) == LARGEST
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_pixels_that_are_not_rgb_are_refused(channels: int) -> None:
+    class Layered(ImageModality):
+        def cut_pixels(
+            self, raw: Image.Image, *, train: bool, rng: np.random.Generator
+        ) -> torch.Tensor:
+            return torch.zeros(channels, 224, 224, dtype=torch.uint8)
+
+    with pytest.raises(OneLLMError, match=rf"pixels are \({channels}, 224, 224\) of torch\.uint8"):
+        Layered().make_value(draw_noise(0), train=False, rng=np.random.default_rng(0))
+    with pytest.raises(OneLLMError, match=r"not \[\.\.\., 3, height, width\]"):
+        normalise_pixels(torch.zeros(2, channels, 4, 4, dtype=torch.uint8))
+
+
+def test_pixels_that_are_no_bytes_are_refused() -> None:
+    for kind in (torch.int64, torch.float32, torch.bool):
+        for convert in (normalise, normalise_pixels):
+            with pytest.raises(OneLLMError, match=f"of {kind}, not"):
+                convert(torch.zeros(3, 4, 4, dtype=kind))
 
 
 def test_loss_and_gradients_are_those_of_the_floats() -> None:

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from onellm_dist.common.errors import OneLLMError
+
 SIDE = 224
 """Pixels per side of the encoder's input. It has no other size: its positions are not resized."""
 PATCHES = (SIDE // 14) ** 2
@@ -19,6 +21,8 @@ _MEAN = np.array(CLIP_MEAN, np.float32)[:, None]
 _STD = np.array(CLIP_STD, np.float32)[:, None]
 _NORMALISED = ((np.arange(256, dtype=np.float32) / np.float32(255)) - _MEAN) / _STD
 """[3, 256]: the normalised value of each byte, per channel."""
+LARGEST = float(np.abs(_NORMALISED).max())
+"""The largest absolute value of a normalised byte."""
 _WIDEST = 100
 """Ratio of long to short side above which a picture is cut to its middle first, to save memory."""
 _STRIP = 1 << 22
@@ -34,6 +38,22 @@ def split_channels(picture: Image.Image | np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def check_pixels(pixels: torch.Tensor) -> None:
+    """Refuse what is not RGB of 8 bits: other channels and numbers have no CLIP normalisation.
+
+    Raises:
+        OneLLMError: the tensor is not [..., 3, height, width] of uint8.
+    """
+    shape = tuple(pixels.shape)
+    if pixels.dtype != torch.uint8 or shape[-3:-2] != (3,):
+        raise OneLLMError(
+            f"pixels are {shape} of {pixels.dtype}, not [..., 3, height, width] of torch.uint8",
+            "CLIP has a mean and a standard deviation for red, green and blue alone.",
+            "let the modality's cut_pixels return 8-bit RGB (PIL's convert('RGB')), or give the "
+            "modality a transform of its own.",
+        )
+
+
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """Apply CLIP's mean and standard deviation, on the CPU.
 
@@ -42,7 +62,11 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
     Returns:
         The same shape in fp32.
+
+    Raises:
+        OneLLMError: as of `check_pixels`.
     """
+    check_pixels(pixels)
     given = pixels.numpy()
     out = np.empty(given.shape, np.float32)
     for channel in range(3):  # mode: "raise" would write to a buffer first; bytes are in range
