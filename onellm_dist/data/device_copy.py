@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ class _Copy:
         return self.batch
 
 
+@cache
+def get_copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that copies to a GPU; all loaders share it.
+
+    torch keeps the memory that was freed for its stream alone: with a stream of its own, each
+    validation would take new memory.
+    """
+    return torch.cuda.Stream(device)
+
+
 def copy_ahead(
     items: Iterator[BatchOrError], device: torch.device | None
 ) -> Iterator[BatchOrError]:
@@ -40,10 +51,12 @@ def copy_ahead(
     Args:
         items: the batches.
         device: the GPU that the batches are copied to, on a stream of its own, so that the copy
-            runs beside the work of the batch before; None: they stay in page-locked memory.
+            runs beside the work of the batch before; None: they stay in page-locked memory. While
+            the next batch is asked for, the GPU holds three: the one that the caller still has, the
+            next one, and the one that is being copied.
     """
     current = torch.cuda.current_device()  # a thread begins with GPU 0
-    stream = None if device is None else torch.cuda.Stream(device)
+    stream = None if device is None else get_copy_stream(device)
     with ThreadPoolExecutor(1, "pin", torch.cuda.set_device, (current,)) as threads:
         last: Future[BatchOrError] | None = None
         for item in items:

@@ -15,6 +15,10 @@ from onellm_dist.train.engine.description import EngineDescription
 
 PRECISION_BYTES = {"bf16": 2, "fp32": 4}
 """`train.precision` to bytes of a weight that the model computes with."""
+HELD_ON_GPU = 3
+"""Micro-batches on a GPU at once: the one at work, the next one, and one that is being copied."""
+HELD_ON_PROCESSORS = 2
+"""The one at work, and the next one."""
 SHOWN_PARTS = {
     "encoder": "encoder", "modality": "tokenizers and projections", "upm": "UPM", "llm": "LLM",
     "embedding": "LLM", "head": "head and loss", GLUE: "between modules",
@@ -115,7 +119,7 @@ class MemoryPlan:
     working: float
     """What else lives at the fullest moment: gradients of activations, temporary results."""
     inputs: float
-    """The micro-batch itself, and the next one."""
+    """The micro-batch itself, and those that are read or copied ahead."""
     buffers: float
     """What the engine's library holds."""
     context: float
@@ -184,13 +188,14 @@ def compute_memory(
         inputs: bytes of the micro-batch's own tensors.
         buffers: bytes of the engine's buffers.
     """
+    held = inputs * (HELD_ON_PROCESSORS if gpu.shared else HELD_ON_GPU)
     kept = {part: float(size) for part, size in count.kept.items()}
-    allocated = state.device + count.peak + 2 * inputs + buffers
+    allocated = state.device + count.peak + held + buffers
     return MemoryPlan(
         state=state,
         activations=join_parts(kept),
         working=max(0.0, count.peak - sum(kept.values())),
-        inputs=2 * inputs,
+        inputs=held,
         buffers=buffers,
         context=gpu.context_gb * GIGA,
         fragmentation=load_assumptions().fragmentation * allocated,

@@ -19,6 +19,7 @@ from forked import forked_children
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.workers.process import IGNORED_SIGNALS
+from onellm_dist.data.device_copy import copy_ahead, get_copy_stream
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.plan import Plan
@@ -166,6 +167,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import psutil
 from data_worlds import open_plan
+from onellm_dist.data.device_copy import copy_ahead, get_copy_stream
 from onellm_dist.data.loader import Loader
 for _ in Loader(open_plan(Path(sys.argv[2]), {"talk": 1}), 1, 0, 0, 10**6, 2):
     print(*(p.pid for p in psutil.Process().children()), flush=True)
@@ -270,3 +272,17 @@ def test_batches_are_copied_ahead_on_a_stream_of_their_own(root: Path) -> None:
     assert [[float(s) for s in found] for found in sums] == [
         pytest.approx([float(s) for s in own], rel=1e-12) for own in wanted
     ]
+
+
+def test_loaders_share_the_stream_that_copies_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was freed for one stream is no other's: each validation makes a loader."""
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "Stream", made.append)
+    get_copy_stream.cache_clear()
+    try:
+        for number in (0, 1, 0, 1):
+            assert not list(copy_ahead(iter([]), torch.device("cuda", number)))
+        assert made == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    finally:
+        get_copy_stream.cache_clear()
