@@ -2,7 +2,8 @@
 
     python examples/iterate_loader.py toy
 
-The samples of a step do not depend on the number of ranks: only their grouping does.
+The samples of a step do not depend on the number of ranks: only their grouping does. Pictures come
+as 8-bit pixels; `make_input` normalises them as the model does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 
 from onellm_dist import Loader, Plan, load_config
 from onellm_dist.model import load_model
+from onellm_dist.model.pixels import make_input
 
 WORLD_SIZE = 2
 STEPS = 2
@@ -29,6 +31,9 @@ def main(root: str) -> None:
                     f"rank {rank}, step {micro_batch.step}, micro-batch {micro_batch.index}: "
                     f"{len(batch.input_ids)} text tokens, {', '.join(combinations)}"
                 )
+                for name, values in batch.values.items():
+                    inputs = make_input(name, values)
+                    print(f"  {name}: {len(values)} of {values.dtype}, input of {inputs.dtype}")
     for step in range(STEPS):
         print(f"step {step}: {plan.digest(step)}")
 

@@ -24,6 +24,10 @@ from onellm_dist.packed import PackedBatch
 class Loader:
     """Iterates over the (MicroBatch, PackedBatch) pairs of one rank. Use it as a context manager.
 
+    The values of a `PixelModality` (pictures and maps of them) are pixels (`torch.uint8`, 0 to
+    255), all others fp32. The model takes both; `make_input` of `onellm_dist.model.pixels` gives
+    what it computes with, which is CLIP's normalisation of the pixels.
+
     Args:
         plan: the run's plan.
         world_size: number of ranks.

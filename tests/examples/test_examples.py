@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,8 @@ def test_iterate_loader(folder: Path) -> None:
         line.split(", micro")[0] for line in out.splitlines()
     }
     assert "step 1: " in out
+    assert re.search(r"  image: \d+ of torch\.uint8, input of torch\.float32", out)
+    assert re.search(r"  audio: \d+ of torch\.float32, input of torch\.float32", out)
 
 
 def test_train(folder: Path) -> None:
