@@ -106,7 +106,7 @@ def _begin(
     trainer.session.hold(trainer.sample_log.close)
     trainer.budget = inputs.budget
     trainer.begin_at(first_step)
-    write_start(trainer, inputs.target, parts, kernels)
+    write_start(trainer, inputs, parts, kernels)
     return trainer
 
 

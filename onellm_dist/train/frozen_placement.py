@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
-from onellm_dist.config.schema import RunConfig
+from onellm_dist.config.schema import EngineSection, RunConfig
 from onellm_dist.data.plan import Plan
 from onellm_dist.train.distributed import Distributed, name_device
 from onellm_dist.train.engine.frozen import list_placements
@@ -22,7 +23,23 @@ FINDER = "onellm_dist.planner.budgets:find_placement"
 log = get_logger(__name__)
 
 
-def resolve_frozen(config: RunConfig, plan: Plan, dist: Distributed) -> RunConfig:
+@dataclass(frozen=True)
+class FrozenDecision:
+    """Where a start keeps frozen weights, as its recipe leaves it open."""
+
+    engine: EngineSection
+    """The recipe's section; still `auto` where the planner could not be asked."""
+    reason: str
+
+    @property
+    def frozen(self) -> str:
+        """`sharded` or `resident`."""
+        return "sharded" if self.engine.frozen == "auto" else self.engine.frozen
+
+
+def resolve_frozen(
+    config: RunConfig, plan: Plan, dist: Distributed
+) -> tuple[RunConfig, FrozenDecision | None]:
     """Decide where frozen weights lie, if the recipe leaves it open. All ranks call it together.
 
     Args:
@@ -31,37 +48,43 @@ def resolve_frozen(config: RunConfig, plan: Plan, dist: Distributed) -> RunConfi
         dist: the ranks.
 
     Returns:
-        The recipe with `engine.frozen` decided; as it is, where it says so itself, the engine
-        leaves no choice, or the planner does not know the devices (they are sharded then).
+        The recipe with `engine.frozen` decided, and why. As it is, and None, where it says so
+        itself or the engine leaves no choice. As it is, which is sharded, where the planner does
+        not know the devices, or fails.
     """
     if len(list_placements(config.engine, bf16=config.train.precision == "bf16")) < 2:
-        return config
+        return config, None
     names = sorted(set(dist.gather(name_device(dist.device))))
-    found = _ask(config, plan, dist, names) if dist.is_rank_zero else None
-    engine = dist.broadcast(found)
-    return config if engine is None else config.model_copy(update={"engine": engine})
+    found = _decide(config, plan, dist, names) if dist.is_rank_zero else None
+    decision: FrozenDecision = dist.broadcast(found)
+    return config.model_copy(update={"engine": decision.engine}), decision
 
 
-def _ask(config: RunConfig, plan: Plan, dist: Distributed, names: list[str]) -> Any:
-    """The `engine` section by the slowest devices: resident only where it suits all."""
+def _decide(config: RunConfig, plan: Plan, dist: Distributed, names: list[str]) -> FrozenDecision:
+    try:
+        return _ask(config, plan, dist, names)
+    except Exception as error:  # whatever it is: the other ranks wait, and sharding needs no plan
+        what = error.what if isinstance(error, OneLLMError) else f"{type(error).__name__}: {error}"
+        reason = f"the planner cannot say: {' '.join(what.split())}"
+        log.warning("engine.frozen=auto is sharded: %s", reason)
+        return FrozenDecision(config.engine, reason)
+
+
+def _ask(config: RunConfig, plan: Plan, dist: Distributed, names: list[str]) -> FrozenDecision:
+    """Decide by the slowest devices: resident only where it suits all."""
     find: Callable[..., Any] = pkgutil.resolve_name(FINDER)
     text = plan.count_mean_text(plan.data_phases[-1].start)
     answers = []
     for name in names:
-        try:
-            answer = find(
-                config,
-                device_name=name,
-                nodes=max(1, dist.world_size // dist.local_world_size),
-                ranks_per_node=min(dist.local_world_size, dist.world_size),
-                text_tokens=text,
-            )
-        except OneLLMError as error:
-            log.warning("engine.frozen=auto is sharded: the planner cannot say: %s", error.what)
-            return None
+        answer = find(
+            config,
+            device_name=name,
+            nodes=max(1, dist.world_size // dist.local_world_size),
+            ranks_per_node=min(dist.local_world_size, dist.world_size),
+            text_tokens=text,
+        )
         if answer is None:
-            return None
+            return FrozenDecision(config.engine, f"the planner has no constants for {name}")
         answers.append(answer)
     chosen = next((a for a in answers if a.config.engine.frozen == "sharded"), answers[0])
-    log.info("engine.frozen=%s (auto): %s", chosen.config.engine.frozen, chosen.reason)
-    return chosen.config.engine
+    return FrozenDecision(chosen.config.engine, chosen.reason)

@@ -26,6 +26,7 @@ from onellm_dist.train.records.config_changes import (
 from onellm_dist.train.records.events import Events
 
 STEPS = "train.steps"
+FROZEN = "engine.frozen"
 EPOCH_KEYS = ("data.global_batch", "data.mixture")
 """What decides how many steps an epoch has."""
 JUMP = 1.1
@@ -88,7 +89,9 @@ def check_epochs_stay(config: RunConfig, target: ResumeTarget) -> None:
         )
 
 
-def find_resume_changes(config: RunConfig, target: ResumeTarget) -> tuple[list[KeyChange], Any]:
+def find_resume_changes(
+    config: RunConfig, target: ResumeTarget, *, frozen_decided: bool
+) -> tuple[list[KeyChange], Any]:
     """The keys that this resume changes, and the recipe before.
 
     Rank 0 calls it before the directory is that of this start.
@@ -96,11 +99,18 @@ def find_resume_changes(config: RunConfig, target: ResumeTarget) -> tuple[list[K
     Args:
         config: the recipe.
         target: what is resumed.
+        frozen_decided: whether this start has decided `engine.frozen`, so that a change of it is
+            nobody's.
     """
     if target.folder is None:
         return [], None
     earlier = read_earlier_recipe(config.run.dir, target.folder)
-    return ([], None) if earlier is None else (find_changes(earlier, config), earlier)
+    if earlier is None:
+        return [], None
+    changes = find_changes(earlier, config)
+    if frozen_decided or config.engine.frozen == "auto":
+        changes = [change for change in changes if change.key != FROZEN]
+    return changes, earlier
 
 
 def write_changes(

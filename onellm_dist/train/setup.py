@@ -37,7 +37,7 @@ from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.frozen_weights import check_frozen_weights
 from onellm_dist.train.engine.settings import EngineSettings, make_settings
-from onellm_dist.train.frozen_placement import resolve_frozen
+from onellm_dist.train.frozen_placement import FrozenDecision, resolve_frozen
 from onellm_dist.train.optim.optimizers import check_optim
 from onellm_dist.train.pack_budget import PackBudget, resolve_budget
 from onellm_dist.train.records.events import Events
@@ -62,6 +62,7 @@ class Inputs:
         new_phase: whether a new data phase begins.
         lora: the `train.lora` section.
         budget: token budgets that were found for this start; None: the recipe has numbers.
+        frozen: where frozen weights lie, if this start decided that.
     """
 
     target: ResumeTarget
@@ -73,6 +74,7 @@ class Inputs:
     new_phase: bool
     lora: LoraSection | None = None
     budget: PackBudget | None = None
+    frozen: FrozenDecision | None = None
 
     @property
     def modalities(self) -> set[str]:
@@ -150,7 +152,7 @@ def open_inputs(
         for opened in plans:
             opened.corpus.exclusions = exclusions
         config, budget = resolve_budget(config, plans, session.dist)
-        config = resolve_frozen(config, plan, session.dist)
+        config, frozen = resolve_frozen(config, plan, session.dist)
     inputs = Inputs(
         target=target,
         manifest=manifest,
@@ -161,6 +163,7 @@ def open_inputs(
         new_phase=follow_checkpoint(plan, target.folder),
         lora=config.train.lora,
         budget=budget,
+        frozen=frozen,
     )
     return config, inputs, weights
 

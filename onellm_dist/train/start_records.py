@@ -61,7 +61,9 @@ def open_records(
     """
     run_dir, dist, plan = config.run.dir, session.dist, inputs.plan
     changes, earlier = (
-        find_resume_changes(config, inputs.target) if dist.is_rank_zero else ([], None)
+        find_resume_changes(config, inputs.target, frozen_decided=inputs.frozen is not None)
+        if dist.is_rank_zero
+        else ([], None)
     )
 
     def prepare() -> None:
@@ -101,13 +103,13 @@ def _to_absolute(location: str) -> str:
 
 
 def write_start(
-    trainer: Trainer, target: ResumeTarget, parts: Sequence[PartSummary], kernels: KernelChoice
+    trainer: Trainer, inputs: Inputs, parts: Sequence[PartSummary], kernels: KernelChoice
 ) -> None:
     """Write the event `start`.
 
     Args:
         trainer: the trainer, which has begun at its first step.
-        target: what this start resumes.
+        inputs: what this start has read.
         parts: what trains, part by part of the model.
         kernels: what the model runs beside attention.
     """
@@ -119,7 +121,8 @@ def write_start(
     mfu = trainer.meter.describe_mfu()
     datasets = trainer.plan.corpus.datasets
     length = describe_length(config.data, datasets, config.train.steps)
-    folder = target.folder
+    folder, frozen = inputs.target.folder, inputs.frozen
+    placement = f"\nfrozen weights are {frozen.frozen}: {frozen.reason}" if frozen else ""
     origin = f"resumes {folder.name} (step {state.first_step})" if folder else "starts at step 0"
     trainer.events.write(
         "start",
@@ -134,6 +137,8 @@ def write_start(
         trainable=trainable,
         parameters=to_json(parts),
         length=length,
+        frozen=frozen.frozen if frozen else config.engine.frozen,
+        frozen_reason=frozen.reason if frozen else None,
         kernels=record_kernels(trainer.model, kernels, dist.device, trainer.engine.compute_dtype),
         threads=torch.get_num_threads(),
         onellm_dist=__version__,
@@ -141,7 +146,8 @@ def write_start(
         grace_period_seconds=grace_period_seconds(),
         **describe_slurm_job(os.environ),
         message=f"{config.train.stage}: {trainable:,} trainable parameters, {dist.world_size} "
-        f"ranks on {dist.device.type}, {origin} of {config.train.steps}\n{length}\n{table}\n{mfu}",
+        f"ranks on {dist.device.type}, {origin} of {config.train.steps}\n{length}\n{table}\n{mfu}"
+        f"{placement}",
     )
 
 

@@ -36,8 +36,14 @@ class SmallMemory(Callback):
         block.forward = run
 
 
-def write_constants(cache: Path, *, memory_gb: float = 500.0) -> GpuKind:
-    """Constants of this machine's processors in a user's cache, such as a calibration writes."""
+def write_constants(cache: Path, *, memory_gb: float = 500.0, **more: object) -> GpuKind:
+    """Constants of this machine's processors in a user's cache, such as a calibration writes.
+
+    Args:
+        cache: the cache.
+        memory_gb: of the machine.
+        more: other constants.
+    """
     kind = get_gpu_kind("h100").model_copy(
         update={
             "kind": "cpu",
@@ -49,6 +55,7 @@ def write_constants(cache: Path, *, memory_gb: float = 500.0) -> GpuKind:
             "board_watts": 200.0,
             "power_source": "a test",
             "measured": ("matmul_share",),
+            **more,
         }
     )
     folder = cache / "calibration"

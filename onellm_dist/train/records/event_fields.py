@@ -20,7 +20,8 @@ _ANOMALY = ("step", "reason", "anomaly", "offending_samples", "offending_samples
 
 EVENT_FIELDS: Mapping[str, EventDescription] = {
     "start": EventDescription(
-        "The run is built, and its first step is about to begin.",
+        "The run is built, and its first step is about to begin. `frozen` is `engine.frozen`; "
+        "where the recipe leaves it open, `frozen_reason` says why this start decided so.",
         (
             "world_size",
             "device",
@@ -33,6 +34,8 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
             "trainable",
             "parameters",
             "length",
+            "frozen",
+            "frozen_reason",
             "kernels",
             "threads",
             "onellm_dist",
