@@ -201,8 +201,8 @@ class EngineSection(Section):
     """Where weights that do not train lie. `sharded`: over the ranks like all others; they are
     gathered in every micro-batch. `resident`: whole on every rank, without that traffic (FSDP2;
     ZeRO-1 and 2 always do so, ZeRO-3 never). `auto`: each start asks the planner, which says
-    `resident` where it fits and is faster (`onellm plan` shows it); `sharded` on devices that the
-    planner does not know, such as processors."""
+    `resident` where a step is faster and a tenth of the memory stays free (`onellm plan` shows it);
+    `sharded` on devices that the planner does not know, such as processors."""
     frozen_weights: Literal["plain", "int8", "nf4"] = "plain"
     """What the frozen linear layers of the LLM, but for its head, are held in. `plain`:
     `train.precision`. `int8`: 8 bits and a scale for each row. `nf4`: 4 bits and a scale for each

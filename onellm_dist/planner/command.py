@@ -28,6 +28,7 @@ from onellm_dist.planner.search import search, search_budget
 from onellm_dist.planner.show import format_gb, format_plan, make_json
 from onellm_dist.planner.time import GpuCluster
 from onellm_dist.planner.workload import describe_data
+from onellm_dist.train.engine.frozen import can_shard_instead
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.recipe_check import find_shape_problems
 
@@ -113,9 +114,8 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
     if options.write is not None:
         check_target(options)
     planner = make_planner(recipe, overrides, options)
-    config, found = planner.config, search(planner) if options.search else None
-    if found is not None:
-        config = found.config
+    found = search(planner) if options.search else None
+    config = planner.config if found is None else found.config
     notes = [*planner.data.notes]
     if (placement := decide_placement(planner, config)) is not None:
         config = placement.config
@@ -130,9 +130,7 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
             content["search"] = {
                 "combinations": found.combinations,
                 "overrides": list(found.overrides),
-                "step_seconds_before": planner.compute_time(planner.config).total
-                if planner.find_too_large(planner.config) is None
-                else None,
+                "step_seconds_before": _compute_time_before(planner),
             }
         print(json.dumps(content, indent=2))
     else:
@@ -142,9 +140,18 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
         print("\n".join(format_plan(plan, config, planner.cluster, notes)))
         if not plan.memory.fits:
             print("\n".join(explain_shortage(plan.memory, config)))
-    if options.write is not None:
-        write_recipe(options.write, recipe, config)
+    if options.write is not None and found is not None:
+        write_recipe(options.write, recipe, found.config)  # `auto` stays what each start decides
     return EXIT_DONE if plan.memory.fits else EXIT_FAILED
+
+
+def _compute_time_before(planner: Planner) -> float | None:
+    """Seconds of a step of the recipe that a search began with; None: its packs are too small."""
+    config = planner.config
+    if planner.find_too_large(config) is not None:
+        return None
+    placement = decide_placement(planner, config)
+    return planner.compute_time(config if placement is None else placement.config).total
 
 
 def check_target(options: PlanOptions) -> None:
@@ -258,6 +265,8 @@ def explain_shortage(memory: MemoryPlan, config: RunConfig) -> list[str]:
     missing = memory.total - memory.capacity
     fixed = memory.total - sum(memory.activations.values()) - memory.working - memory.inputs
     lines = ["", f"does not fit: {format_gb(missing)} too much on each device"]
+    if can_shard_instead(config.engine, bf16=config.train.precision == "bf16"):
+        lines.append("engine.frozen=sharded frees what frozen weights take on every rank")
     if fixed > memory.capacity:
         lines.append(
             f"weights, optimizer and buffers alone take {format_gb(fixed)}: more GPUs, or an "

@@ -8,11 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.planner.memory import MemoryPlan
 from onellm_dist.planner.run_plan import Planner
 from onellm_dist.train.engine.frozen import list_placements
 
 WORTH = 0.005
 """Share of a step that must be gained before memory is spent on it."""
+FULLEST = 0.9
+"""Share of a device that a run may fill with weights whole on every rank, if nobody asked for that:
+memory is predicted within some percent, and no start shards them again after an out-of-memory."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,18 @@ class Placement:
         return f"engine.frozen={frozen}, as a start would decide (auto): {self.reason}"
 
 
+def suits_start(before: RunConfig, after: RunConfig, memory: MemoryPlan) -> bool:
+    """Whether a start would train a variation of a recipe: it fits, with room where it must.
+
+    Args:
+        before: the recipe.
+        after: the variation.
+        memory: that of the variation.
+    """
+    decided = before.engine.frozen == "auto" and after.engine.frozen == "resident"
+    return memory.total <= memory.capacity * (FULLEST if decided else 1)
+
+
 def decide_placement(planner: Planner, config: RunConfig) -> Placement | None:
     """Decide by memory and speed; None: there is nothing to decide.
 
@@ -41,9 +57,15 @@ def decide_placement(planner: Planner, config: RunConfig) -> Placement | None:
     sharded, resident = (config.model_copy(update={"engine": choice}) for choice in choices)
     before, after = (planner.compute_time(c).total for c in (sharded, resident))
     if after > before * (1 - WORTH):
-        return Placement(sharded, "whole on every rank, they would make a step no faster")
-    if not planner.compute_memory(resident).fits:
+        return Placement(sharded, "keeping them on every rank would not make a step faster")
+    memory = planner.compute_memory(resident)
+    if not memory.fits:
         return Placement(sharded, "whole on every rank, they would not fit")
+    if not suits_start(config, resident, memory):
+        return Placement(
+            sharded,
+            f"whole on every rank, they would leave less than {1 - FULLEST:.0%} of the memory free",
+        )
     return Placement(
         resident, f"they fit, and a step takes {after:.3g} s in place of {before:.3g} s"
     )

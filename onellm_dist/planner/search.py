@@ -7,8 +7,9 @@ fits is the best. Those that could not fit even without working memory are left 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
@@ -18,11 +19,13 @@ from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.model.recompute import MODES
+from onellm_dist.planner.frozen import suits_start
 from onellm_dist.planner.hardware import GIGA, load_assumptions
+from onellm_dist.planner.memory import MemoryPlan
 from onellm_dist.planner.pack_shapes import measure_sizes
 from onellm_dist.planner.run_plan import Planner, vary
 from onellm_dist.train.engine.compile_check import check_compile
-from onellm_dist.train.engine.frozen import list_placements
+from onellm_dist.train.engine.frozen import can_shard_instead, list_placements
 from onellm_dist.train.engine.select import all_engines, get_engine
 
 MOST_MICRO_BATCHES = 48
@@ -120,12 +123,17 @@ def _round_up(tokens: float) -> int:
     return max(1, -(-int(tokens) // MULTIPLE)) * MULTIPLE
 
 
-def search(planner: Planner, space: SearchSpace | None = None) -> SearchResult:
+def search(
+    planner: Planner,
+    space: SearchSpace | None = None,
+    suits: Callable[[RunConfig, MemoryPlan], bool] = lambda _, memory: memory.fits,
+) -> SearchResult:
     """Find the combination that fits and goes fastest; of equally fast ones the first.
 
     Args:
         planner: plans the recipe.
         space: what is tried; default: `make_space`.
+        suits: whether a combination may be found, by its memory; default: if it fits.
 
     Raises:
         UsageError: no combination fits.
@@ -134,7 +142,7 @@ def search(planner: Planner, space: SearchSpace | None = None) -> SearchResult:
     configs = [*_list_configs(planner, space)]
     possible = [config for config in configs if _could_fit(planner, config)]
     for config in sorted(possible, key=lambda c: planner.compute_time(c).total):
-        if planner.compute_memory(config).fits:
+        if suits(config, planner.compute_memory(config)):
             return SearchResult(config, list_overrides(planner.config, config), len(configs))
     raise _explain_no_fit(planner, configs)
 
@@ -156,7 +164,8 @@ def search_budget(planner: Planner, least: TokenBudget | None = None) -> TokenBu
         (config.train.activation_checkpointing,),
         tuple(list_placements(config.engine, bf16=bf16)),
     )
-    return read_budget(search(planner, space).config.data)
+    found = search(planner, space, partial(suits_start, config))
+    return read_budget(found.config.data)
 
 
 def _list_configs(planner: Planner, space: SearchSpace) -> Iterator[RunConfig]:
@@ -200,12 +209,14 @@ def _explain_no_fit(planner: Planner, configs: Sequence[RunConfig]) -> UsageErro
         )
     smallest = min(configs, key=lambda config: compute_least(planner, config))
     memory = planner.compute_memory(smallest)
+    engine, bf16 = smallest.engine, smallest.train.precision == "bf16"
+    shard = "set engine.frozen=sharded, or " if can_shard_instead(engine, bf16=bf16) else ""
     return UsageError(
         f"none of {len(configs)} combinations fits: the smallest needs "
         f"{memory.total / GIGA:.1f} GB of {memory.capacity / GIGA:.1f} GB on each device, "
         f"{memory.state.device / GIGA:.1f} GB of them for weights and optimizer",
         "the run would end with the first step.",
-        "plan with more GPUs (--nodes, --gpus-per-node) or larger ones (--gpu).",
+        f"{shard}plan with more GPUs (--nodes, --gpus-per-node) or larger ones (--gpu).",
     )
 
 

@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from onellm_dist.common.errors import BudgetLoweredError, OneLLMError
+from onellm_dist.common.logging import get_logger
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.token_budget import find_smallest_budget, set_budget
 from onellm_dist.train.distributed import Distributed, name_device
+from onellm_dist.train.engine.frozen import can_shard_instead
 from onellm_dist.train.records.budget_file import (
     BudgetRecord,
     Lowering,
@@ -68,6 +70,8 @@ PARTS = {
     ),
 }
 """Keys on which budgets depend, beside the sections `model`, `engine` and `optim`."""
+SHARD = "engine.frozen=sharded frees what frozen weights take on every rank"
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -246,9 +250,20 @@ def lower_budgets(trainer: Trainer) -> Iterator[None]:
         step = trainer.heartbeat.step
         if step is None and trainer.heartbeat.phase == "validation":
             step = trainer.state.step
-        if trainer.budget is None or step is None or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
+            raise
+        if trainer.budget is None or step is None:
+            if hint := _say_shard(trainer):
+                log.error("rank %d ran out of memory.%s", trainer.dist.rank, hint)
             raise
         raise _lower(trainer, trainer.budget, step, error) from error
+
+
+def _say_shard(trainer: Trainer) -> str:
+    """A sentence on frozen weights that could be sharded; nothing where they could not."""
+    engine, bf16 = trainer.config.engine, trainer.config.train.precision == "bf16"
+    possible = trainer.dist.world_size > 1 and can_shard_instead(engine, bf16=bf16)
+    return f" {SHARD}." if possible else ""
 
 
 def _lower(trainer: Trainer, found: PackBudget, step: int, error: BaseException) -> OneLLMError:
@@ -268,12 +283,13 @@ def _lower(trainer: Trainer, found: PackBudget, step: int, error: BaseException)
         )
     )
     what = f"step {step}: rank {dist.rank} ran out of memory"
+    shard = _say_shard(trainer)
     if after.llm >= before.llm and after.encoder >= before.encoder:
         return OneLLMError(
             f"{what} with the smallest token budgets, {before.llm} and {before.encoder}",
             "they hold the largest sample alone, and a micro-batch holds whole samples.",
             "train on more GPUs, with train.activation_checkpointing=full or an engine that shards "
-            "more; or lower data.max_text_tokens or data.spans.",
+            f"more; or lower data.max_text_tokens or data.spans.{shard}",
         )
     reason = " ".join(str(error).split())[:300]
     lowering = Lowering(
@@ -291,5 +307,5 @@ def _lower(trainer: Trainer, found: PackBudget, step: int, error: BaseException)
         f"{what}: {_format_change(before, after)} for all ranks. {reason}",
         "a sharded step cannot go on without this rank; its samples and its loss stay the same.",
         "start the run again: it resumes from its latest checkpoint with these budgets. Job "
-        "scripts and `onellm train` with local ranks do that by themselves.",
+        f"scripts and `onellm train` with local ranks do that by themselves.{shard}",
     )

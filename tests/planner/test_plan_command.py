@@ -20,6 +20,7 @@ from onellm_dist.planner.command import (
 )
 from onellm_dist.planner.frozen import decide_placement
 from onellm_dist.planner.hardware import all_gpu_kinds, find_gpus_here, get_gpu_kind
+from onellm_dist.planner.pack_shapes import count_batch_bytes, make_meta_batch
 from onellm_dist.planner.run_plan import build_model, vary
 
 H100 = PlanOptions(gpu="h100", gpus_per_node=2)
@@ -50,6 +51,17 @@ def test_processors_are_planned_with_the_kernels_that_they_run(recipe: Path) -> 
     for own, fused in ((planner, True), (here, False)):
         model = own.get_model("none")
         assert any(getattr(module, "fused", False) for module in model.modules()) is fused
+
+
+def test_micro_batches_that_are_copied_ahead_take_memory(recipe: Path) -> None:
+    """A GPU holds the one at work, the next one, and the one that is copied: `copy_ahead`."""
+    planner = make_planner(recipe, [], H100)
+    shape = planner.find_largest(planner.config)
+    one = count_batch_bytes(make_meta_batch(shape, list(planner.modalities.values())))
+    assert planner.compute_memory(planner.config).inputs == 3 * one
+    processors = planner.cluster.gpu.model_copy(update={"shared": True})
+    planner.cluster = replace(planner.cluster, gpu=processors)
+    assert planner.compute_memory(planner.config).inputs == 2 * one
 
 
 @pytest.mark.slow
@@ -88,6 +100,12 @@ def test_a_run_that_does_not_fit_says_what_it_needs(
         monkeypatch.setattr("onellm_dist.planner.command.get_gpu_kind", lambda _, s=small: s)
         assert run_plan(recipe, [], H100) == EXIT_FAILED
         assert "does not fit" in (text := capsys.readouterr().out) and words in text
+        assert "engine.frozen=sharded" not in text
+    tiny = real.model_copy(update={"memory_gb": 0.01})
+    monkeypatch.setattr("onellm_dist.planner.command.get_gpu_kind", lambda _: tiny)
+    keys = ["engine.name=fsdp", "engine.frozen=resident"]
+    assert run_plan(recipe, keys, H100) == EXIT_FAILED
+    assert "engine.frozen=sharded frees" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -102,8 +120,21 @@ def test_frozen_weights_are_resident_where_that_fits_and_is_faster(recipe: Path)
     found = decide_placement(planner, auto)
     assert found is not None and found.config.engine.frozen == "sharded"
     assert "would not fit" in found.reason
+    # They fit, but nobody asked for a device that is nearly full.
+    resident = vary(planner.config, {"engine.frozen": "resident"})
+    need = planner.compute_memory(resident).total
+    for memory, frozen in ((0.95, "sharded"), (0.85, "resident")):
+        gpu = planner.cluster.gpu.model_copy(update={"memory_gb": need / memory / 1e9})
+        planner.cluster = replace(planner.cluster, gpu=gpu)
+        assert planner.compute_memory(resident).fits
+        found = decide_placement(planner, auto)
+        assert found is not None and found.config.engine.frozen == frozen
+        assert ("less than 10% of the memory free" in found.reason) is (frozen == "sharded")
     alone = make_planner(recipe, ["engine.name=fsdp"], PlanOptions(gpu="h100", gpus_per_node=1))
-    assert alone.config.engine.frozen == "sharded" and "no faster" in alone.data.notes[-1]
+    assert (
+        alone.config.engine.frozen == "sharded"
+        and "would not make a step faster" in (alone.data.notes[-1])
+    )
     # Nothing is gathered that could stay, or the recipe says where weights lie.
     for keys in (
         ["engine.config=zero2"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,8 @@ from onellm_dist.config.schema import EngineSection
 from onellm_dist.data.packing import TokenBudget
 from onellm_dist.model.recompute import MODES
 from onellm_dist.planner import search as search_module
-from onellm_dist.planner.command import PlanOptions, make_planner, run_plan
+from onellm_dist.planner.command import PlanOptions, make_planner, run_plan, with_budget
+from onellm_dist.planner.frozen import decide_placement
 from onellm_dist.planner.run_plan import Planner, vary
 from onellm_dist.planner.search import (
     SearchSpace,
@@ -23,6 +25,7 @@ from onellm_dist.planner.search import (
     count_longest,
     make_space,
     search,
+    search_budget,
 )
 from onellm_dist.train.engine import frozen_weights
 
@@ -164,3 +167,44 @@ def test_the_found_recipe_is_written_on_the_one_it_began_with(
         run_plan(recipe, [], options)
     with pytest.raises(UsageError, match="--write needs --search"):
         run_plan(recipe, [], replace(H100, write=tmp_path / "new.yaml"))
+
+
+@pytest.mark.slow
+def test_what_each_start_decides_is_not_written(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The plan, and the time before, are those of what a start would decide on this machine."""
+    space = SearchSpace((TokenBudget(2048, 40000),), ("none",), (EngineSection(name="fsdp"),))
+    monkeypatch.setattr(search_module, "make_space", lambda _: space)
+    keys, out = ["engine.name=fsdp"], tmp_path / "fast.yaml"
+    slow = PlanOptions(gpu="h100", nodes=2, gpus_per_node=2, network_gb_s=0.1, as_json=True)
+    assert run_plan(recipe, keys, replace(slow, search=True, write=out)) == EXIT_DONE
+    said = json.loads(capsys.readouterr().out)
+    assert any(note.startswith("engine.frozen=resident") for note in said["assumed"])
+    written = load_config(out)
+    assert written.data.pack_llm_tokens == 2048 and written.engine.frozen == "auto"
+    before = make_planner(recipe, keys, slow)
+    assert before.config.engine.frozen == "resident"
+    seconds = before.compute_time(before.config).total
+    assert said["search"]["step_seconds_before"] == pytest.approx(seconds)
+
+
+@pytest.mark.slow
+def test_auto_budgets_leave_room_beside_weights_that_a_start_keeps_on_every_rank(
+    recipe: Path,
+) -> None:
+    """What fills the device is found for a recipe that says `resident` itself."""
+    slow = PlanOptions(gpu="h100", nodes=2, gpus_per_node=2, network_gb_s=0.1)
+    planner = make_planner(recipe, ["engine.name=fsdp", "engine.frozen=resident"], slow)
+    fastest = search_budget(planner)
+    need = planner.compute_memory(with_budget(planner.config, fastest)).total
+    give_memory(planner, need / 0.95)
+    assert search_budget(planner) == fastest
+    planner.config = vary(planner.config, {"engine.frozen": "auto"})
+    found = search_budget(planner)
+    assert found != fastest
+    placement = decide_placement(planner, with_budget(planner.config, found))
+    assert placement is not None and placement.config.engine.frozen == "resident"

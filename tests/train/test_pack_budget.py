@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,18 @@ from small_memory import write_constants
 from toy_runs import Runs
 from zygote import get_zygote
 
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.config.load import load_config
 from onellm_dist.config.train_sections import TrainSection
-from onellm_dist.train.pack_budget import PARTS, hash_recipe, is_out_of_memory
-from onellm_dist.train.records.budget_file import read_budget_record
+from onellm_dist.data.packing import TokenBudget
+from onellm_dist.train.pack_budget import (
+    PARTS,
+    PackBudget,
+    hash_recipe,
+    is_out_of_memory,
+    lower_budgets,
+)
+from onellm_dist.train.records.budget_file import BudgetRecord, read_budget_record
 
 AUTO = ("data.pack_llm_tokens=auto", "data.pack_encoder_tokens=auto")
 STEPS = 4
@@ -232,3 +241,40 @@ def test_errors_that_mean_a_lack_of_memory() -> None:
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(MemoryError())
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "says"),
+    [
+        (["engine.name=fsdp", "engine.config=", "engine.frozen=resident"], 2, True),
+        (["engine.name=fsdp", "engine.config=", "engine.frozen=sharded"], 2, False),
+        (["engine.name=fsdp", "engine.config=", "engine.frozen=resident"], 1, False),
+        (["engine.config=zero2", "engine.frozen=resident"], 2, False),
+    ],
+)
+def test_frozen_weights_that_could_be_sharded_are_named_out_of_memory(
+    engine: list[str], ranks: int, says: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With budgets that can be lower, with the smallest, and with numbers in the recipe."""
+    config = load_config("toy/align_image", [f"run.dir={tmp_path}", *engine])
+    world = str(ranks)
+    for smallest in (TokenBudget(10, 10), TokenBudget(100, 100), None):
+        found = smallest and PackBudget(
+            BudgetRecord("x", planned={world: TokenBudget(100, 100)}),
+            TokenBudget(100, 100), smallest, ranks, found_now=True,
+        )  # fmt: skip
+        trainer: Any = SimpleNamespace(
+            config=config,
+            budget=found,
+            dist=SimpleNamespace(rank=0, world_size=ranks),
+            heartbeat=SimpleNamespace(step=2, phase="step"),
+            plan=SimpleNamespace(find_fullest=lambda *_: TokenBudget(90, 90)),
+        )
+        caplog.clear()
+        with (
+            pytest.raises(RuntimeError if found is None else OneLLMError) as raised,
+            lower_budgets(trainer),
+        ):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        text = f"{raised.value} {caplog.text}"
+        assert ("engine.frozen=sharded frees" in text) is says, text

@@ -27,3 +27,16 @@ def list_placements(section: EngineSection, *, bf16: bool) -> list[EngineSection
     except UsageError:
         return [section]
     return found
+
+
+def can_shard_instead(section: EngineSection, *, bf16: bool) -> bool:
+    """Whether the frozen weights that a section keeps on every rank could be sharded.
+
+    Args:
+        section: the recipe's `engine` section.
+        bf16: whether the model computes in bf16.
+    """
+    if section.frozen != "resident":
+        return False
+    undecided = section.model_copy(update={"frozen": "auto"})
+    return len(list_placements(undecided, bf16=bf16)) > 1
