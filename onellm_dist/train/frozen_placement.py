@@ -56,7 +56,8 @@ def resolve_frozen(
         return config, None
     names = sorted(set(dist.gather(name_device(dist.device))))
     found = _decide(config, plan, dist, names) if dist.is_rank_zero else None
-    decision: FrozenDecision = dist.broadcast(found)
+    decision = dist.broadcast(found)
+    assert decision is not None
     return config.model_copy(update={"engine": decision.engine}), decision
 
 

@@ -114,16 +114,16 @@ def test_a_planner_that_fails_keeps_no_rank_waiting(
         monkeypatch.setattr("onellm_dist.planner.budgets.find_placement", fail)
     else:
         monkeypatch.setattr(SomePlan, "count_mean_text", fail)
-    told: list[Any] = []
+    sent: list[Any] = []
 
     def broadcast(_: SomeRanks, value: Any) -> Any:
-        told.append(value)
+        sent.append(value)
         return value
 
     monkeypatch.setattr(SomeRanks, "broadcast", broadcast)
     with caplog.at_level("WARNING"):
         config, decision = decide(write_recipe(tmp_path), ["engine.name=fsdp"], H100)
-    assert config.engine.frozen == "auto" and told == [decision]
+    assert config.engine.frozen == "auto" and sent == [decision]
     assert decision is not None and decision.frozen == "sharded"
     assert decision.reason == "the planner cannot say: ZeroDivisionError: no number"
     assert decision.reason in caplog.text

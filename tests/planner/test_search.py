@@ -12,12 +12,14 @@ from plain_counts import write_recipe
 
 from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.config.load import load_config
-from onellm_dist.config.schema import EngineSection
+from onellm_dist.config.schema import EngineSection, RunConfig
 from onellm_dist.data.packing import TokenBudget
+from onellm_dist.data.token_budget import read_budget
 from onellm_dist.model.recompute import MODES
 from onellm_dist.planner import search as search_module
-from onellm_dist.planner.command import PlanOptions, make_planner, run_plan, with_budget
-from onellm_dist.planner.frozen import decide_placement
+from onellm_dist.planner.command import PlanOptions, make_planner, run_plan
+from onellm_dist.planner.frozen import suits_start
+from onellm_dist.planner.memory import MemoryPlan
 from onellm_dist.planner.run_plan import Planner, vary
 from onellm_dist.planner.search import (
     SearchSpace,
@@ -193,18 +195,26 @@ def test_what_each_start_decides_is_not_written(
 
 
 @pytest.mark.slow
-def test_auto_budgets_leave_room_beside_weights_that_a_start_keeps_on_every_rank(
-    recipe: Path,
+def test_auto_budgets_are_those_that_suit_a_start(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fills the device is found for a recipe that says `resident` itself."""
-    slow = PlanOptions(gpu="h100", nodes=2, gpus_per_node=2, network_gb_s=0.1)
-    planner = make_planner(recipe, ["engine.name=fsdp", "engine.frozen=resident"], slow)
+    planner = make_planner(recipe, ["engine.name=fsdp"], H100)
     fastest = search_budget(planner)
-    need = planner.compute_memory(with_budget(planner.config, fastest)).total
-    give_memory(planner, need / 0.95)
-    assert search_budget(planner) == fastest
-    planner.config = vary(planner.config, {"engine.frozen": "auto"})
-    found = search_budget(planner)
-    assert found != fastest
-    placement = decide_placement(planner, with_budget(planner.config, found))
-    assert placement is not None and placement.config.engine.frozen == "resident"
+
+    def refuse_fastest(before: RunConfig, after: RunConfig, memory: MemoryPlan) -> bool:
+        return before is planner.config and memory.fits and read_budget(after.data) != fastest
+
+    monkeypatch.setattr(search_module, "suits_start", refuse_fastest)
+    assert search_budget(planner) != fastest
+
+
+def test_a_start_leaves_room_beside_what_nobody_asked_for(recipe: Path) -> None:
+    planner = make_planner(recipe, ["engine.name=fsdp", "engine.frozen=resident"], H100)
+    resident = planner.config
+    auto, sharded = (vary(resident, {"engine.frozen": frozen}) for frozen in ("auto", "sharded"))
+    memory = planner.compute_memory(resident)
+    for share, fits in ((0.89, True), (0.95, False)):
+        full = replace(memory, capacity=memory.total / share)
+        assert suits_start(auto, resident, full) is fits
+        assert suits_start(resident, resident, full) and suits_start(auto, sharded, full)
+    assert not suits_start(resident, resident, replace(memory, capacity=memory.total * 0.99))

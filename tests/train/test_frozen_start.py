@@ -40,7 +40,7 @@ class FrozenRuns(Runs):
         lines = (self.root / "run" / "events.jsonl").read_text().splitlines()
         return [line for line in map(json.loads, lines) if line["event"] == event]
 
-    def recipe(self) -> str:
+    def written(self) -> str:
         found: str = yaml.safe_load((self.root / "run" / "config.yaml").read_text())["engine"][
             "frozen"
         ]
@@ -57,10 +57,10 @@ def test_a_run_keeps_frozen_weights_where_its_planner_says(tmp_path: Path) -> No
     write_constants(known, node_bus_gb_s=0.01)  # so slow that the traffic of a toy model counts
     runs.start(known, 1)
     assert runs.held() == [{"frozen": ["whole"], "trained": ["sharded"]}] * RANKS
-    assert runs.recipe() == "resident"
+    assert runs.written() == "resident"
     runs.start(unknown, 2)
     assert runs.held() == [{"frozen": ["sharded"], "trained": ["sharded"]}] * RANKS
-    assert runs.recipe() == "auto"
+    assert runs.written() == "auto"
     runs.start(known, 3)
     runs.start(known, 4, "engine.frozen=sharded")
     first, second, third, last = runs.events("start")
