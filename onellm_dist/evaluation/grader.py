@@ -100,12 +100,13 @@ def _ask_all(
         _open_pool() as pool,
         progress(len(asked), f"Grading {folder.name}", unit="answers") as bar,
     ):
-        waiting = {
-            pool.submit(_ask, client, grader, grading, prompt): (name, prompt)
-            for name, prompt in asked
-        }
-        while waiting:
+        waiting: dict[Future[tuple[str, float | None]], tuple[str, str]] = {}
+        left = list(asked)
+        while left or waiting:
             try:
+                while left:
+                    question = left.pop(0)
+                    waiting[pool.submit(_ask, client, grader, grading, question[1])] = question
                 for done in as_completed(waiting):
                     unread += not _keep(writer, grader, *waiting[done], *done.result())
                     del waiting[done]
@@ -115,6 +116,7 @@ def _ask_all(
                 if failure is not None and not failed:
                     raise
                 failure = failure or error
+                left = []
                 pool.shutdown(wait=False, cancel_futures=True)
                 waiting = {
                     future: question

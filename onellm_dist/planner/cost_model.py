@@ -43,7 +43,7 @@ DEPENDS_ON: dict[str, tuple[str, ...]] = {
     EMBEDDING: ("text",),
     LLM: ("positions", "supervised"),
     HEAD: ("supervised",),
-    f"{GLUE}.start": ("frames", "tokenized"),
+    f"{GLUE}.start": ("frames", "pixels", "tokenized"),
     f"{GLUE}.{VISUAL}": ("frames", "spans.visual", "tokenized"),
     f"{GLUE}.{TOKENIZED}": ("tokenized", "upm", "spans"),
     f"{GLUE}.{UPM}": ("spans",),

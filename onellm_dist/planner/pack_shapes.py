@@ -50,7 +50,8 @@ class PackSizes:
         Args:
             name: `one`; `text`, `supervised` (tokens); `positions`, `pairs.llm` (LLM); `spans`, and
                 `spans.NAME` of a modality; `frames`, `pairs.visual` (pictures in the encoder, and
-                `spans.visual`); `tokenized`, `pairs.tokenized` (tokens of tokenizers in the
+                `spans.visual`); `pixels` (those that arrive as bytes); `tokenized`,
+                `pairs.tokenized` (tokens of tokenizers in the
                 encoder); `upm`, `pairs.upm` (tokens in the UPM).
         """
         return self.values.get(name, 0.0)
@@ -81,6 +82,7 @@ def measure_sizes(pack: PackShape, modalities: Mapping[str, Modality]) -> PackSi
             if modality.visual:
                 add("spans.visual", 1)
                 add("frames", modality.frames)
+                add("pixels", modality.frames * (modality.loader_dtype == torch.uint8))
                 add("pairs.visual", modality.frames * length**2)
             else:
                 add("tokenized", length)

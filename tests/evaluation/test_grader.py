@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -241,10 +242,20 @@ def test_a_reply_that_is_no_completion_keeps_what_was_graded(
     assert len(asked) < 6, "what waited was asked all the same"
 
 
+@pytest.mark.parametrize("while_asking", [False, True])
 def test_an_interruption_asks_nothing_more_and_keeps_what_is_paid_for(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, while_asking: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where it comes before all questions are in the queue."""
     monkeypatch.setattr("onellm_dist.evaluation.grader.PARALLEL", 2)
+    if while_asking:
+        submit = ThreadPoolExecutor.submit
+
+        def submit_slowly(pool: ThreadPoolExecutor, *given: Any) -> Any:
+            time.sleep(0.2)
+            return submit(pool, *given)
+
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_slowly)
     heard, once, main = threading.Event(), threading.Lock(), threading.get_ident()
 
     def stop(*_: Any) -> None:

@@ -71,17 +71,17 @@ JOBS: dict[int, list[dict[str, Any]]] = {
         job("fsdp", 2, 32),
         job("zero3", 2, recompute="selective"),
         job("fsdp", 2, stage="tune", recompute="full"),
-        job("zero3", 2, stage="encoder"),
+        *(job(engine, 2, stage="encoder") for engine in ("zero3", "fsdp")),
         *(job(engine, 2, bf16=True) for engine in ("zero3", "fsdp")),
         job("zero3", 2, stage="lora"),
         job("fsdp", 2, stage="joint", optimizer="lion"),
         *(job(engine, 2) for engine in KEPT),
     ],
     3: [job("zero1", 4), job("fsdp", 1)],
-    4: [job("zero2", 1), job("zero3", 2), *(job(engine, 2) for engine in WIDE)],
+    4: [job("zero2", 1), *(job(engine, 2) for engine in ("zero3", "fsdp", *WIDE))],
 }
-"""What `make test` runs: each engine, number of ranks, accumulation, stage and recomputation
-somewhere; `make soak` has everything with everything."""
+"""What `make test` runs: each engine, number of ranks, accumulation and recomputation somewhere;
+`make soak` has everything with everything."""
 TUNING = ("both", "joint", "lora", "lora_llm", "dora")
 TUNING_ROWS = [
     *((stage, "adamw") for stage in TUNING),
