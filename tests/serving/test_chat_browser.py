@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import served_model as served
 import torch
+from pip_install import install
 
 from onellm_dist.model import OneLLMProcessor
 from onellm_dist.model.presets import load_toy_tokenizer
@@ -46,14 +47,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (site / "parent.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     if not subprocess.run([found, "-c", "import gradio, playwright"], check=False).returncode:
         return found
-    done = subprocess.run(
-        [found, "-m", "pip", "install", "--quiet", *PACKAGES],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        pytest.skip(f"Gradio and playwright cannot be installed: {done.stderr.strip()[-200:]}")
+    install([str(found), "-m", "pip", "install", "--quiet", *PACKAGES])
     return found
 
 
