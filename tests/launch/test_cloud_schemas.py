@@ -18,12 +18,6 @@ from typing import Any
 
 import pytest
 import yaml
-from kubeflow_trainer_api.models import (
-    IoK8sApiCoreV1ConfigMap as ConfigMap,
-)
-from kubeflow_trainer_api.models import (
-    JobsetV1alpha2JobSet as JobSet,
-)
 from pip_install import install
 from pydantic import ValidationError
 from test_cloud_files import JOB
@@ -31,6 +25,9 @@ from test_cloud_files import JOB
 from onellm_dist.launch.cloud.jobset import render_jobset
 from onellm_dist.launch.cloud.skypilot import render_task
 
+kubernetes = pytest.importorskip("kubeflow_trainer_api.models", reason="it needs pydantic 2.10")
+ConfigMap = kubernetes.IoK8sApiCoreV1ConfigMap
+JobSet = kubernetes.JobsetV1alpha2JobSet
 SKYPILOT = ("skypilot==0.11.2", "sqlalchemy[asyncio]")
 """With what it needs of SQLAlchemy and does not ask for."""
 JOBS = [
