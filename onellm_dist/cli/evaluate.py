@@ -97,6 +97,7 @@ def evaluate(
 
     Example: onellm evaluate runs/tune/model gqa vqav2 --data shards --out evaluation
     """
+    from onellm_dist.common.logging import configure_logging
     from onellm_dist.evaluation.tasks import get_task
     from onellm_dist.launch.ranks import discover_ranks
 
@@ -104,6 +105,8 @@ def evaluate(
         get_task(name)
     named = _read_adapters(adapter) if adapter else []
     found = discover_ranks()
+    if found is not None:
+        configure_logging(rank=found.rank, world_size=found.world_size)
     with recording_failures(out, found):
         check_group(group, model, named, found.world_size if found else ranks or 1)
         if ranks is not None and ranks > 1 and found is None:

@@ -15,6 +15,8 @@ else:
 from onellm_dist.common.secrets import mask_text
 
 ROOT = "onellm_dist"
+ONCE = {"once": True}
+"""`extra` of a record that every rank would write alike: rank 0's is shown."""
 BLOCKED_MS = 1000
 """How long a write waits for a stream that does not take it."""
 _CHUNK = 1000
@@ -69,6 +71,10 @@ def _warnings(record: logging.LogRecord) -> bool:
 
 def _information(record: logging.LogRecord) -> bool:
     return not _warnings(record)
+
+
+def _is_own(record: logging.LogRecord) -> bool:
+    return not getattr(record, "once", False)
 
 
 def write_unless_blocked(stream: TextIO, text: str) -> bool:
@@ -127,6 +133,8 @@ def configure_logging(*, rank: int = 0, world_size: int = 1, level: int = loggin
         handler = _CurrentStream(errors=errors)
         handler.setFormatter(_Format(prefix))
         handler.addFilter(_warnings if errors else _information)
+        if rank:
+            handler.addFilter(_is_own)
         logger.addHandler(handler)
     logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
     logger.propagate = False

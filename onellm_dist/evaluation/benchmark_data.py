@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from onellm_dist.common.errors import SampleError, UsageError
-from onellm_dist.common.logging import get_logger
+from onellm_dist.common.logging import ONCE, get_logger
 from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.data.text_parts import read_meta
 from onellm_dist.evaluation.questions import BenchmarkQuestion
@@ -142,6 +142,7 @@ def _ask_source(dataset: Dataset, split: str, there: int) -> int | None:
             "%s does not say how many questions %s has officially: whether these are all of them "
             "is not known. Build it again to know.",
             *(dataset.location, split),
+            extra=ONCE,
         )
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -101,11 +102,11 @@ def _ask_all(
         progress(len(asked), f"Grading {folder.name}", unit="answers") as bar,
     ):
         waiting: dict[Future[tuple[str, float | None]], tuple[str, str]] = {}
-        left = list(asked)
+        left = deque(asked)
         while left or waiting:
             try:
                 while left:
-                    question = left.pop(0)
+                    question = left.popleft()
                     waiting[pool.submit(_ask, client, grader, grading, question[1])] = question
                 for done in as_completed(waiting):
                     unread += not _keep(writer, grader, *waiting[done], *done.result())
@@ -116,7 +117,7 @@ def _ask_all(
                 if failure is not None and not failed:
                     raise
                 failure = failure or error
-                left = []
+                left.clear()
                 pool.shutdown(wait=False, cancel_futures=True)
                 waiting = {
                     future: question

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed import distributed_c10d
 
 from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError
@@ -29,9 +30,15 @@ from onellm_dist.model.batched_generation import (
 from onellm_dist.model.sampling import RowSampling, choose_tokens
 
 LEADER = 0
-HOSTS_TIMEOUT = timedelta(days=1)
-"""The others wait so long for the first rank, which reads media between batches. Its end they see
-without a timeout: its connections are closed then."""
+HOSTS_TIMEOUT = timedelta(hours=3)
+"""The others wait so long for the first rank, which reads media between batches. The end of its
+process they see at once, as its connections are closed; not that of its node."""
+
+
+def _set_timeout(group: Any, timeout: timedelta) -> None:
+    """Let the collectives of a group wait so long."""
+    change = getattr(distributed_c10d, "set_timeout", None)  # torch 2.15 renamed it
+    (change or distributed_c10d._set_pg_timeout)(timeout, group)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,8 @@ class GroupGeneration:
         self._batch = batch
         # Prompts and tokens are on the host: NCCL would take them by way of the device, and does
         # not see that another rank is gone.
-        self._hosts: Any = dist.new_group(backend="gloo", timeout=HOSTS_TIMEOUT)
+        self._hosts: Any = dist.new_group(backend="gloo")  # made within the usual time
+        _set_timeout(self._hosts, HOSTS_TIMEOUT)
         self._asked_cache: MediaCache | None = None
         self._cache: MediaCache | None = None
         self._is_in_batch = False

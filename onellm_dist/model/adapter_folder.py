@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from onellm_dist.common.checksums import check_folder, hash_once, list_recorded_files
 from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.common.logging import get_logger
+from onellm_dist.common.logging import ONCE, get_logger
 from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.model.lora import ADAPTER, MAGNITUDE, build_peft_config, import_peft
 from onellm_dist.model.trained_spans import read_saved_spans, set_spans
@@ -170,6 +170,7 @@ def check_base(folder: Path, base: AdapterBase) -> None:
             "%s does not record the files of its base: whether it was trained over %s is not "
             "checked",
             *(folder, base.path),
+            extra=ONCE,
         )
         return
     recorded = list_recorded_files(base.path)
@@ -243,7 +244,7 @@ def load_adapted(
         wrapped = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")
     check_names(folder, wrapped)
     if word := describe_rounding(base.frozen_weights):
-        _log.warning("%s: %s", folder, word)
+        _log.warning("%s: %s", folder, word, extra=ONCE)
     merged: Any = wrapped.merge_and_unload()
     merged.requires_grad_(True)
     merged.encoder.requires_grad_(False)

@@ -12,7 +12,7 @@ from onellm_dist.model.sequence_lengths import to_device_tensor
 _LEAST_TEMPERATURE = 1e-30
 """Below it logits would become infinite in fp32, and their softmax NaN; it is greedy already."""
 NO_TOKEN = -1
-"""In place of a token that cannot be drawn: the logits are no numbers."""
+"""In place of a token that cannot be chosen: the logits are no numbers."""
 
 
 class RowSampling(NamedTuple):
@@ -38,10 +38,11 @@ def choose_tokens(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int
         rows: how each is chosen.
 
     Returns:
-        Ids; `NO_TOKEN` for a row that has no probabilities to draw with.
+        Ids; `NO_TOKEN` for a row whose logits are no numbers.
     """
     logits = logits.float()
-    tokens = logits.argmax(-1)
+    best, tokens = logits.max(-1)
+    tokens = torch.where(best.isfinite(), tokens, NO_TOKEN)
     for narrow in (False, True):
         places = [
             place

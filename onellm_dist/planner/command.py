@@ -24,7 +24,7 @@ from onellm_dist.planner.frozen import decide_placement
 from onellm_dist.planner.hardware import find_gpus_here, get_gpu_kind
 from onellm_dist.planner.memory import MemoryPlan
 from onellm_dist.planner.run_plan import Planner, get_modalities, load_model_config
-from onellm_dist.planner.search import search, search_budget
+from onellm_dist.planner.search import search_budget, search_recipe
 from onellm_dist.planner.show import format_gb, format_plan, make_json
 from onellm_dist.planner.time import GpuCluster
 from onellm_dist.planner.workload import describe_data
@@ -114,7 +114,7 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
     if options.write is not None:
         check_target(options)
     planner = make_planner(recipe, overrides, options)
-    found = search(planner) if options.search else None
+    found = search_recipe(planner) if options.search else None
     config = planner.config if found is None else found.config
     notes = [*planner.data.notes]
     if (placement := decide_placement(planner, config)) is not None:

@@ -8,7 +8,7 @@ fits is the best. Those that could not fit even without working memory are left 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.model.recompute import MODES
-from onellm_dist.planner.frozen import suits_start
+from onellm_dist.planner.frozen import decide_placement, suits_start
 from onellm_dist.planner.hardware import GIGA, load_assumptions
 from onellm_dist.planner.memory import MemoryPlan
 from onellm_dist.planner.pack_shapes import measure_sizes
@@ -145,6 +145,25 @@ def search(
         if suits(config, planner.compute_memory(config)):
             return SearchResult(config, list_overrides(planner.config, config), len(configs))
     raise _explain_no_fit(planner, configs)
+
+
+def search_recipe(planner: Planner) -> SearchResult:
+    """Find what goes fastest with room where a start leaves it; what it would decide stays open.
+
+    Args:
+        planner: plans the recipe.
+
+    Raises:
+        UsageError: no combination fits.
+    """
+    found = search(planner, suits=partial(suits_start, planner.config))
+    if planner.config.engine.frozen != "auto" or found.config.engine.frozen == "auto":
+        return found
+    undecided = vary(found.config, {"engine.frozen": "auto"})
+    placement = decide_placement(planner, undecided)
+    if placement is None or placement.config != found.config:
+        return found
+    return replace(found, config=undecided, overrides=list_overrides(planner.config, undecided))
 
 
 def search_budget(planner: Planner, least: TokenBudget | None = None) -> TokenBudget:

@@ -83,8 +83,6 @@ def plan_adapter(
     if config.model.init_from_image:
         return None, "model.init_from_image changed the model that they were trained over"
     kind, path = config.model.span_positions, config.model.path
-    if kind is not None and kind != dist.broadcast(
-        read_span_positions(path) if dist.is_rank_zero else None
-    ):
+    if kind is not None and kind != dist.ask_rank_zero(lambda: read_span_positions(path)):
         return None, "model.span_positions changed the model that they were trained over"
     return AdapterTarget(folder, section, describe_base), ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from onellm_dist.common.run_files import CHECKPOINTS, SAMPLES
@@ -55,7 +56,9 @@ def assemble_trainer(
     callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
     target, preemption = _find_target(config, session)
     config, inputs, weights = setup.open_inputs(config, target=target, session=session)
-    prepared = prepare_model(config, inputs=inputs, weights=weights, device_type=dist.device.type)
+    prepared = dist.call_together(
+        partial(prepare_model, config, inputs=inputs, weights=weights, device_type=dist.device.type)
+    )
     meter = StepMeter(MetricSet(), FlopCounter(inputs.model, inputs.plan.corpus), dist)  # unsharded
     router = RouterWatch(inputs.model, inputs.modalities)
     engine, rates = shard_model(config, prepared=prepared, settings=settings, session=session)

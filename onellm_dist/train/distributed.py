@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import distributed as torch_dist
 from torch.distributed import distributed_c10d
 
-from onellm_dist.common.errors import UsageError
+from onellm_dist.common.error_text import get_first_line
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.resources import name_processors
 from onellm_dist.config.schema import StabilitySection
@@ -67,6 +68,56 @@ class Distributed:
         box = [value]
         torch_dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def ask_rank_zero(self, call: Callable[[], T]) -> T:
+        """What rank 0's `call` returns or raises, on every rank; the others do not call.
+
+        Raises:
+            OneLLMError: as rank 0 raised it. Rank 0 raises an error of any other kind as it is, and
+                the others raise one that names it: they would wait for an answer otherwise.
+        """
+        answer: T | None = None
+        problem: OneLLMError | None = None
+        if self.is_rank_zero:
+            try:
+                answer = call()
+            except OneLLMError as error:
+                problem = error
+            except Exception as error:
+                self.broadcast((self._describe(error), None))
+                raise
+        problem, answer = self.broadcast((problem, answer))
+        if problem is not None:
+            raise problem
+        return answer  # type: ignore[return-value]  # rank 0's call returned it
+
+    def call_together(self, call: Callable[[], T]) -> T:
+        """What `call` returns on this rank, if it raises on none; it may not wait for other ranks.
+
+        Raises:
+            OneLLMError: as the first rank that failed raised it, on every rank. An error of any
+                other kind is named to the others, as by `ask_rank_zero`.
+        """
+        try:
+            answer = call()
+        except OneLLMError as error:
+            self.gather(error)
+            raise
+        except Exception as error:
+            self.gather(self._describe(error))
+            raise
+        problem = next(filter(None, self.gather(cast("OneLLMError | None", None))), None)
+        if problem is not None:
+            raise problem
+        return answer
+
+    def _describe(self, error: Exception) -> OneLLMError:
+        """What the other ranks raise: the error's own class may not be pickled."""
+        return OneLLMError(
+            f"rank {self.rank} failed: {type(error).__name__}: {get_first_line(error)}",
+            "the others cannot go on without it.",
+            "see what that rank says.",
+        )
 
 
 @contextmanager

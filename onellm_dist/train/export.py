@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from onellm_dist.common.checksums import write_sums
+from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import replace_folder, sync
 from onellm_dist.model.card import CARD, build_card
@@ -73,7 +74,7 @@ def export_model(
         OneLLMError: rank 0 could not write; every rank raises.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    failure = None
+    failure: Exception | None = None
     adapters = list_adapters(model)
     found: dict[str, torch.Tensor] = {}
     full = gather_weights(engine, model, is_rank_zero=dist.is_rank_zero)
@@ -91,18 +92,18 @@ def export_model(
             finish_folder(partial, folder, digests)
             if adapter is not None:
                 adapter.write(found, lambda into: _write_configs(into, *parts))
-        except OSError as error:
-            failure = str(error)
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            failure = error
     # The other ranks, and rank 0 after a failure, run the collectives to their end.
     for _ in weights:
         pass
-    failure = dist.broadcast(failure)
-    if failure is not None:
+    said = dist.broadcast(None if failure is None else get_first_line(failure))
+    if said is not None:
         raise OneLLMError(
-            f"the model could not be written to {folder}: {failure}",
+            f"the model could not be written to {folder}: {said}",
             "the run has no exported model.",
             "free disk space, and start the run again.",
-        )
+        ) from failure
 
 
 def finish_folder(partial: Path, folder: Path, digests: Mapping[str, str]) -> None:

@@ -55,16 +55,14 @@ def resolve_frozen(
     if len(list_placements(config.engine, bf16=config.train.precision == "bf16")) < 2:
         return config, None
     names = sorted(set(dist.gather(name_device(dist.device))))
-    found = _decide(config, plan, dist, names) if dist.is_rank_zero else None
-    decision = dist.broadcast(found)
-    assert decision is not None
+    decision = dist.ask_rank_zero(lambda: _decide(config, plan, dist, names))
     return config.model_copy(update={"engine": decision.engine}), decision
 
 
 def _decide(config: RunConfig, plan: Plan, dist: Distributed, names: list[str]) -> FrozenDecision:
     try:
         return _ask(config, plan, dist, names)
-    except Exception as error:  # whatever it is: the other ranks wait, and sharding needs no plan
+    except Exception as error:  # whatever it is: sharding needs no plan
         what = error.what if isinstance(error, OneLLMError) else f"{type(error).__name__}: {error}"
         reason = f"the planner cannot say: {' '.join(what.split())}"
         log.warning("engine.frozen=auto is sharded: %s", reason)

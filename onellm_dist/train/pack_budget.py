@@ -106,18 +106,8 @@ def resolve_budget(
     """
     if not config.data.finds_budgets:
         return config, None
-    found: PackBudget | None = None
-    problem: OneLLMError | None = None
     names = sorted(set(dist.gather(name_device(dist.device))))
-    if dist.is_rank_zero:
-        try:
-            found = _find(config, plans, dist, names)
-        except OneLLMError as error:
-            problem = error
-    problem, found = dist.broadcast((problem, found))
-    if problem is not None:
-        raise problem
-    assert found is not None
+    found = dist.ask_rank_zero(lambda: _find(config, plans, dist, names))
     for plan in plans:
         plan.set_budget(found.budget)
     data = set_budget(config.data, found.budget)

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.logging import get_logger
@@ -26,11 +28,12 @@ from onellm_dist.common.refusals import describe_start
 from onellm_dist.config.schema import StabilitySection
 from onellm_dist.launch.local import find_free_port
 from onellm_dist.launch.ranks import Ranks
-from onellm_dist.train.distributed import Distributed, process_group
+from onellm_dist.train.distributed import Distributed, process_group, threads_per_rank
 from onellm_dist.train.rendezvous import (
     FIRST_WORD_S,
     LOOPBACK,
     MACHINES_S,
+    ONE_MACHINE_S,
     POLL_S,
     restrict_to_loopback,
 )
@@ -70,7 +73,11 @@ def join_group(ranks: Ranks, size: int, folder: Path) -> Iterator[Distributed]:
     start = describe_start(ranks.address, ranks.port, os.environ)
     os.environ.pop(AGENT_STORE, None)
     folder.mkdir(parents=True, exist_ok=True)
-    meeting = _answer_call(place, start, member) if member else _call_group(place, start, size)
+    patience_s = ONE_MACHINE_S if ranks.are_on_one_machine else MACHINES_S
+    if member:
+        meeting = _answer_call(place, start, member, patience_s)
+    else:
+        meeting = _call_group(place, start, size, patience_s)
     together = meeting.is_on_one_machine
     if together:
         os.environ.update(restrict_to_loopback())
@@ -92,13 +99,16 @@ def join_group(ranks: Ranks, size: int, folder: Path) -> Iterator[Distributed]:
         validation_minutes=minutes,
     )
     with process_group(own, patience) as joined:
+        if ranks.local_size_is_known and "OMP_NUM_THREADS" not in os.environ:
+            # Ranks of other groups compute on this machine too.
+            torch.set_num_threads(threads_per_rank(ranks.local_world_size))
         if member == 0:
             for path in (place, *(_name_answer(place, other) for other in range(1, size))):
                 path.unlink(missing_ok=True)
         yield joined
 
 
-def _call_group(place: Path, start: str, size: int) -> _Meeting:
+def _call_group(place: Path, start: str, size: int, patience_s: float) -> _Meeting:
     """Find out, as the first rank, where the others are, and say where they meet."""
     call: dict[str, Any] = {"start": start, "call": secrets.token_hex(8)}
     write_atomic(place, json.dumps(call))
@@ -114,9 +124,9 @@ def _call_group(place: Path, start: str, size: int) -> _Meeting:
         if waited > FIRST_WORD_S and not has_said:
             log.warning("the first rank of a group waits for its ranks %s", names)
             has_said = True
-        if waited > MACHINES_S:
+        if waited > patience_s:
             raise OneLLMError(
-                f"of {size} ranks of a group these did not come within {MACHINES_S:.0f} s: {names}",
+                f"of {size} ranks of a group these did not come within {patience_s:.0f} s: {names}",
                 f"the first one has called them in {place}.",
                 "look at their logs, and check that all nodes see this folder.",
             )
@@ -128,9 +138,9 @@ def _call_group(place: Path, start: str, size: int) -> _Meeting:
     return meeting
 
 
-def _answer_call(place: Path, start: str, member: int) -> _Meeting:
+def _answer_call(place: Path, start: str, member: int, patience_s: float) -> _Meeting:
     """Tell the first rank where this one is; what an earlier start left leads nowhere."""
-    deadline = time.monotonic() + MACHINES_S
+    deadline = time.monotonic() + patience_s
     answered = ""
     while time.monotonic() < deadline:
         found: dict[str, Any] = {}
@@ -150,7 +160,7 @@ def _answer_call(place: Path, start: str, member: int) -> _Meeting:
                 return meeting
         time.sleep(POLL_S)
     raise OneLLMError(
-        f"the first rank of the group did not come within {MACHINES_S:.0f} s",
+        f"the first rank of the group did not come within {patience_s:.0f} s",
         f"it leaves its address in {place}.",
         "look at its log, and check that all nodes see this folder.",
     )

@@ -102,12 +102,11 @@ def find_good_checkpoint(run_dir: Path, dist: Distributed, events: Events) -> Pa
         OneLLMError: there is none.
     """
     root = run_dir / CHECKPOINTS
-    complete = (
-        [f for f in reversed(list_checkpoints(root)) if read_manifest(f) is not None]
-        if dist.is_rank_zero
-        else []
-    )
-    for folder in dist.broadcast(complete):
+
+    def list_complete() -> list[Path]:
+        return [f for f in reversed(list_checkpoints(root)) if read_manifest(f) is not None]
+
+    for folder in dist.ask_rank_zero(list_complete):
         manifest: dict[str, Any] = read_manifest(folder) or {}
         problems = find_damage(get_file_records(folder, manifest), dist)
         if not problems:
@@ -143,4 +142,4 @@ def needs_first_checkpoint(policy: str, run_dir: Path, first_step: int, dist: Di
     if policy != "rollback":
         return False
     own = run_dir / CHECKPOINTS / make_checkpoint_name(first_step)
-    return dist.broadcast(read_manifest(own) is None if dist.is_rank_zero else True)
+    return dist.ask_rank_zero(lambda: read_manifest(own) is None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.run_files import EXCLUDE_LIST
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.exclusion_check import find_unused_entries
@@ -28,16 +27,9 @@ def read_run_exclusions(config: RunConfig, target: ResumeTarget, dist: Distribut
     Raises:
         UsageError: a list cannot be read.
     """
-    found: Exclusions | OneLLMError = Exclusions()
-    if dist.is_rank_zero:
-        try:
-            found = read_exclusions(config.data.exclude, *_find_kept_lists(config, target))
-        except OneLLMError as error:
-            found = error
-    found = dist.broadcast(found)
-    if isinstance(found, OneLLMError):
-        raise found
-    return found
+    return dist.ask_rank_zero(
+        lambda: read_exclusions(config.data.exclude, *_find_kept_lists(config, target))
+    )
 
 
 def _find_kept_lists(config: RunConfig, target: ResumeTarget) -> list[Path]:

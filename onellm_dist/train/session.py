@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import FileStamp
 from onellm_dist.common.logging import ROOT, configure_logging
 from onellm_dist.common.refusals import describe_start
@@ -94,18 +93,12 @@ class Session:
             RunInUseError: another start of the run is still running.
             UsageError: the directory cannot be made or written to.
         """
-        problem: OneLLMError | None = None
-        earlier: FileStamp | None = None
-        if self.dist.is_rank_zero:
-            try:
-                self._stack.enter_context(lock_directory(self.run_dir))
-                earlier = self.exit_file.find_earlier()
-            except OneLLMError as error:
-                problem = error
-        problem, earlier = self.dist.broadcast((problem, earlier))
-        if problem is not None:
-            raise problem
-        self.exit_file.hold(earlier)
+
+        def take() -> FileStamp | None:
+            self._stack.enter_context(lock_directory(self.run_dir))
+            return self.exit_file.find_earlier()
+
+        self.exit_file.hold(self.dist.ask_rank_zero(take))
 
     def begin(self, prepare: Callable[[], None]) -> None:
         """Make the run directory that of this start. All ranks call it together.
@@ -113,13 +106,15 @@ class Session:
         Args:
             prepare: called on rank 0: changes what is in the directory.
         """
-        if self.dist.is_rank_zero:
+
+        def clear() -> None:
             prepare()
             move_hangs_aside(self.run_dir)
             self.exit_file.remove_earlier()
             if self._preemption is not None:
                 self._preemption.discard_earlier()
-        self.dist.barrier()
+
+        self.dist.ask_rank_zero(clear)
         self.exit_file.begin()
         move_own_log()
 

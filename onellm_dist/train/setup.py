@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist import __version__
-from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.config.schema import DataSection, RunConfig
 from onellm_dist.config.train_sections import LoraSection
@@ -133,11 +133,13 @@ def open_inputs(
     with session.timing.measure("model"):
         if config.model.path is not None:
             check_weights(config.model.path, session.dist)
-        model, processor, weights = open_model(
-            path=config.model.path,
-            preset=config.model.preset,
-            seed=config.run.seed,
-            span_positions=config.model.span_positions,
+        model, processor, weights = session.dist.call_together(
+            lambda: open_model(
+                path=config.model.path,
+                preset=config.model.preset,
+                seed=config.run.seed,
+                span_positions=config.model.span_positions,
+            )
         )
     with session.timing.measure("data"):
         plan, validation_plan = open_plans(
@@ -224,18 +226,14 @@ def _open_on_rank_zero_first(
     dist: Distributed, open_plan: Callable[..., Plan], check: Callable[[Plan], None]
 ) -> Plan:
     """Rank 0 counts the tokens of shards that have no counts yet, and checks; the others wait."""
-    problem: OneLLMError | None = None
-    plan: Plan | None = None
-    if dist.is_rank_zero:
-        try:
-            plan = open_plan()
-            check(plan)
-        except OneLLMError as error:
-            problem = error
-    problem = dist.broadcast(problem)
-    if problem is not None:
-        raise problem
-    return plan or open_plan(build_counts=False)
+    opened: list[Plan] = []
+
+    def open_and_check() -> None:
+        opened.append(open_plan())
+        check(opened[0])
+
+    dist.ask_rank_zero(open_and_check)
+    return opened[0] if opened else open_plan(build_counts=False)
 
 
 def follow_checkpoint(plan: Plan, folder: Path | None) -> bool:

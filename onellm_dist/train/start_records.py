@@ -60,10 +60,8 @@ def open_records(
         session: its exit file and heartbeat learn about events and samples.
     """
     run_dir, dist, plan = config.run.dir, session.dist, inputs.plan
-    changes, earlier = (
-        find_resume_changes(config, inputs.target, frozen_decided=inputs.frozen is not None)
-        if dist.is_rank_zero
-        else ([], None)
+    changes, earlier = dist.ask_rank_zero(
+        lambda: find_resume_changes(config, inputs.target, frozen_decided=inputs.frozen is not None)
     )
 
     def prepare() -> None:

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from onellm_dist.common import logging as onellm_logging
-from onellm_dist.common.logging import write_unless_blocked
+from onellm_dist.common.logging import (
+    ONCE,
+    ROOT,
+    configure_logging,
+    get_logger,
+    write_unless_blocked,
+)
+
+
+@pytest.fixture
+def package_logger() -> Iterator[None]:
+    """The package's logger is afterwards what it was before."""
+    logger = logging.getLogger(ROOT)
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def test_a_pipe_that_nobody_reads_loses_text_and_blocks_nobody() -> None:
@@ -40,6 +59,20 @@ def test_a_closed_pipe_and_a_full_disk_are_no_errors() -> None:
         full = open("/dev/full", "w")  # noqa: SIM115 (closing it fails)
         assert not write_unless_blocked(full, "x")
         os.close(full.fileno())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_all_ranks_say_alike_is_shown_once(
+    rank: int, capsys: pytest.CaptureFixture[str], package_logger: None
+) -> None:
+    configure_logging(rank=rank, world_size=4)
+    log = get_logger("onellm_dist.anything")
+    log.warning("all alike", extra=ONCE)
+    log.warning("its own")
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == (
+        ["rank 2: WARNING: its own"] if rank else ["WARNING: all alike", "WARNING: its own"]
+    )
 
 
 def test_streams_without_a_file_are_written_to() -> None:

@@ -167,7 +167,6 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import psutil
 from data_worlds import open_plan
-from onellm_dist.data.device_copy import copy_ahead, get_copy_stream
 from onellm_dist.data.loader import Loader
 for _ in Loader(open_plan(Path(sys.argv[2]), {"talk": 1}), 1, 0, 0, 10**6, 2):
     print(*(p.pid for p in psutil.Process().children()), flush=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from onellm_dist.train.distributed import Distributed
+
 
 class OneRank:
     """Stands in for `Distributed`: one rank, no process group."""
@@ -22,6 +24,9 @@ class OneRank:
 
     def broadcast(self, value: Any) -> Any:
         return value
+
+    ask_rank_zero = Distributed.ask_rank_zero
+    call_together = Distributed.call_together
 
     def barrier(self) -> None:
         return None

@@ -63,11 +63,13 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert alone[3::4] == logits.argmax(-1).tolist()[3::4]  # so cold that it is greedy too
 
 
-@pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_logits_that_are_no_numbers_give_their_own_row_no_token(top_p: float) -> None:
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 0.9), (1.0, 1.0)])
+def test_logits_that_are_no_numbers_give_their_own_row_no_token(
+    temperature: float, top_p: float
+) -> None:
     logits = torch.zeros(4, 5)
     logits[1, 2] = torch.nan
     logits[2, 0] = torch.inf
     logits[3] = -torch.inf
-    drawn = choose_tokens(logits, [RowSampling(1.0, top_p, 0.5)] * 4)
-    assert drawn == [2, NO_TOKEN, NO_TOKEN, NO_TOKEN]
+    drawn = choose_tokens(logits, [RowSampling(temperature, top_p, 0.5)] * 4)
+    assert drawn == [2 if temperature else 0, NO_TOKEN, NO_TOKEN, NO_TOKEN]

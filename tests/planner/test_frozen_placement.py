@@ -13,6 +13,7 @@ from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.planner.hardware import get_gpu_kind
 from onellm_dist.train import frozen_placement
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.frozen_placement import FrozenDecision, resolve_frozen
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -34,6 +35,8 @@ class SomeRanks:
 
     def broadcast(self, value: Any) -> Any:
         return value
+
+    ask_rank_zero = Distributed.ask_rank_zero
 
 
 class SomePlan:
@@ -123,7 +126,7 @@ def test_a_planner_that_fails_keeps_no_rank_waiting(
     monkeypatch.setattr(SomeRanks, "broadcast", broadcast)
     with caplog.at_level("WARNING"):
         config, decision = decide(write_recipe(tmp_path), ["engine.name=fsdp"], H100)
-    assert config.engine.frozen == "auto" and sent == [decision]
+    assert config.engine.frozen == "auto" and sent == [(None, decision)]
     assert decision is not None and decision.frozen == "sharded"
     assert decision.reason == "the planner cannot say: ZeroDivisionError: no number"
     assert decision.reason in caplog.text

@@ -179,7 +179,8 @@ def test_what_each_start_decides_is_not_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The plan, and the time before, are those of what a start would decide on this machine."""
-    space = SearchSpace((TokenBudget(2048, 40000),), ("none",), (EngineSection(name="fsdp"),))
+    engines = EngineSection(name="fsdp"), EngineSection(name="fsdp", frozen="resident")
+    space = SearchSpace((TokenBudget(2048, 40000),), ("none",), engines)
     monkeypatch.setattr(search_module, "make_space", lambda _: space)
     keys, out = ["engine.name=fsdp"], tmp_path / "fast.yaml"
     slow = PlanOptions(gpu="h100", nodes=2, gpus_per_node=2, network_gb_s=0.1, as_json=True)

@@ -133,6 +133,27 @@ class AnnouncedLock(AbstractContextManager[None]):
         self._lock.release()
 
 
+def test_an_error_that_cannot_be_sent_ends_no_thread(
+    mock: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is a place for a request."""
+    events: list[Any] = []
+
+    def refuse(*_: Any) -> Any:
+        raise ConnectionRefusedError("no longer there")
+
+    with run_mock(mock) as url:
+        queue, address = JobQueue(2), RemoteAddress(url)
+        engine = RemoteEngine(served.make_model(), address, [2], queue, ServerMetrics(), 1)
+        monkeypatch.setattr(RemoteAddress, "connect", refuse)
+        engine.start()
+        for send in (refuse, events.append):
+            prompt = Prompt([1, 5], max_new_tokens=2)
+            queue.put(Job(prompt, (), None, time.monotonic() + 60, send))
+        engine.close()
+    assert [event.status for event in events] == [502]
+
+
 def test_nothing_is_done_for_a_client_that_left_while_others_were_encoded(
     mock: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,15 +62,19 @@ def test_media_that_leave_the_cache_before_their_answers_begin_are_encoded_again
     assert {name: desk.get_text(name) for name in prompts} == expected
 
 
-def test_media_that_are_encoded_do_not_keep_requests_apart() -> None:
+@pytest.mark.parametrize("encoded", [True, False], ids=["encoded", "encoding failed"])
+def test_media_keep_requests_apart_unless_they_are_encoded(encoded: bool) -> None:
     desk = Desk()
     prompt = make_prompt(*[0] * 9)  # two of them have more spans than are encoded at once
     jobs = [desk.ask(name, prompt) for name in ("a", "b")]
-    desk.queue.release(jobs)  # as the encoder does
+    for job in jobs:  # as the encoder does
+        job.is_encoded = encoded
+    desk.queue.release(jobs)
     desk.finish(2)
     assert desk.get_text("a") == desk.get_text("b") == compute_text(prompt)
     metrics = desk.read_metrics()
-    assert metrics["onellm_batch_size_sum"] == 2 and metrics["onellm_batch_size_count"] == 1
+    together = metrics["onellm_batch_size_sum"] == 2 and metrics["onellm_batch_size_count"] == 1
+    assert together == encoded
 
 
 def test_the_time_of_a_request_may_end_while_its_media_are_encoded(

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from one_rank import ONE_RANK, OneRankEngine
+from safetensors import SafetensorError
 
 from onellm_dist.common.checksums import read_sums
-from onellm_dist.common.errors import UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.train.export import write_weights
 
 
@@ -61,6 +62,24 @@ def test_an_exported_model_has_a_card_and_checksums(tmp_path: Path) -> None:
     )
     assert done.stdout.splitlines() == ["config.json: OK", "model.safetensors: OK"]
     assert read_sums(tmp_path / "model").keys() == {"config.json", "model.safetensors"}
+
+
+def test_a_disk_that_refuses_in_the_words_of_safetensors_is_no_wait_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its errors are no OSError: rank 0 says it failed, whatever the class."""
+    from onellm_dist.model.presets import load_model
+    from onellm_dist.train import export
+
+    def refuse(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "write_weights", refuse)
+    model, processor = load_model(path=None, preset="toy", seed=2)
+    engine: Any = OneRankEngine(model)
+    with pytest.raises(OneLLMError, match="No space left on device"):
+        export.export_model(tmp_path / "model", engine, model, processor, ONE_RANK, notes={})
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_export_keeps_the_generation_settings_of_its_source(tmp_path: Path) -> None:

@@ -120,9 +120,8 @@ class AnswerEngine:
         return self._queue.take_more(free, self._adapter, self._fits)
 
     def _fits(self, jobs: Sequence[Job]) -> bool:
-        spans = sum(len(job.prompt.media) for job in jobs)
-        # Of those that the encoder has let go, the media are encoded already.
-        if self._encoder is None and len(jobs) > 1 and spans > MOST_SPANS:
+        spans = sum(len(job.prompt.media) for job in jobs if not job.is_encoded)
+        if len(jobs) > 1 and spans > MOST_SPANS:
             return False
         return self._batch.has_room([job.prompt for job in jobs])
 
@@ -139,13 +138,14 @@ class AnswerEngine:
     def _begin_alone(self, jobs: Sequence[Job], error: Exception) -> None:
         """Find the request that keeps the others from being begun, and begin those."""
         for job in jobs:
+            fault = error
             if len(jobs) > 1 and not job.started:
                 try:
                     self._begin([job])
                     continue
                 except Exception as own:
-                    error = own
-            job.fail(describe_error(error))
+                    fault = own
+            job.fail(describe_error(fault))
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         """Begin to answer requests of the adapter that is answering (the queue does not mix)."""

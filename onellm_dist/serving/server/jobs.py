@@ -82,6 +82,7 @@ class Job:
         adapter: name of the adapter that answers; "": the base alone.
         started: whether its answer has begun.
         is_held: whether it waits in the queue until its media are encoded.
+        is_encoded: whether its media were encoded while it waited.
     """
 
     prompt: Prompt
@@ -92,6 +93,7 @@ class Job:
     adapter: str = ""
     started: bool = False
     is_held: bool = False
+    is_encoded: bool = False
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _wake: list[Callable[[], None]] = field(default_factory=list)
 

@@ -56,6 +56,8 @@ class MediaEncoder:
         while jobs := self._queue.wait_for_media():
             try:
                 self._encode(jobs)
+                for job in jobs:
+                    job.is_encoded = True
             except Exception:  # which of the requests is at fault, the engine finds out
                 _log.warning("media could not be encoded ahead", exc_info=True)
             finally:

@@ -189,12 +189,12 @@ class RemoteEngine:
             try:
                 self._answer(job)
             except OneLLMError as error:
-                job.send(RequestError.from_error(error))
+                job.fail(RequestError.from_error(error))
             except RequestError as error:
-                job.send(error)
+                job.fail(error)
             except Exception:
                 _log.exception("a request failed")
-                job.send(make_internal_error())
+                job.fail(make_internal_error())
             finally:
                 self._metrics.running.dec()
 

@@ -51,8 +51,7 @@ class BestModel(Callback):
         self._processor = processor
         self._dist = dist
         self._digest = sample_digest
-        recorded = _read_loss(self._folder, sample_digest) if dist.is_rank_zero else None
-        self.loss: float | None = dist.broadcast(recorded)
+        self.loss = dist.ask_rank_zero(lambda: _read_loss(self._folder, sample_digest))
         """The lowest loss so far."""
 
     def on_validation_end(self, steps_done: int, loss: float) -> None:

@@ -73,13 +73,14 @@ class EarlyStopping(Callback):
         self._worse = 0
         if self._config is None:
             return
-        found = []
-        if self._dist.is_rank_zero:
-            found = [
+
+        def read() -> list[tuple[int, float]]:
+            return [
                 (line["steps_done"], math.nan if line["loss"] is None else line["loss"])
                 for line in read_lines(self._file)
                 if line.get("sample_digest") == self._digest
             ]
-        for steps_done, loss in self._dist.broadcast(found):
+
+        for steps_done, loss in self._dist.ask_rank_zero(read):
             if steps_done <= self.trainer.state.first_step:
                 self.on_validation_end(steps_done, loss)

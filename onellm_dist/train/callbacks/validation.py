@@ -77,14 +77,15 @@ class Validation(Callback):
 
     def _was_left_out(self, steps_done: int) -> bool:
         """Whether this run has a checkpoint of a step, and no validation; the same on all ranks."""
-        found = False
-        if self._dist.is_rank_zero:
+
+        def look() -> bool:
             folder = self._run_dir / CHECKPOINTS / make_checkpoint_name(steps_done)
             lines = read_lines(self._run_dir / VALIDATION)
             # Scores of kept checkpoints on benchmarks stand there too, without a loss.
             done = {line.get("steps_done") for line in lines if "loss" in line}
-            found = folder.is_dir() and steps_done not in done
-        return bool(self._dist.broadcast(found))
+            return folder.is_dir() and steps_done not in done
+
+        return self._dist.ask_rank_zero(look)
 
     def _run_between_steps(self, steps_done: int) -> None:
         self.trainer.heartbeat.leave_step("validation")

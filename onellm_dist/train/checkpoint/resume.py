@@ -52,12 +52,13 @@ def find_checkpoint(config: RunConfig, checkpoints: Path, dist: Distributed) -> 
             throw the run away.
     """
     wanted = config.checkpoint.resume
-    if dist.is_rank_zero and checkpoints.is_dir():
-        restore_checkpoints(checkpoints)
-    dist.barrier()
-    already_applied = dist.broadcast(
-        dist.is_rank_zero and wanted != "auto" and was_applied(config.run.dir, wanted, os.environ)
-    )
+
+    def find_earlier_start() -> bool:
+        if checkpoints.is_dir():
+            restore_checkpoints(checkpoints)
+        return wanted != "auto" and was_applied(config.run.dir, wanted, os.environ)
+
+    already_applied = dist.ask_rank_zero(find_earlier_start)
     if isinstance(wanted, Path):
         wanted = wanted.resolve()  # a link such as `latest` may point elsewhere tomorrow
     if wanted == "never" and not already_applied:
@@ -85,8 +86,7 @@ def _check_named(wanted: Path, config: RunConfig, dist: Distributed) -> Path:
 
 def _find_latest(config: RunConfig, checkpoints: Path, dist: Distributed) -> ResumeTarget:
     damaged: list[tuple[str, str]] = []
-    found = list(reversed(list_checkpoints(checkpoints))) if dist.is_rank_zero else []
-    for folder in dist.broadcast(found):
+    for folder in dist.ask_rank_zero(lambda: list(reversed(list_checkpoints(checkpoints)))):
         problem = _find_problem(folder, dist)
         if not problem:
             check_source(folder, _read_manifest(folder, dist) or {}, config, dist)
@@ -113,4 +113,4 @@ def _find_problem(folder: Path, dist: Distributed) -> str:
 
 def _read_manifest(folder: Path, dist: Distributed) -> dict[str, Any] | None:
     """The manifest as rank 0 reads it, so that all ranks decide by the same."""
-    return dist.broadcast(read_manifest(folder) if dist.is_rank_zero else None)
+    return dist.ask_rank_zero(lambda: read_manifest(folder))

@@ -91,7 +91,7 @@ def _check_span_positions(
     now = model.span_positions
     if before == now:
         return
-    own = dist.broadcast(read_span_positions(model.path) if dist.is_rank_zero else None)
+    own = dist.ask_rank_zero(lambda: read_span_positions(model.path))
     if (before or own) != (now or own):
         raise UsageError(
             f"checkpoint {folder} was trained with model.span_positions={before or 'unset'}, now "
@@ -130,7 +130,7 @@ def _compare_files(frozen: dict[str, Any], config: RunConfig, dist: Distributed)
     if root is None:
         return f"model.path was {frozen['path']}, now model.preset={config.model.preset}"
     there: dict[str, list[Any]] = frozen["files"]
-    problem = dist.broadcast(_compare_names(root, there) if dist.is_rank_zero else "")
+    problem = dist.ask_rank_zero(lambda: _compare_names(root, there))
     if problem:
         return problem
     digests = hash_on_node([root / name for name in there], dist)
