@@ -56,14 +56,13 @@ def assemble_trainer(
     callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
     target, preemption = _find_target(config, session)
     config, inputs, weights = setup.open_inputs(config, target=target, session=session)
-    prepared = dist.call_together(
-        partial(prepare_model, config, inputs=inputs, weights=weights, device_type=dist.device.type)
-    )
+    prepare = partial(prepare_model, config, inputs=inputs, weights=weights)
+    prepared = dist.call_together(partial(prepare, device_type=dist.device.type))
     meter = StepMeter(MetricSet(), FlopCounter(inputs.model, inputs.plan.corpus), dist)  # unsharded
     router = RouterWatch(inputs.model, inputs.modalities)
     engine, rates = shard_model(config, prepared=prepared, settings=settings, session=session)
     parts, kernels, by_name = prepared.parts, prepared.kernels, prepared.parameters.rates
-    del weights, prepared
+    del weights, prepare, prepared
     first_step = setup.restore_checkpoint(inputs, engine=engine, session=session)
     events = open_records(config, inputs=inputs, rates=by_name, session=session)
     sample_log = SampleLog(config.run.dir / SAMPLES, rank=dist.rank)
