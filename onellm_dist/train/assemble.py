@@ -51,18 +51,19 @@ def assemble_trainer(
     Raises:
         UsageError: the recipe asks for something that does not exist or is not possible.
     """
-    dist = session.dist
+    dist, device_type = session.dist, session.dist.device.type
     settings = setup.check_recipe(config, dist)
     callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
     target, preemption = _find_target(config, session)
     config, inputs, weights = setup.open_inputs(config, target=target, session=session)
-    prepare = partial(prepare_model, config, inputs=inputs, weights=weights)
-    prepared = dist.call_together(partial(prepare, device_type=dist.device.type))
+    prepared = dist.call_together(
+        partial(prepare_model, config, inputs=inputs, weights=weights, device_type=device_type)
+    )
     meter = StepMeter(MetricSet(), FlopCounter(inputs.model, inputs.plan.corpus), dist)  # unsharded
     router = RouterWatch(inputs.model, inputs.modalities)
     engine, rates = shard_model(config, prepared=prepared, settings=settings, session=session)
     parts, kernels, by_name = prepared.parts, prepared.kernels, prepared.parameters.rates
-    del weights, prepare, prepared
+    del weights, prepared
     first_step = setup.restore_checkpoint(inputs, engine=engine, session=session)
     events = open_records(config, inputs=inputs, rates=by_name, session=session)
     sample_log = SampleLog(config.run.dir / SAMPLES, rank=dist.rank)
