@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from onellm_dist.common.run_files import CHECKPOINTS, SAMPLES
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.model.lazy_weights import InitialWeights
 from onellm_dist.model.model_kernels import KernelChoice
 from onellm_dist.train import setup
 from onellm_dist.train.callbacks.base import Callback
@@ -17,8 +18,9 @@ from onellm_dist.train.callbacks.experts import RouterWatch
 from onellm_dist.train.callbacks.preemption import Preemption
 from onellm_dist.train.checkpoint.folder import read_manifest
 from onellm_dist.train.checkpoint.resume import ResumeTarget, find_checkpoint
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.flops import FlopCounter
-from onellm_dist.train.model_setup import prepare_model, shard_model
+from onellm_dist.train.model_setup import PreparedModel, prepare_model, shard_model
 from onellm_dist.train.optim.part_summary import PartSummary
 from onellm_dist.train.records.metrics import MetricSet
 from onellm_dist.train.records.old_runs import check_manifest, check_run_directory
@@ -51,14 +53,12 @@ def assemble_trainer(
     Raises:
         UsageError: the recipe asks for something that does not exist or is not possible.
     """
-    dist, device_type = session.dist, session.dist.device.type
+    dist = session.dist
     settings = setup.check_recipe(config, dist)
     callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
     target, preemption = _find_target(config, session)
     config, inputs, weights = setup.open_inputs(config, target=target, session=session)
-    prepared = dist.call_together(
-        partial(prepare_model, config, inputs=inputs, weights=weights, device_type=device_type)
-    )
+    prepared = _prepare(config, inputs, weights, dist)
     meter = StepMeter(MetricSet(), FlopCounter(inputs.model, inputs.plan.corpus), dist)  # unsharded
     router = RouterWatch(inputs.model, inputs.modalities)
     engine, rates = shard_model(config, prepared=prepared, settings=settings, session=session)
@@ -95,6 +95,14 @@ def assemble_trainer(
         early_stopping=early_stopping,
     )
     return _begin(trainer, first_step, inputs, parts, kernels)
+
+
+def _prepare(
+    config: RunConfig, inputs: setup.Inputs, weights: InitialWeights, dist: Distributed
+) -> PreparedModel:
+    """Prepare the model on every rank, or fail on all: one node may lack what compiles."""
+    prepare = partial(prepare_model, config, inputs=inputs, weights=weights)
+    return dist.call_together(partial(prepare, device_type=dist.device.type))
 
 
 def _begin(
