@@ -60,7 +60,11 @@ def test_rank_zero_answers_for_all() -> None:
     asked: list[int] = []
 
     def look(dist: Distributed) -> str:
-        return dist.ask_rank_zero(lambda: (asked.append(dist.rank), "found")[1])
+        def call() -> str:
+            asked.append(dist.rank)
+            return "found"
+
+        return dist.ask_rank_zero(call)
 
     assert run(look) == ["found"] * RANKS and asked == [0]
 
