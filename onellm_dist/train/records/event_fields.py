@@ -22,7 +22,7 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
     "start": EventDescription(
         "The run is built, and its first step is about to begin. `frozen` is `engine.frozen`; "
         "where the recipe leaves it open, `frozen_reason` says why this start decided so. It is "
-        "still `auto` where the engine leaves no choice, as under DeepSpeed.",
+        "still `auto` where the engine leaves no choice.",
         (
             "world_size",
             "device",
