@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model.llm_call import LLMSupport, check_call, split_prompts
@@ -17,6 +17,7 @@ from onellm_dist.model.llm_per_layer import give_token_ids
 from onellm_dist.model.llm_positions import check_new_tokens, get_context
 from onellm_dist.model.llm_rope import set_lengths
 from onellm_dist.model.padded import PaddedInputs
+from onellm_dist.model.sampling import make_logits_error
 from onellm_dist.model.token_ids import choose_padding, count_embeddings
 
 DEFAULT_NEW_TOKENS = 20
@@ -50,7 +51,7 @@ def generate_text(
     Raises:
         UsageError: an unknown `decode_offset`, an option that has no meaning here, an LLM that
             cannot continue embeddings, or prompt and new tokens longer than its context.
-        OneLLMError: the LLM was changed after it was opened.
+        OneLLMError: the LLM was changed after it was opened, or gives logits that are no numbers.
     """
     _check_generation(llm, support, inputs, decode_offset, config)
     config.pad_token_id = choose_padding(
@@ -65,6 +66,8 @@ def generate_text(
             "these prompts are continued in several calls, whose outputs cannot be joined.",
             "leave it out, or give one prompt and decode_offset=correct.",
         )
+    processors = [_RefuseNoNumbers(), *(options.get("logits_processor") or ())]
+    options = {**options, "logits_processor": LogitsProcessorList(processors)}
     parts: list[Any] = []
     with _own_config_alone(llm, config):
         for embeds, part, mask in batches:
@@ -76,6 +79,15 @@ def generate_text(
         output.sequences = _join(input_ids, output.sequences)
         return output
     return _join(input_ids, _stack(parts, config))
+
+
+class _RefuseNoNumbers(LogitsProcessor):
+    """Greedy search of transformers would take a token from logits that are NaN."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.amax(-1).isfinite().all():
+            raise make_logits_error()
+        return scores
 
 
 def _check_generation(

@@ -9,13 +9,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.model.layout import PackedLayout
 from onellm_dist.model.llm_per_layer import get_token_ids
 from onellm_dist.model.media_cache import MediaCache, Medium, encode_media
 from onellm_dist.model.placement import get_device
-from onellm_dist.model.sampling import NO_TOKEN, RowSampling
+from onellm_dist.model.sampling import NO_TOKEN, RowSampling, make_logits_error
 from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.model.token_ids import check_tokens, count_embeddings
 
@@ -134,11 +133,7 @@ class AnswerRow:
 
     def _add(self, token: int, logits: torch.Tensor) -> None:
         if token == NO_TOKEN:
-            raise OneLLMError(
-                "the LLM gave logits that are no numbers",
-                "no token can be drawn with them.",
-                "its weights are damaged, or do not fit the 16-bit type; try fp32.",
-            )
+            raise make_logits_error()
         self.tokens.append(token)
         if self._on_logits:
             self._on_logits(self.place, logits)

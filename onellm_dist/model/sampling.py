@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.model.sequence_lengths import to_device_tensor
 
 _LEAST_TEMPERATURE = 1e-30
@@ -28,6 +29,15 @@ class RowSampling(NamedTuple):
 
 Choose = Callable[[torch.Tensor, Sequence[RowSampling]], list[int]]
 """Called as `choose_tokens` is."""
+
+
+def make_logits_error() -> OneLLMError:
+    """The error of an answer that no token can be chosen for."""
+    return OneLLMError(
+        "the LLM gave logits that are no numbers",
+        "no token can be chosen by them.",
+        "its weights are damaged, or do not fit the 16-bit type; try fp32.",
+    )
 
 
 def choose_tokens(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from packs import WORDS, small_model
 from transformers import GenerationConfig
 
-from onellm_dist.common.errors import UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model import OneLLMForConditionalGeneration
 
 NEW = 7
@@ -265,6 +265,23 @@ def test_an_output_with_names_has_prompts_and_answers(
     assert torch.equal(beams.sequences[::2, :prompt], batch["input_ids"])
     with pytest.raises(UsageError, match="return_dict_in_generate is set"):
         model.generate(**batch, **GREEDY, **options, decode_offset="reference")
+
+
+@pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)
+def test_logits_that_are_no_numbers_are_refused(
+    model: OneLLMForConditionalGeneration,
+    batch: dict[str, Any],
+    how: dict[str, Any],
+) -> None:
+    head = model.llm.lm_head.weight
+    before = head.detach().clone()
+    with torch.no_grad():
+        head[-1] = torch.nan
+    try:
+        with pytest.raises(OneLLMError, match="no numbers"):
+            model.generate(**batch, **{**GREEDY, **how})
+    finally:
+        head.data.copy_(before)
 
 
 def test_another_number_of_embeddings_is_refused_and_changes_nothing() -> None:
