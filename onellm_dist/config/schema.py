@@ -203,11 +203,13 @@ class EngineSection(Section):
     ZeRO-1 and 2 always do so, ZeRO-3 never). `auto`: each start asks the planner, which says
     `resident` where a step is faster and a tenth of the memory stays free (`onellm plan` shows it);
     `sharded` on devices that the planner does not know, such as processors."""
-    frozen_weights: Literal["plain", "int8", "nf4"] = "plain"
+    frozen_weights: Literal["plain", "fp8", "int8", "nf4"] = "plain"
     """What the frozen linear layers of the LLM, but for its head, are held in. `plain`:
-    `train.precision`. `int8`: 8 bits and a scale for each row. `nf4`: 4 bits and a scale for each
-    64 weights (QLoRA, arXiv 2305.14314). Both need torchao; weights are then whole on every
-    rank under any engine, and expanded wherever they are used."""
+    `train.precision`. `fp8`: float8 (e4m3) and a scale for each row; inputs are rounded likewise,
+    and GPUs of compute capability 8.9 multiply in float8. `int8`: 8 bits and a scale for each row.
+    `nf4`: 4 bits and a scale for each 64 weights (QLoRA, arXiv 2305.14314). The last two need
+    torchao, and are expanded wherever they are used. Weights that are not plain are whole on every
+    rank under any engine, and checkpoints do not hold them."""
     shard_ranks: PositiveInt | None = None
     """`fsdp` only: number of neighbouring ranks (usually those of a node) that share one copy of
     the model; each such group holds a complete copy. Default: all ranks share one copy."""

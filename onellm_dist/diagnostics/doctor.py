@@ -16,6 +16,7 @@ from onellm_dist.diagnostics.machine_checks import (
 )
 from onellm_dist.diagnostics.software_checks import (
     check_attention,
+    check_float8,
     check_imports,
     check_kernels,
     check_launchers,
@@ -54,6 +55,7 @@ def run_checks() -> Iterator[CheckResult]:
     yield from check_devices()
     yield check_attention()
     yield check_kernels()
+    yield check_float8()
     yield from check_launchers()
     yield from check_host()
     yield check_shared_memory(Path("/dev/shm"))

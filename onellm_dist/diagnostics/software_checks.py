@@ -180,6 +180,22 @@ def check_kernels() -> CheckResult:
     return CheckResult("kernels", "train.kernels=auto", "ok", detail)
 
 
+def check_float8() -> CheckResult:
+    """What `engine.frozen_weights=fp8` does here, tried out where products are of float8."""
+    import torch
+
+    from onellm_dist.model.float8_linear import describe_products, try_products
+
+    what = "kernels", "engine.frozen_weights=fp8"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        try_products(device, torch.bfloat16)
+    except RuntimeError as error:
+        detail = f"float8 products fail: {get_first_line(error)}"
+        return CheckResult(*what, "warn", detail, "keep engine.frozen_weights=plain.")
+    return CheckResult(*what, "ok", describe_products(device, torch.bfloat16))
+
+
 def check_launchers(path: str | None = None) -> Iterator[CheckResult]:
     """Find what can start ranks here.
 

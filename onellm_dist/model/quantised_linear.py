@@ -1,8 +1,9 @@
-"""Frozen linear layers of the LLM in 8 or 4 bits (QLoRA, arXiv 2305.14314), by torchao 0.18.
+"""Frozen linear layers of the LLM in 8 or 4 bits (QLoRA, arXiv 2305.14314), or in float8.
 
-torchao rounds a layer's weight and holds it; it is expanded to the precision of the run whenever
-the layer is used, forward and backward, and never kept in between. The weight is no parameter of
-the model any more: engines neither shard nor gather it, and every rank holds all of it.
+A layer's weight is rounded and held: in int8 and nf4 by torchao 0.18, in float8 by torch. It is
+expanded to the precision of the run whenever the layer is used, forward and backward, and never
+kept in between; float8 may be multiplied as it is. The weight is no parameter of the model any
+more: engines neither shard nor gather it, and every rank holds all of it.
 """
 
 from __future__ import annotations
@@ -15,73 +16,31 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.model.float8_linear import (
+    MULTIPLE,
+    Float8Linear,
+    make_plan_weight,
+    round_weight,
+)
 from onellm_dist.model.lora import LORA_A, BaseWeights
+from onellm_dist.model.quantised_base import QuantisedLinear
 
 NF4_BLOCK, NF4_SCALER_BLOCK = 64, 256
 """Weights with one scale, and scales with one scale of their own, as in the paper (section 3)."""
-WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / NF4_BLOCK + 2 / (NF4_BLOCK * NF4_SCALER_BLOCK)}
+FLOAT8_FORMAT = "fp8"
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Names that configurations of LLMs give to the number of experts, to each of which a router has an
+output."""
+WEIGHT_BYTES = {
+    "int8": 1.0,
+    FLOAT8_FORMAT: 1.0,
+    "nf4": 0.5 + 1 / NF4_BLOCK + 2 / (NF4_BLOCK * NF4_SCALER_BLOCK),
+}
 """Format to bytes of a weight, scales included where they count."""
 
 T = TypeVar("T")
-
-
-class QuantisedLinear(nn.Module):
-    """A frozen linear layer whose weight torchao holds.
-
-    Args:
-        linear: the layer that it stands for; only its sizes and its bias are used.
-        weight: torchao's tensor.
-        read_base: reads the weight that was rounded, whole.
-    """
-
-    def __init__(
-        self, linear: nn.Linear, weight: Any, read_base: Callable[[], torch.Tensor]
-    ) -> None:
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.bias = linear.bias
-        self.read_base = read_base
-        self._held = weight  # a plain attribute: neither parameter nor buffer
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The rounded weight, [out, in], in the precision of the run; made anew by each access."""
-        return expand(self._held)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the layer. `x` is [..., in], the result [..., out]."""
-        product: torch.Tensor = _ExpandedProduct.apply(x, self._held)
-        return product if self.bias is None else product + self.bias
-
-
-class _ExpandedProduct(torch.autograd.Function):
-    """`x @ weight.T`, which keeps neither `x` nor the expanded weight for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, held: Any) -> torch.Tensor:
-        ctx.held = held
-        return functional.linear(x, expand(held))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0] @ expand(ctx.held), None
-
-
-def expand(held: Any) -> torch.Tensor:
-    """The values of a tensor of torchao, in the dtype that it was rounded from.
-
-    A plain tensor, which the planner puts in its place, is returned as it is.
-    """
-    if type(held) is torch.Tensor:
-        return held
-    # NF4Tensor has another name for it (torchao 0.18).
-    name = "get_original_weight" if hasattr(held, "get_original_weight") else "dequantize"
-    values: torch.Tensor = getattr(held, name)()
-    return values.to(held.dtype)
 
 
 def import_torchao() -> Any:
@@ -102,16 +61,18 @@ def import_torchao() -> Any:
     return module
 
 
-def find_layers(model: Any) -> dict[str, nn.Linear]:
+def find_layers(model: Any, format: str) -> dict[str, nn.Linear]:
     """Name to layer of what can be quantised: linear layers of the LLM whose weight is frozen.
 
-    The head stays as it is, and so does a layer that shares its weight with another module.
+    The head stays as it is, and so does a layer that shares its weight with another module. In
+    float8, so do routers, and layers of sizes that GPUs do not multiply in float8.
 
     Args:
         model: a OneLLM whose frozen parameters do not require gradients.
+        format: a name of `WEIGHT_BYTES`.
     """
     kept = {id(model.get_output_embeddings()), *_list_sharing(model)}
-    return {
+    found = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear
@@ -119,6 +80,21 @@ def find_layers(model: Any) -> dict[str, nn.Linear]:
         and not module.weight.requires_grad
         and id(module) not in kept
     }
+    if format != FLOAT8_FORMAT:
+        return found
+    experts = _count_experts(model)
+    return {
+        name: layer
+        for name, layer in found.items()
+        if layer.in_features % MULTIPLE == layer.out_features % MULTIPLE == 0
+        and layer.out_features not in experts
+    }
+
+
+def _count_experts(model: Any) -> set[int]:
+    config = getattr(getattr(model, "config", None), "text_config", None)
+    counts = {getattr(config, name, None) for name in EXPERT_COUNTS}
+    return {count for count in counts if isinstance(count, int)}
 
 
 def _list_sharing(model: nn.Module) -> Iterator[int]:
@@ -153,23 +129,38 @@ def quantise_layers(
         UsageError: torchao is not installed, there is nothing to quantise, or a layer has a size
             that the format cannot have.
     """
-    torchao = import_torchao()
+    torchao = None if format == FLOAT8_FORMAT else import_torchao()
 
     def hold(name: str, layer: nn.Linear) -> QuantisedLinear:
         read = partial(weights.rows, f"{name}.weight", 0, layer.out_features)
         values = read().to(device=device, dtype=dtype, copy=True).contiguous()
+        if torchao is None:
+            return Float8Linear(layer, round_weight(values), read)
         return QuantisedLinear(layer, _quantise(torchao, name, format, values), read)
 
     return _replace_layers(model, format, hold)
 
 
-def plan_layers(model: Any, format: str) -> None:
+def plan_layers(model: Any, format: str, *, in_float8: bool = False) -> None:
     """Replace the layers that `quantise_layers` would, in a model that is planned and never run.
+
+    Args:
+        model: as of `quantise_layers`; it computes in the dtype of its weights.
+        format: as of `quantise_layers`.
+        in_float8: whether the planned device multiplies float8.
 
     Raises:
         UsageError: there is nothing to quantise.
     """
-    _replace_layers(model, format, _stand_in)
+
+    def hold(name: str, layer: nn.Linear) -> QuantisedLinear:
+        if format != FLOAT8_FORMAT:
+            return _stand_in(name, layer)
+        weight = layer.weight.data
+        planned = make_plan_weight(weight, weight.dtype)
+        return Float8Linear(layer, planned, lambda: weight, in_float8)
+
+    _replace_layers(model, format, hold)
 
 
 def _stand_in(_: str, layer: nn.Linear) -> QuantisedLinear:
@@ -177,16 +168,31 @@ def _stand_in(_: str, layer: nn.Linear) -> QuantisedLinear:
     return QuantisedLinear(layer, values, lambda: values)
 
 
-def _replace_layers(
-    model: Any, format: str, hold: Callable[[str, nn.Linear], QuantisedLinear]
-) -> int:
-    layers = find_layers(model)
+def choose_layers(model: Any, format: str) -> dict[str, nn.Linear]:
+    """Name to layer of what is quantised.
+
+    Args:
+        model: as of `find_layers`.
+        format: as of `find_layers`.
+
+    Raises:
+        UsageError: there is nothing to quantise.
+    """
+    layers = find_layers(model, format)
     if not layers:
+        sizes = f" with sizes that divide by {MULTIPLE}" if format == FLOAT8_FORMAT else ""
         raise UsageError(
-            f"engine.frozen_weights={format}: the LLM has no frozen linear layer",
+            f"engine.frozen_weights={format}: the LLM has no frozen linear layer{sizes}",
             "there is nothing to quantise.",
             "train adapters (train.lora) or another part, or set engine.frozen_weights=plain.",
         )
+    return layers
+
+
+def _replace_layers(
+    model: Any, format: str, hold: Callable[[str, nn.Linear], QuantisedLinear]
+) -> int:
+    layers = choose_layers(model, format)
     for name, layer in layers.items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, hold(name, layer))

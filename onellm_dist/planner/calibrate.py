@@ -18,10 +18,12 @@ from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.resources import user_cache
 from onellm_dist.config.yaml_text import dump_yaml
+from onellm_dist.model.float8_linear import choose_products
 from onellm_dist.model.presets import build_config
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.planner.counting import PackCount, count_pack
 from onellm_dist.planner.hardware import (
+    FLOAT8,
     GIGA,
     GpuKind,
     HostAssumption,
@@ -195,6 +197,8 @@ def _measure_rates(meter: DeviceMeter, base: GpuKind | None) -> dict[str, Any]:
         if base is None
         else dict(base.peak_tflops)
     )
+    if base is None and choose_products(meter.device, torch.bfloat16)[0]:
+        peaks[FLOAT8] = meter.measure_float8_product() / TERA
     usual = "bf16" if meter.device.type == "cuda" else "fp32"
     peak, dtype = peaks[usual] * TERA, dtypes[usual]
     thin = meter.measure_product(dtype, THIN)

@@ -22,11 +22,13 @@ from torch.utils.flop_counter import flop_registry
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onellm_dist.model.kernels.counted import BACKWARD, FORWARD, count_flops
+from onellm_dist.model.quantised_linear import list_quantised
 from onellm_dist.packed import PackedBatch
 from onellm_dist.planner.module_labels import ModuleLabels
 from onellm_dist.train.engine.description import WeightUses
 
 ATTENTION = frozenset({FORWARD, BACKWARD})
+FLOAT8_PRODUCT = "aten::_scaled_mm"
 _NO_WORK = frozenset(
     f"aten::{name}"
     for name in (
@@ -180,9 +182,10 @@ def count_products(
     if packet not in flop_registry:
         return 0.0, ()
     flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
-    if name not in ("aten::mm", "aten::addmm"):
+    if name not in ("aten::mm", "aten::addmm", FLOAT8_PRODUCT):
         return flops, ()
-    left, right = [x for x in inputs if x.dim() == 2][-2:]
+    factors = [x for x in inputs if x.dim() == 2]
+    left, right = factors[:2] if name == FLOAT8_PRODUCT else factors[-2:]
     return flops, (*left.shape, right.shape[1])
 
 
@@ -196,6 +199,7 @@ def count_pack(model: Any, batch: PackedBatch) -> PackCount:
     found = PackCount()
     labels = ModuleLabels(model)
     tensors = (*model.parameters(), *model.buffers(), *batch.values.values())
+    tensors += tuple(x for layer in list_quantised(model).values() for x in layer.list_held())
     tensors += (batch.input_ids, batch.labels, batch.weights)
     if batch.supervised is not None:
         tensors += (batch.supervised,)

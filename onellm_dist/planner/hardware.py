@@ -17,6 +17,8 @@ CALIBRATION = Path(__file__).parent / "calibration"
 """One file per kind of GPU."""
 ASSUMPTIONS = Path(__file__).parent / "assumptions.yaml"
 GIGA = 1e9
+FLOAT8 = "fp8"
+"""Name of the rate of float8 products, where a GPU has them."""
 
 
 class Constants(BaseModel):
@@ -48,7 +50,7 @@ class GpuKind(Constants):
     memory_gb: PositiveFloat
     context_gb: float = Field(ge=0)
     peak_tflops: dict[str, PositiveFloat]
-    """`train.precision` to dense TFLOP/s."""
+    """`train.precision`, and `fp8` where a GPU has it, to dense TFLOP/s."""
     matmul_share: float = Field(gt=0, le=1)
     attention_share: float = Field(gt=0, le=1)
     convolution_share: float = Field(gt=0, le=1)
@@ -70,6 +72,14 @@ class GpuKind(Constants):
     """Whether the ranks of a node share the device: the processors of a machine."""
     measured: tuple[str, ...] = ()
     """The constants that `onellm plan --calibrate` measured; the others come from `sources`."""
+
+    def multiplies_float8(self, precision: str) -> bool:
+        """Whether products of float8 layers run in float8.
+
+        Args:
+            precision: `train.precision`.
+        """
+        return FLOAT8 in self.peak_tflops and precision == "bf16"
 
     @property
     def bandwidth(self) -> float:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from onellm_dist.model.attention import packed_attention
+from onellm_dist.model.float8_linear import multiply_rows, round_rows
 from onellm_dist.model.sequence_lengths import SequenceLengths
 
 Run = Callable[[], Any]
@@ -108,6 +109,16 @@ class DeviceMeter:
         inner = inner or width
         left, right = self._make(rows, inner, dtype=dtype), self._make(inner, width, dtype=dtype)
         return 2 * rows * inner * width / self.measure(lambda: left @ right)
+
+    def measure_float8_product(self) -> float:
+        """FLOP/s of a matrix product of float8, each row of both factors with its scale."""
+        rows, width = self._sizes.rows, self._sizes.width
+        left, right = (
+            round_rows(self._make(n, width, dtype=torch.bfloat16)) for n in (rows, width)
+        )
+        return (
+            2 * rows * width**2 / self.measure(lambda: multiply_rows(left, right, torch.bfloat16))
+        )
 
     def measure_attention(self, dtype: torch.dtype) -> float:
         """FLOP/s of forward attention over a pack, by the kernel that a run would use."""

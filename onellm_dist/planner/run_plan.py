@@ -165,7 +165,11 @@ class Planner:
             set_kernels(model, train.kernels, "cpu" if self.cluster.gpu.shared else "cuda")
             enable_activation_checkpointing(model, mode)
             if self.config.engine.frozen_weights != "plain":
-                plan_layers(model, self.config.engine.frozen_weights)
+                plan_layers(
+                    model,
+                    self.config.engine.frozen_weights,
+                    in_float8=self.cluster.gpu.multiplies_float8(train.precision),
+                )
             self._models[mode] = model.train()
         return self._models[mode]
 

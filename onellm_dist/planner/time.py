@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onellm_dist.planner.cost_model import Floats, OperationGroup, PackCostModel
-from onellm_dist.planner.counting import ATTENTION
-from onellm_dist.planner.hardware import GIGA, Assumptions, GpuKind, HostAssumption
+from onellm_dist.planner.counting import ATTENTION, FLOAT8_PRODUCT
+from onellm_dist.planner.hardware import FLOAT8, GIGA, Assumptions, GpuKind, HostAssumption
 from onellm_dist.planner.pack_shapes import PackSizes
 from onellm_dist.train.engine.description import HostCosts, StepTraffic
 
@@ -61,7 +61,11 @@ class GroupRates:
             (CONVOLUTIONS, gpu.convolution_share),
         ):
             share[[name in names for name in group.names]] = value
-        self._rates = gpu.peak_tflops[precision] * 1e12 * share
+        usual = gpu.peak_tflops[precision]
+        peaks = np.full(len(group.names), usual)
+        is_float8 = [name == FLOAT8_PRODUCT for name in group.names]
+        peaks[is_float8] = gpu.peak_tflops.get(FLOAT8, usual)
+        self._rates: Floats = peaks * 1e12 * share
         self._group = group
         self._short = gpu.short_inner
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.model.float8_linear import Float8Linear, describe_products
 from onellm_dist.model.kernel_trace import trace_attention
 from onellm_dist.model.llm_attention import ATTENTION_NAME
 from onellm_dist.model.model_kernels import KernelChoice, try_fused_kernels
@@ -30,6 +31,9 @@ def record_kernels(
     }
     if choice.compiled:
         found["compiled"] = choice.compiled
+    float8 = [m for m in model.modules() if isinstance(m, Float8Linear)]
+    if float8:
+        found["float8"] = {"modules": len(float8), "products": describe_products(device, dtype)}
     if choice.fused:
         ran = try_fused_kernels(device, dtype)
         found["ran"] = {name: ran[name] for name in choice.modules}

@@ -71,12 +71,12 @@ def make_adapted() -> Any:
 
 def test_frozen_linear_layers_of_the_llm_are_chosen_but_for_its_head() -> None:
     model = make_adapted()
-    layers = find_layers(model)
+    layers = find_layers(model, "int8")
     assert len(layers) == 2 * 7 and not any("lm_head" in name for name in layers)
     assert "llm.model.layers.0.self_attn.q_proj.base_layer" in layers
     model.llm.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     model.llm.model.layers[1].mlp.up_proj.weight = model.llm.model.layers[1].mlp.gate_proj.weight
-    left_out = layers.keys() - find_layers(model).keys()
+    left_out = layers.keys() - find_layers(model, "int8").keys()
     assert left_out == {
         f"llm.model.layers.{name}_proj" for name in ("0.mlp.up", "1.mlp.up", "1.mlp.gate")
     }

@@ -46,7 +46,7 @@ def check_frozen_weights(engine: EngineSection, train: TrainSection) -> None:
             "the LLM trains: none of its linear layers is frozen.",
             "add adapters (train.lora), or set engine.frozen_weights=plain.",
         )
-    if not has_torchao():
+    if engine.frozen_weights != "fp8" and not has_torchao():
         raise UsageError(
             f"{key}: the package torchao is not installed",
             "it rounds and holds the weights.",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.corpus import open_datasets
+from onellm_dist.model.float8_linear import describe_products
 from onellm_dist.model.lora import add_adapters
+from onellm_dist.model.quantised_linear import FLOAT8_FORMAT, choose_layers
 from onellm_dist.train.optim.part_summary import format_parts, summarize_parts
 from onellm_dist.train.optim.rules import prepare_parameters
 
@@ -20,7 +24,8 @@ def format_parameters(config: RunConfig, model: Any) -> list[str]:
         model: its model, whose parameters may be on the meta device.
 
     Raises:
-        UsageError: a rule matches nothing, or nothing would train.
+        UsageError: a rule matches nothing, nothing would train, or nothing can be rounded as
+            `engine.frozen_weights` says.
     """
     known, notes = list(model.config.modalities), []
     try:
@@ -33,4 +38,27 @@ def format_parameters(config: RunConfig, model: Any) -> list[str]:
         add_adapters(model, config.train.lora)
     plan = prepare_parameters(model, config.train, config.optim, modalities)
     parts = summarize_parts(model, config.optim, plan)
+    notes += describe_frozen_weights(config, model)
     return [f"  {line}" for line in (*format_parts(parts), *notes)]
+
+
+def describe_frozen_weights(config: RunConfig, model: Any) -> list[str]:
+    """What `engine.frozen_weights` does to a model, in lines; [] if they stay plain.
+
+    Args:
+        config: the recipe.
+        model: its model, with what does not train frozen.
+
+    Raises:
+        UsageError: the LLM has no layer that it could round.
+    """
+    format = config.engine.frozen_weights
+    if format == "plain":
+        return []
+    count = len(choose_layers(model, format))
+    line = f"engine.frozen_weights={format}: {count} linear layers of the LLM, rounded at the start"
+    if format != FLOAT8_FORMAT:
+        return [line]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return [f"{line}; on this machine {describe_products(device, dtype)}"]

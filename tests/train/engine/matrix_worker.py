@@ -24,6 +24,7 @@ from matrix_model import (
     tiny_config,
 )
 from matrix_variants import absent_gradients, make_plain_optimizer, prepare
+from plain_float8 import use_plain_float8
 from torch import nn
 
 from onellm_dist.launch.local import end_with_parent
@@ -53,7 +54,7 @@ def train_plain(
 ) -> Reference:
     """Train with plain torch (and PEFT) in one process, sample by sample.
 
-    With quantised frozen weights, torchao's own linear layers compute.
+    With quantised frozen weights, torchao's own linear layers compute; in float8, plain ones.
 
     Returns:
         The weights before (key 0) and after each number of `steps`; the loss of every step.
@@ -67,9 +68,12 @@ def train_plain(
     stepper = make_plain_optimizer(variant)
     found: Reference = {0: copy_weights(model), "losses": [], "trained": list(trained)}
     if frozen != "plain":
-        quantise_by_torchao(model, frozen)
-        if stage == "align":
-            expand_weights(model)
+        if frozen == "fp8":
+            use_plain_float8(model.llm)
+        else:
+            quantise_by_torchao(model, frozen)
+            if stage == "align":
+                expand_weights(model)
     for step in range(max(steps)):
         stepper.zero_grad()
         total = 0.0
