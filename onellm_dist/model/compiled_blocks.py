@@ -19,6 +19,10 @@ from onellm_dist.model.encoder import EncoderAttention
 from onellm_dist.model.llm_attention import ATTENTION_NAME, compute_llm_attention
 from onellm_dist.model.upm import UPMAttention
 
+GRAPHS_OF_ONE_CODE = 64
+"""Graphs that a piece of a block may have; torch's own limit is 8, beyond which a piece runs
+uncompiled. Each is compiled anew for training and validation, with and without gradients of its
+inputs, for adapters, and for packs that lack something."""
 _CHECKPOINTING = "forward_with_checkpointing"
 """What transformers (5.23) wraps the forward of each class of layers in, subclasses included."""
 
@@ -38,6 +42,7 @@ def compile_blocks(model: Any, device_type: str) -> dict[str, int]:
         UsageError: nothing can be compiled on this machine.
     """
     check_compiler(device_type)
+    _raise_limit()
     untraced: Any = torch.compiler.disable(packed_attention)
     for module in model.modules():
         if isinstance(module, EncoderAttention | UPMAttention):
@@ -54,6 +59,12 @@ def compile_blocks(model: Any, device_type: str) -> dict[str, int]:
             module.__class__ = kinds[kind]
             found[kind.__name__] = found.get(kind.__name__, 0) + 1
     return found
+
+
+def _raise_limit() -> None:
+    from torch._dynamo import config  # its import takes two seconds
+
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_OF_ONE_CODE)
 
 
 def _compile_class(kind: Any) -> type:

@@ -23,6 +23,7 @@ def small_model(
     kv_heads: int = 2,
     modalities: Sequence[str] | None = None,
     words: int = WORDS,
+    llm_layers: int = 2,
     **upm: Any,
 ) -> OneLLMForConditionalGeneration:
     """Real token counts at tiny widths, in fp32 and ready to align (LLM and encoder frozen)."""
@@ -35,7 +36,7 @@ def small_model(
             vocab_size=words,
             hidden_size=48,
             intermediate_size=96,
-            num_hidden_layers=2,
+            num_hidden_layers=llm_layers,
             num_attention_heads=4,
             num_key_value_heads=kv_heads,
             max_position_embeddings=512,

@@ -11,7 +11,7 @@ import torch
 from packs import empty_pack, make_pack, relative, small_model
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.model.compiled_blocks import compile_blocks
+from onellm_dist.model.compiled_blocks import GRAPHS_OF_ONE_CODE, compile_blocks
 from onellm_dist.packed import PackedBatch
 
 NAMES = ("image", "imu", "fmri")
@@ -73,6 +73,7 @@ def test_new_packs_compile_nothing_new_and_give_the_same_numbers() -> None:
 
 def test_a_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a compiler for processors; the meta device stands for a GPU without Triton."""
+    from torch._dynamo import config
 
     def compile_for_processors(_: object, **__: object) -> Callable[[torch.Tensor], torch.Tensor]:
         def run(x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,9 @@ def test_a_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatc
         return run
 
     monkeypatch.setattr(torch, "compile", compile_for_processors)
-    assert compile_blocks(small_model(modalities=("imu",)), "cpu")
+    with config.patch(recompile_limit=8):
+        assert compile_blocks(small_model(modalities=("imu",)), "cpu")
+        assert config.recompile_limit == GRAPHS_OF_ONE_CODE > 8
     with pytest.raises(UsageError, match=r"train\.compile=blocks.* on meta: .*no Triton"):
         compile_blocks(small_model(modalities=("imu",)), "meta")
 
