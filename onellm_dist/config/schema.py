@@ -217,6 +217,13 @@ class EngineSection(Section):
     """`fsdp` only: when gradients are reduced over the ranks. `micro_batch`: after each, so that a
     rank keeps only its shard of the gradients. `step`: once a step, which needs less traffic, but
     every rank keeps complete fp32 gradients of all trainable parameters."""
+    prefetch: int = Field(0, ge=0)
+    """`fsdp` only: how many units (blocks, or what `unit_parameters` joins) are gathered ahead of
+    the one at work, in forward and backward. They are asked for as soon as its own weights are
+    there. 0: one, when the host comes to it."""
+    unit_parameters: int = Field(0, ge=0)
+    """`fsdp` only: consecutive blocks of a stack are gathered and reduced as one until they have
+    this many sharded parameters: fewer, larger messages, and more memory. 0: each by itself."""
 
     @model_validator(mode="after")
     def _check_frozen_weights(self) -> EngineSection:

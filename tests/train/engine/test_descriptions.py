@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import EngineSection
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.fsdp.description import FsdpOptions
+from onellm_dist.train.engine.fsdp.units import group_units
 from onellm_dist.train.engine.select import all_engines, get_engine
 
 
@@ -54,6 +56,53 @@ def test_keys_of_another_engine_are_refused() -> None:
         get_engine("deepspeed").check(section, bf16=True)
     with pytest.raises(UsageError, match="no DeepSpeed configuration zero9"):
         get_engine("deepspeed").check(EngineSection(config=Path("zero9")), bf16=True)
+
+
+def test_units_that_are_larger_or_gathered_ahead_cost_memory() -> None:
+    engine = get_engine("fsdp")
+
+    def measure(**keys: int) -> float:
+        section = EngineSection.model_validate({"name": "fsdp", **keys})
+        options = engine.read_options(section, world_size=8)
+        assert (options.prefetch, options.unit_parameters) == (
+            keys.get("prefetch", 0),
+            keys.get("unit_parameters", 0),
+        )
+        return engine.buffer_bytes(section, compute_bytes=2, parameters=1000, largest_unit=10)
+
+    assert measure() == measure(prefetch=1) == 10 * (2 * 2 + 4)
+    assert measure(prefetch=3) == 10 * (4 * 2 + 4)
+    assert measure(unit_parameters=5) == measure()
+    assert measure(unit_parameters=30) == 3 * measure()
+    assert measure(unit_parameters=5000) == 100 * measure()
+    for keys in ({"prefetch": 1}, {"unit_parameters": 1}):
+        with pytest.raises(UsageError, match=r"engine\.prefetch and .* need engine\.name=fsdp"):
+            get_engine("deepspeed").check(EngineSection.model_validate(keys), bf16=True)
+
+
+def test_blocks_are_joined_within_their_stack_alone() -> None:
+    def make_stack(count: int) -> nn.ModuleList:
+        return nn.ModuleList(nn.Linear(10, 10, bias=False) for _ in range(count))
+
+    model = nn.ModuleDict({"a": make_stack(5), "b": make_stack(2), "end": nn.Linear(10, 10)})
+    units = [*model["a"], *model["b"], model["end"]]  # type: ignore[misc]
+    sizes = {}
+    for least in (0, 100, 101, 250, 10_000):
+        groups, chains = group_units(model, units, set(), least)
+        assert [unit for group in groups for unit in group] == units
+        sizes[least] = [[len(group) for group in chain] for chain in chains]
+        assert len(groups) == sum(map(len, chains)) + 1
+    each = [[1] * 5, [1] * 2]
+    assert sizes == {
+        0: each,
+        100: each,
+        101: [[2, 2, 1], [2]],
+        250: [[3, 2], [2]],
+        10_000: [[5], [2]],
+    }
+    resident = set(model["a"].parameters())
+    groups, chains = group_units(model, units[5:], resident, 0)
+    assert [unit for group in groups for unit in group] == units[5:] and len(chains) == 1
 
 
 @pytest.mark.parametrize(

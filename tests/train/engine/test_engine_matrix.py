@@ -29,6 +29,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp": {"fsdp": {}},
     "zero3_leaves": {"config": {"zero_optimization": {**ZERO3, **LEAVES}}},
     "fsdp_resident": {"fsdp": {}, "resident": True},
+    "fsdp_ahead": {"fsdp": {"prefetch": 2}},
+    "fsdp_joined": {"fsdp": {"prefetch": 1, "unit_parameters": 20_000}},
     "fsdp_once": {"fsdp": {"reduce_every_micro_batch": False}},
     "zero3_hpz": {"config": {"zero_optimization": {**ZERO3, "zero_hpz_partition_size": 2}}},
     "fsdp_hybrid": {"fsdp": {"shard_ranks": 2}},
@@ -36,6 +38,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 BASIC = ("zero1", "zero2", "zero3", "offload", "fsdp", "fsdp_once")
 KEPT = ("zero3_leaves", "fsdp_resident")
+UNITS = ("fsdp_ahead", "fsdp_joined")
 WIDE = ("zero3_hpz", "fsdp_hybrid", "fsdp_hybrid_once")
 """Four ranks as 2 x 2."""
 
@@ -76,6 +79,8 @@ JOBS: dict[int, list[dict[str, Any]]] = {
         job("zero3", 2, stage="lora"),
         job("fsdp", 2, stage="joint", optimizer="lion"),
         *(job(engine, 2) for engine in KEPT),
+        job("fsdp_ahead", 2, stage="tune", recompute="full"),
+        job("fsdp_joined", 2, stage="tune", recompute="full"),
     ],
     3: [job("zero1", 4), job("fsdp", 1)],
     4: [job("zero2", 1), *(job(engine, 2) for engine in ("zero3", "fsdp", *WIDE))],
@@ -101,7 +106,9 @@ SOAK_JOBS = {
         *(job(e, 2, stage=s) for e in KEPT for s in ("tune", "joint", "encoder", "lora", "dora")),
         job("zero3_leaves", 2, stage="lora_llm"),
         *(job(e, 2, stage="align", recompute=r) for e in KEPT for r in ("selective", "full")),
-        *(job(engine, 2, bf16=True) for engine in KEPT),
+        *(job(engine, 2, bf16=True) for engine in (*KEPT, *UNITS)),
+        *(job(e, n, stage=s) for e in UNITS for n in (1, None) for s in ("align", "lora")),
+        *(job(e, 2, stage="tune", recompute=r) for e in UNITS for r in ("selective", "full")),
         *(
             job(e, 2, stage=s, recompute=r)
             for e in ("zero3", "fsdp")

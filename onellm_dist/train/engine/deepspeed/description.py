@@ -67,6 +67,13 @@ class DeepSpeedDescription(EngineDescription):
                 "engine.reduce_every=micro_batch; DeepSpeed's own key for hybrid sharding is "
                 "zero_hpz_partition_size.",
             )
+        if section.prefetch or section.unit_parameters:
+            raise UsageError(
+                "engine.prefetch and engine.unit_parameters need engine.name=fsdp",
+                "DeepSpeed does not read them.",
+                "remove them, or over a base that sets them write 0; DeepSpeed's own keys are "
+                "stage3_prefetch_bucket_size and leaf_module (engine.config=zero3_leaves).",
+            )
         config = load_ds_config(section.config)
         check_frozen(section, config)
         complete_config(config, bf16=bf16, grad_clip=0.0)

@@ -36,10 +36,14 @@ class FsdpOptions:
     reduce_every_micro_batch: bool = True
     """Whether gradients are reduced after every micro-batch (a rank keeps its shard of them) or
     once per step (a rank keeps all of them, with less traffic)."""
+    prefetch: int = 0
+    """Units that are gathered ahead of the one at work; 0: as FSDP2 does by itself."""
+    unit_parameters: int = 0
+    """Sharded parameters up to which consecutive blocks are one unit; 0: a block is a unit."""
 
 
 class FsdpDescription(EngineDescription):
-    """`engine.name: fsdp`; it reads `engine.shard_ranks` and `engine.reduce_every`."""
+    """`engine.name: fsdp`; it reads the keys of `engine` that DeepSpeed does not."""
 
     name = "fsdp"
     packages = ("torch",)
@@ -65,7 +69,8 @@ class FsdpDescription(EngineDescription):
                 "every group of ranks holds a full copy of the model.",
                 "set it to the number of ranks on a node, or remove it to shard over all ranks.",
             )
-        return FsdpOptions(ranks, section.reduce_every == "micro_batch")
+        each = section.reduce_every == "micro_batch"
+        return FsdpOptions(ranks, each, section.prefetch, section.unit_parameters)
 
     def parameter_bytes(
         self,
@@ -90,6 +95,10 @@ class FsdpDescription(EngineDescription):
             parts.append("gradients reduced once a step")
         if section.frozen == "resident":
             parts.append("frozen weights resident")
+        if section.prefetch:
+            parts.append(f"{section.prefetch} units gathered ahead")
+        if section.unit_parameters:
+            parts.append(f"units of {section.unit_parameters:,} parameters")
         return ", ".join(parts)
 
     def row_multiple(self, section: EngineSection, *, world_size: int) -> int:
@@ -134,8 +143,10 @@ class FsdpDescription(EngineDescription):
     def buffer_bytes(
         self, section: EngineSection, *, compute_bytes: int, parameters: int, largest_unit: int
     ) -> float:
-        # The unit at work and the next one, gathered, and the fp32 input of a reduction.
-        return float(largest_unit * (2 * compute_bytes + GRADIENT_BYTES))
+        # The unit at work and the next ones, gathered, and the fp32 input of a reduction.
+        gathered = 1 + max(1, section.prefetch)
+        unit = max(largest_unit, min(parameters, section.unit_parameters))
+        return float(unit * (gathered * compute_bytes + GRADIENT_BYTES))
 
     def host_costs(self, section: EngineSection, *, frozen_blocks: float) -> HostCosts:
         return HOST_COSTS

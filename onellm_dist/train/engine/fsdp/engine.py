@@ -10,7 +10,7 @@ they are sharded, or whole on every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.engine.base import Engine, GradNorms, LocalRange, PackedLoss, WeightSource
 from onellm_dist.train.engine.fsdp.ranges import Replica, Shard, ShardRange, exchange_replicas
+from onellm_dist.train.engine.fsdp.units import find_units, group_units, set_prefetch
 from onellm_dist.train.engine.grad_norms import PartNorms
 from onellm_dist.train.engine.parameters import (
     ParameterOwners,
     fill_groups,
-    list_indivisible,
     list_persistent_buffers,
     name_groups,
     set_learning_rates,
@@ -97,18 +97,23 @@ class FsdpEngine(Engine):
         module = PackedLoss(model)
         # The root is resharded too: if it stayed gathered after a forward pass without backward
         # (validation), training would continue with old weights.
-        for unit in (*find_units(model, resident), module):
-            sharded: Any = fully_shard(
-                unit,
+        found, options = find_units(model, resident), settings.options
+        joined, stacks = group_units(model, found, resident, options.unit_parameters)
+        units: list[Any] = [*joined, [module]]
+        for unit in units:
+            fully_shard(
+                unit if len(unit) > 1 else unit[0],
                 mesh=mesh,
                 mp_policy=policy,
                 reshard_after_forward=True,
                 ignored_params=resident,
             )
+            sharded: Any = unit[0]
             # The sum over ranks, not the mean. gloo has no scaled sum, which the factor alone would
             # ask for.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
+        set_prefetch(stacks, options.prefetch)
         if weights is not None:
             fill_shards(model, weights, mesh, dtype, settings.device)
         return cls(module, names, settings, mesh)
@@ -243,25 +248,6 @@ def find_resident(model: nn.Module, settings: EngineSettings) -> set[nn.Paramete
     if not settings.frozen_resident:
         return set()
     return {parameter for parameter in model.parameters() if not parameter.requires_grad}
-
-
-def find_units(model: Any, resident: Collection[nn.Parameter] = ()) -> list[nn.Module]:
-    """Return the modules that are gathered and freed together, inner ones first.
-
-    These are the modules that the model and its parts call indivisible, and embedding and head if
-    their weights are not tied. The rest is gathered with the root.
-
-    Args:
-        model: the model.
-        resident: parameters that are not sharded; modules that have no others are left out.
-    """
-    indivisible = list_indivisible(model)
-    found = [module for module in model.modules() if type(module).__name__ in indivisible]
-    if hasattr(model, "get_input_embeddings"):
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        if ends[0].weight is not ends[1].weight:
-            found += ends
-    return [unit for unit in found if any(p not in resident for p in unit.parameters())]
 
 
 def find_first_row(parameter: DTensor, mesh: DeviceMesh) -> int:

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from onellm_dist.train.engine.base import ShardedModel, WeightSource
-from onellm_dist.train.engine.fsdp.engine import SHARD, fill_shards, find_units
+from onellm_dist.train.engine.fsdp.engine import SHARD, fill_shards
+from onellm_dist.train.engine.fsdp.units import find_units
 
 
 class _RootCall(nn.Module):
