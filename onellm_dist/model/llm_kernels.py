@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -115,19 +115,32 @@ class _Product(nn.Module):
         return x @ self.weight.t()
 
 
+def _get_forward(module: nn.Module) -> Any:
+    """The forward of a module's class, without its decorators (transformers 5.24 has some)."""
+    return inspect.unwrap(type(module).forward)
+
+
 def _looks_rotary(module: nn.Module) -> bool:
-    forward: Any = type(module).forward
+    forward = _get_forward(module)
     code = getattr(forward, "__code__", None)
     return (
         code is not None
         and ROTATION in code.co_names
         and callable(forward.__globals__.get(ROTATION))
+        and _can_replace(type(module).forward)
     )
 
 
+def _can_replace(own: Any) -> bool:
+    """Whether every decorator of a function is a function that calls the next one."""
+    inner = getattr(own, "__wrapped__", None)
+    if inner is None or not isinstance(own, FunctionType):
+        return isinstance(own, FunctionType)
+    return any(c.cell_contents is inner for c in own.__closure__ or ()) and _can_replace(inner)
+
+
 def _rotation_equals(module: nn.Module) -> bool:
-    forward: Any = type(module).forward
-    own = forward.__globals__[ROTATION]
+    own = _get_forward(module).__globals__[ROTATION]
     if [*inspect.signature(own).parameters] != [*inspect.signature(rotate).parameters]:
         return False
     generator = torch.Generator().manual_seed(2)
@@ -166,8 +179,13 @@ def _replace_rotation(own: Any) -> Any:
     torch.compile keeps what it compiled with the code object, and names that in the globals of the
     function that it met first: another function of the same code would not find it there.
     """
-    code, names = own.__code__.replace(), {**own.__globals__, ROTATION: rotate}
-    bound = FunctionType(code, names, own.__name__, own.__defaults__, own.__closure__)
+    inner, names, cells = getattr(own, "__wrapped__", None), own.__globals__, own.__closure__
+    if inner is None:
+        names = {**names, ROTATION: rotate}
+    else:  # a decorator: it stays around
+        fused = _replace_rotation(inner)
+        cells = tuple(CellType(fused) if c.cell_contents is inner else c for c in cells or ())
+    bound = FunctionType(own.__code__.replace(), names, own.__name__, own.__defaults__, cells)
     bound.__kwdefaults__ = own.__kwdefaults__
     return bound
 

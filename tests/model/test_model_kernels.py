@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -122,6 +123,31 @@ def test_an_llm_keeps_its_logits_and_what_differs_keeps_its_code(
     assert {form: found[form] for form in fused} == fused
     assert relative(after, before) <= 1e-5
     assert [*llm.state_dict()] == names
+
+
+@pytest.mark.parametrize("hides", [False, True], ids=["function", "object"])
+def test_a_decorated_attention_is_fused_and_keeps_its_decorator(
+    hides: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.24 decorates them; one whose inner function cannot be found keeps its code."""
+    attention = transformers.models.llama.modeling_llama.LlamaAttention
+    own, calls = attention.forward, []
+
+    @functools.wraps(own)
+    def decorated(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(self)
+        return (held[0] if hides else own)(self, *args, **options)
+
+    held = [own]
+    if hides:
+        decorated.__wrapped__ = functools.wraps(own)(functools.partial(own))  # type: ignore[attr-defined]
+    monkeypatch.setattr(attention, "forward", decorated)
+    llm, ids = make_llm("Llama"), torch.arange(2, 26).reshape(2, 12)
+    with torch.no_grad():
+        before = llm(input_ids=ids).logits
+        assert fuse_llm(llm)["rotary"] == (0 if hides else 2)
+        assert relative(llm(input_ids=ids).logits, before) <= 1e-5
+    assert len(calls) == 4
 
 
 def test_a_meta_model_is_fused_as_a_real_one() -> None:
