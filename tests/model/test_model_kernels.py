@@ -140,7 +140,7 @@ def test_a_decorated_attention_is_fused_and_keeps_its_decorator(
 
     held = [own]
     if hides:
-        decorated.__wrapped__ = functools.wraps(own)(functools.partial(own))  # type: ignore[attr-defined]
+        decorated.__wrapped__ = functools.wraps(own)(functools.partial(own))
     monkeypatch.setattr(attention, "forward", decorated)
     llm, ids = make_llm("Llama"), torch.arange(2, 26).reshape(2, 12)
     with torch.no_grad():
