@@ -29,7 +29,7 @@ TASK_FILE = "task.json"
 QUESTIONS_FILE = "questions.jsonl"
 ANSWERS = "answers"
 EXAMPLES = "examples"
-_COUNTS = ("limit", "questions", "split_questions", "dataset_questions")
+_COUNTS = ("limit", "questions", "split_questions", "dataset_questions", "readable_questions")
 """Settings on which no answer depends: a limit may grow, a dataset's number be known later."""
 
 

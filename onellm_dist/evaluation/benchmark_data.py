@@ -63,6 +63,8 @@ class SplitCounts(NamedTuple):
     """The official number, or what a larger set has."""
     there: int
     """What the dataset was built from; media that could not be read are counted too."""
+    readable: int | None
+    """Those whose media the dataset has; None: not counted."""
 
 
 def list_media(
@@ -113,7 +115,7 @@ def list_media(
     return found
 
 
-def count_split(dataset: Dataset, split: str, listed: int) -> SplitCounts:
+def count_split(dataset: Dataset, split: str, listed: int, limit: int | None = None) -> SplitCounts:
     """Count the questions of a split: officially, and in the dataset.
 
     A dataset that was built with `any_count=true` may have fewer than the official number. Of one
@@ -122,13 +124,26 @@ def count_split(dataset: Dataset, split: str, listed: int) -> SplitCounts:
     Args:
         dataset: the benchmark's dataset.
         split: its split.
-        listed: how many were found, for a dataset that does not say.
+        listed: how many were found.
+        limit: how many were looked for. Where that cut any, all samples are read to count the
+            others; of a remote dataset they are not, for each would be a request.
     """
     attributes = dataset.manifest.attributes
     there = int(attributes.get("questions", {}).get(split, listed))
     official = attributes.get("official_questions")
     whole = _ask_source(dataset, split, there) if official is None else official.get(split)
-    return SplitCounts(max(there, int(whole or 0)), there)
+    readable: int | None = listed
+    if limit is not None and listed >= limit:
+        readable = _count_readable(dataset, split) if dataset.remote is None else None
+    return SplitCounts(max(there, int(whole or 0)), there, readable)
+
+
+def _count_readable(dataset: Dataset, split: str) -> int:
+    return sum(
+        len(_read_questions(dataset, shard, row).questions)
+        for shard in dataset.shards(split)
+        for row in range(shard.samples)
+    )
 
 
 def _ask_source(dataset: Dataset, split: str, there: int) -> int | None:

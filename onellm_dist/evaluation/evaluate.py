@@ -212,7 +212,7 @@ def _evaluate_task(
     folder = out / task.name
     depends = {"split": split, "prompt": prompt_name, "model": identity}
     depends["dataset"] = dataset.fingerprint()
-    counts = count_split(dataset, split, len(questions))
+    counts = count_split(dataset, split, len(questions), options.limit)
     write_task(folder, _describe(task, options, len(questions), counts, depends), questions)
     answered = read_answers(folder).keys()
     mine = _choose_media(task, dataset, media, options, answered)
@@ -271,6 +271,7 @@ def _describe(
         "questions": asked,
         "split_questions": counts.whole,
         "dataset_questions": counts.there,
+        "readable_questions": counts.readable,
     }
 
 

@@ -70,13 +70,19 @@ class TaskScore:
     def _list_unasked(self) -> list[tuple[str, int]]:
         """Why questions of the split were not asked, and how many."""
         asked, limit = len(self.questions) + self.left_out, self.settings.get("limit")
-        there, lost = self.settings.get("dataset_questions"), "not in the dataset"
+        there, readable = (self.settings.get(f"{of}_questions") for of in ("dataset", "readable"))
+        lost, unread, cut = "not in the dataset", "media that could not be read", f"--limit {limit}"
         if limit is None or asked < limit:
-            return [(lost, self.whole - asked)]
+            cut, readable = "", asked
         if there is None:  # answered by an older version
-            return [(f"--limit {limit}, or {lost}", self.whole - asked)]
+            reasons = ", or ".join(filter(None, (cut, lost, unread)))
+            return [(reasons, self.whole - asked)]
         there = max(there, asked)
-        return [(f"--limit {limit}", there - asked), (lost, self.whole - there)]
+        if readable is None:  # by an older version too, or the dataset is remote
+            return [(f"{cut}, or {unread}", there - asked), (lost, self.whole - there)]
+        readable = min(max(readable, asked), there)
+        rest = [(unread, there - readable), (lost, self.whole - there)]
+        return [(cut, readable - asked), *rest]
 
     def describe_part(self) -> str:
         """How many of the split's questions the scores are of, for people; "" if of all."""

@@ -16,6 +16,7 @@ from source_checks import make_photo
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.evaluation.benchmark_data import count_split, list_media, read_media
 from onellm_dist.evaluation.evaluate import EvaluationOptions, evaluate_model
+from onellm_dist.evaluation.score import score_task
 from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.modalities import get_modality
 from onellm_dist.model.batched_generation import generate_batch
@@ -226,6 +227,12 @@ def test_media_that_cannot_be_read_make_a_dataset_incomplete(
             model, tokenizer, ["vizwiz"], tmp_path / "data", tmp_path / "out",
             EvaluationOptions(), identity="toy",
         )  # fmt: skip
+    rest = "2 not asked (media that could not be read), 4,315 not asked (not in the dataset)"
+    for limit, cut in ((1, "1 not asked (--limit 1), "), (None, "")):  # a limit may grow
+        options = EvaluationOptions(limit=limit, any_count=True)
+        where = tmp_path / "data", tmp_path / "out"
+        evaluate_model(model, tokenizer, ["vizwiz"], *where, options, identity="toy")
+        assert score_task(tmp_path / "out" / "vizwiz").describe_gaps() == cut + rest
 
 
 def test_a_dataset_of_another_benchmark_is_refused(benchmark_data: DataOf) -> None:

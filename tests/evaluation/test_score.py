@@ -125,6 +125,7 @@ def test_a_limit_makes_no_complete_score(tmp_path: Path) -> None:
     out = write_evaluation(tmp_path, 1.0)
     settings = json.loads((out / "vqav2" / "task.json").read_text())
     settings |= {"limit": COUNT, "split_questions": 1000, "dataset_questions": 1000}
+    settings["readable_questions"] = 1000
     (out / "vqav2" / "task.json").write_text(json.dumps(settings))
     (score,) = scores = score_folder(out)
     assert "60 of 1,000 questions" in format_scores(scores) and not score.is_complete
@@ -158,17 +159,27 @@ def test_a_limit_makes_no_complete_score(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "answered", "without", "says"),
     [
-        ({"split_questions": 1000}, 60, [], "940 not asked (not in the dataset)"),
         (
-            {"split_questions": 1000, "dataset_questions": 1000, "limit": 60},
+            {"split_questions": 1000},
+            *(60, [], "940 not asked (not in the dataset, or media that could not be read)"),
+        ),
+        (
+            {"split_questions": 1000, "dataset_questions": 1000, "limit": 60}
+            | {"readable_questions": 1000},
             *(60, [], "940 not asked (--limit 60)"),
         ),
         (
-            {"split_questions": 1000, "dataset_questions": 100, "limit": 60},
+            {"split_questions": 1000, "dataset_questions": 1000, "limit": 60},
+            *(60, [], "940 not asked (--limit 60, or media that could not be read)"),
+        ),
+        (
+            {"split_questions": 1000, "dataset_questions": 100, "limit": 60}
+            | {"readable_questions": 90},
             *(
                 60,
                 ["3"],
-                "40 not asked (--limit 60), 900 not asked (not in the dataset), 1 left out",
+                "30 not asked (--limit 60), 10 not asked (media that could not be read), "
+                "900 not asked (not in the dataset), 1 left out",
             ),
         ),
         (
@@ -177,11 +188,20 @@ def test_a_limit_makes_no_complete_score(tmp_path: Path) -> None:
         ),
         (
             {"split_questions": 1000, "dataset_questions": 70, "limit": 500},
-            *(60, [], "940 not asked (not in the dataset)"),
+            *(
+                60,
+                [],
+                "10 not asked (media that could not be read), 930 not asked (not in the dataset)",
+            ),
         ),
         (
             {"split_questions": 1000, "limit": 60},
-            *(60, [], "940 not asked (--limit 60, or not in the dataset)"),
+            *(
+                60,
+                [],
+                "940 not asked (--limit 60, or not in the dataset, "
+                "or media that could not be read)",
+            ),
         ),
         ({}, 50, ["7"], "1 left out, 10 without an answer (50, ...)"),
     ],
