@@ -115,7 +115,7 @@ def choose_variants(names: tuple[str, ...], *, joint: bool = True) -> list[Varia
         raise UsageError(
             f"the variant {lost[0]!r} needs joint training",
             "this size trains images alone, where it equals the default.",
-            f"use --size full, or leave out {' and '.join(lost)}.",
+            f"use --size full or short, or leave out {' and '.join(lost)}.",
         )
     chosen = [variant for variant in VARIANTS.values() if not names or variant.name in names]
     return [variant for variant in chosen if joint or not variant.needs_joint]

@@ -21,7 +21,7 @@ from onellm_dist.testing.ablations import run as queue
 from onellm_dist.testing.ablations.layout import Ablation, Entry, Step
 from onellm_dist.testing.ablations.results import EntryResult, SplitScore, list_results
 from onellm_dist.testing.ablations.run import run_ablations
-from onellm_dist.testing.ablations.sizes import FULL, QUICK, TINY, AblationSize
+from onellm_dist.testing.ablations.sizes import FULL, QUICK, SHORT, TINY, WEIGHTS, AblationSize
 from onellm_dist.testing.ablations.tables import (
     build_tables,
     compute_mean_interval,
@@ -59,8 +59,9 @@ def get_runs(size: AblationSize, name: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("size", [FULL, TINY], ids=["full", "tiny"])
+@pytest.mark.parametrize("size", [FULL, SHORT, TINY], ids=["full", "short", "tiny"])
 def test_every_variant_trains_what_the_paper_varies_and_nothing_else(size: AblationSize) -> None:
+    assert size.joint_steps % sum(WEIGHTS.values()) == 0
     override(ClipPretraining(), size.clip)
     override(DinoPretraining(), size.dino)
     override(LLMPretraining(), size.llm)
@@ -321,4 +322,3 @@ def test_a_tiny_queue_from_shards_to_the_page(tmp_path: Path) -> None:
         assert {s.n for splits in result.scores.values() for s in splits.values()} == {TINY.test}
     page = (out / "report.html").read_text()
     assert all(title in page for title in ("Table 7a", "Table 7d", "Table 8"))
-    assert FULL.joint_steps % 12 == 0 == TINY.joint_steps % 12
