@@ -140,10 +140,17 @@ def count_lines(out: Path) -> int:
     return sum(p.read_bytes().count(b"\n") for p in (out / TASK / ANSWERS).glob("*.jsonl"))
 
 
-def kill_and_resume(ask: Ask, out: Path, kills: int, seed: int) -> None:
-    """Kill all ranks after a random number of answers, and start another number of them."""
-    rng = random.Random(seed)
-    for _ in range(kills):
+def kill_and_resume(ask: Ask, root: Path, kills: int, seed: int) -> list[Path]:
+    """Kill all ranks after a random number of answers, and start another number of them.
+
+    Every kill counts that ends ranks while questions are left. Where none is, another evaluation
+    begins; returns the folders of all.
+    """
+    rng, struck, folders = random.Random(seed), 0, [root / "0"]
+    while struck < kills:
+        if count_lines(folders[-1]) >= COUNT:
+            folders.append(root / str(len(folders)))
+        out = folders[-1]
         world = rng.choice((1, 2, 4))
         wanted = count_lines(out) + rng.choice((0, 1, 1, 2))
         ranks = [start(ask, out, rank, world) for rank in range(world)]
@@ -155,10 +162,12 @@ def kill_and_resume(ask: Ask, out: Path, kills: int, seed: int) -> None:
         for rank in running:
             os.kill(rank, signal.SIGKILL)
             os.waitpid(rank, 0)
+        struck += bool(running) and count_lines(out) < COUNT
         if rng.random() < 0.5:  # what a kill within a write leaves
             for path in sorted((out / TASK / ANSWERS).glob("*.jsonl"))[-1:]:
                 with path.open("ab") as file:
                     file.write(b'{"id": "existence/0000-0", "pro')
+    return folders
 
 
 @pytest.mark.parametrize(
@@ -167,11 +176,10 @@ def kill_and_resume(ask: Ask, out: Path, kills: int, seed: int) -> None:
 def test_kills_lose_nothing_and_repeat_nothing(
     ask: Ask, expected: dict[str, WrittenAnswer], tmp_path: Path, kills: int
 ) -> None:
-    kill_and_resume(ask, tmp_path, kills, seed=kills)
-    ask(tmp_path, world_size=3, rank=0)
-    ask(tmp_path, world_size=3, rank=1)
-    ask(tmp_path, world_size=3, rank=2)
-    assert read(tmp_path) == expected  # read_answers refuses what is answered twice
+    for out in kill_and_resume(ask, tmp_path, kills, seed=kills):
+        for rank in range(3):
+            ask(out, world_size=3, rank=rank)
+        assert read(out) == expected  # read_answers refuses what is answered twice
 
 
 def test_a_torn_line_is_asked_again(
