@@ -29,7 +29,12 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "fsspec": ("shards/storage/",),
     "av": ("modalities/io/", "shards/", "testing/integration/"),
     "soundfile": ("modalities/", "shards/sources/", "testing/integration/"),
-    "scipy": ("modalities/", "shards/sources/readers/", "testing/ablations/"),
+    "scipy": (
+        "modalities/",
+        "shards/sources/readers/",
+        "testing/ablations/",
+        "testing/integration/",
+    ),
     "open_clip": ("convert/",),
     "gguf": ("convert/",),
     "accelerate": ("model/", "train/callbacks/"),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from onellm_dist.modalities import get_modality
 from onellm_dist.testing.integration import geometry, signals
-from onellm_dist.testing.integration.fetch import PackageCache
+from onellm_dist.testing.integration.fetch import PackageCache, PackageUnavailableError
 
 _SKIMAGE = "scikit-image==0.26.0"
 _SKLEARN = "scikit-learn==1.9.1"
@@ -226,6 +226,15 @@ _VIEWS: dict[str, tuple[ViewReader, str, str, str]] = {
         "BSD-3-Clause",
     ),
 }
+
+
+def list_views(cache: PackageCache) -> Iterator[tuple[str, geometry.RgbdView]]:
+    """The measured views whose packages are available, by name."""
+    for key, (read, *_) in _VIEWS.items():
+        try:
+            yield key, read(cache)
+        except PackageUnavailableError:
+            continue
 
 
 def _maps(modality: str, draw: Callable[[geometry.RgbdView], Image.Image]) -> Iterator[MediaSample]:

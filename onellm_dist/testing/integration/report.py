@@ -37,6 +37,14 @@ def check_facts(facts: Mapping[str, Any], *, steps: int) -> dict[str, bool]:
     found["generate answered for every modality and for a joint input"] = all(
         (m,) in inputs for m in all_modalities()
     ) and any(len(names) > 1 for names in inputs)
+    evaluation = facts.get("evaluation", {})
+    rows, overlap = evaluation.get("tasks", {}), evaluation.get("overlap", {})
+    found["onellm evaluate answered every question of the benchmarks"] = bool(rows) and all(
+        row["questions"] == row["answered"] > 0 for row in rows.values()
+    )
+    found["onellm shards overlap found the copied pictures and nothing else"] = (
+        sum(overlap.get("expected", {}).values()) > 0 and overlap["found"] == overlap["expected"]
+    )
     found[f"at most {facts['limit_gib']:g} GiB of memory"] = (
         0 < facts["peak_gib"] <= facts["limit_gib"]
     )
@@ -76,6 +84,8 @@ def format_report(facts: Mapping[str, Any]) -> str:
     blocks += [_format_losses(stage, facts[stage]) for stage in TRAINED if facts.get(stage)]
     if facts.get("generate"):
         blocks.append(_format_answers(facts["generate"]))
+    if facts.get("evaluation"):
+        blocks.append(_format_scores(facts["evaluation"]))
     checks = [f"{'yes' if held else 'NO ':4}{name}" for name, held in facts["checks"].items()]
     ending = "The integration run passed" if facts["ok"] else "The integration run FAILED"
     seconds, peak = format_seconds(facts["seconds"]), facts["peak_gib"]
@@ -113,6 +123,24 @@ def _format_answers(answers: Sequence[Mapping[str, Any]]) -> str:
     ]
     title = "generate (random encoder, a few steps of training: the words mean nothing yet)"
     return f"{title}\n{_format_table(('model', 'inputs', 'prompt', 'answer'), rows)}"
+
+
+def _format_scores(evaluation: Mapping[str, Any]) -> str:
+    rows = []
+    for task, counts in evaluation["tasks"].items():
+        answered = f"{counts['answered']} of {counts['questions']}"
+        for measure, (low, high) in evaluation["intervals"].get(task, {}).items():
+            mean = evaluation["results"][task][f"{measure},none"]
+            rows.append((task, answered, measure, f"{mean:.1f}", f"{low:.1f} to {high:.1f}"))
+        for measure, why in evaluation["not_computed"].get(task, {}).items():
+            rows.append((task, answered, measure, "not computed", why))
+    title = "evaluate: the tuned model (the scores mean nothing yet), and compared with the aligned"
+    table = _format_table(("task", "answered", "measure", "score", "95% interval"), rows)
+    seen = sum(evaluation["overlap"]["found"].values())
+    left = f"without the {seen} questions about pictures that a training set has copies of:"
+    return "\n".join(
+        [title, table, *evaluation["compared"], left, *evaluation["overlap"]["without"]]
+    )
 
 
 def _format_number(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 OUT/packages/   fetched packages             OUT/align/, OUT/tune/   the two runs
 OUT/media/      files and captions           OUT/logs/               output of each command
-OUT/shards/     one dataset per modality     OUT/integration.json    the report
+OUT/shards/     a dataset of each modality   OUT/benchmarks/         official layouts
+OUT/evaluation/ answers, scores, pages       OUT/integration.json    the report
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.testing.integration import phases
+from onellm_dist.testing.integration.evaluation import evaluate_models
 from onellm_dist.testing.integration.integration_run import IntegrationRun
 from onellm_dist.testing.integration.memory import GIB, PeakMemory
 from onellm_dist.testing.integration.report import check_facts, format_report
@@ -74,6 +76,8 @@ def _run_phases(run: IntegrationRun) -> None:
             phases.train(run, stage)
     with run.measure_phase("generate"):
         phases.generate_answers(run)
+    with run.measure_phase("evaluate"):
+        evaluate_models(run)
     with run.measure_phase("weights"):
         phases.compare_weights(run)
 
@@ -86,7 +90,7 @@ def _prepare_folder(out: Path) -> None:
             "its content would be mixed with the run's.",
             "use another --out.",
         )
-    for name in ("media", "shards", "align", "tune", "logs"):
+    for name in ("media", "shards", "align", "tune", "benchmarks", "evaluation", "logs"):
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).write_text("{}\n", encoding="utf-8")

@@ -54,6 +54,14 @@ def make_good_facts() -> dict[str, Any]:
             {"model": "tune", "inputs": [f"{n} a"], "prompt": "", "text": "x"} for n in NAMES
         ]
         + [{"model": "tune", "inputs": ["video a", "audio a"], "prompt": "", "text": "x"}],
+        "evaluation": {
+            "tasks": {name: {"questions": 2, "answered": 2} for name in ("mme", "nsd")},
+            "results": {"mme": {"perception,none": 75.0}, "nsd": {}},
+            "intervals": {"mme": {"perception": [25.0, 125.0]}},
+            "not_computed": {"nsd": {"scores": "there is no Java"}},
+            "compared": ["mme  not clear"],
+            "overlap": {"expected": {"mme": 6}, "found": {"mme": 6}, "without": ["mme  3 left"]},
+        },
         "seconds": 100.0,
         "peak_gib": 12.0,
         "limit_gib": 20.0,
@@ -85,6 +93,8 @@ def test_a_good_run_passes_every_check() -> None:
         (lambda f: f["weights_changed"]["tune"].update(llm=0.0), "tune: llm changed"),
         (lambda f: f["generate"].pop(), "generate"),
         (lambda f: f["generate"].pop(0), "generate"),
+        (lambda f: f["evaluation"]["tasks"]["mme"].update(answered=1), "onellm evaluate"),
+        (lambda f: f["evaluation"]["overlap"].update(found={"mme": 6, "nsd": 1}), "overlap"),
     ],
 )
 def test_each_fault_is_found(break_facts: Any, word: str) -> None:
@@ -106,6 +116,11 @@ def test_the_report_shows_phases_losses_answers_and_checks() -> None:
         "video a + audio a",
         "yes at most 20 GiB",
         "FAILED",
+        "25.0 to 125.0",
+        "there is no Java",
+        "mme  not clear",
+        "without the 6 questions",
+        "mme  3 left",
     ):
         assert words in report
 
