@@ -17,7 +17,10 @@ from onellm_dist.evaluation.scorers.measure import Measure
 PAGE = "report.html"
 _HEAD = ("task", "measure", "n", "score", "95% interval", "OneLLM-7B (paper)")
 _MOST_ROWS = 40
-_STYLE = ".ex{display:flex;gap:1rem;margin:.8rem 0}.ex img{max-width:300px;object-fit:contain}"
+_STYLE = (
+    ".ex{display:flex;gap:1rem;margin:.8rem 0;align-items:flex-start}"
+    ".ex img{max-width:300px;object-fit:contain}"
+)
 
 
 def list_rows(scores: Sequence[TaskScore]) -> Iterator[tuple[str, str, str, str, str, str]]:
@@ -130,7 +133,7 @@ def _build_categories(measure: Measure, table: str) -> Iterator[str]:
 
 def _build_examples(score: TaskScore) -> Iterator[str]:
     own = {
-        unit: float(row[0] / row[1])
+        unit: _mark_answer(measure, float(row[0] / row[1]))
         for measure in score.measures[:1]
         if measure.rows.shape[1:] == (2,)
         for unit, row in zip(measure.units, measure.rows, strict=True)
@@ -142,24 +145,31 @@ def _build_examples(score: TaskScore) -> Iterator[str]:
         picture = drawn.get(name_picture(question.medium))
         if picture is not None and picture not in seen and question.id in score.answers:
             seen.add(picture)
-            shown.append(_build_example(score, question, picture, own.get(question.id)))
+            shown.append(_build_example(score, question, picture, *own.get(question.id, ("", ""))))
     if shown:
         yield "<h3>Examples</h3>"
         yield from shown
 
 
+def _mark_answer(measure: Measure, value: float) -> tuple[str, str]:
+    """How an answer is coloured, if it is right or wrong, and what is said of it, if not."""
+    if measure.is_share:
+        return (' class="right"' if value else ' class="wrong"'), ""
+    return "", f"{escape(measure.name)} {100 * value:.1f}<br>"
+
+
 def _build_example(
-    score: TaskScore, question: BenchmarkQuestion, picture: Path, value: float | None
+    score: TaskScore, question: BenchmarkQuestion, picture: Path, kind: str, said: str
 ) -> str:
     answer = score.answers[question.id]
     image = base64.b64encode(picture.read_bytes()).decode()
-    kind = "" if value is None else ' class="right"' if value >= 0.5 else ' class="wrong"'
-    options = "".join(f"<br>{'ABCDEFGHIJ'[i]}. {escape(o)}" for i, o in enumerate(question.options))
+    asked = [f"<b>{escape(question.text)}</b>"] if question.text else []
+    asked += [f"{'ABCDEFGHIJ'[i]}. {escape(o)}" for i, o in enumerate(question.options)]
     references = "; ".join(question.answers[:5])
     return (
         f'<div class="ex"><img alt="" src="data:image/png;base64,{image}"><div>'
-        f"<b>{escape(question.text)}</b>{options}"
+        f"{'<br>'.join(asked)}"
         f"<p{kind}>{escape(answer.answer) or '<i>(empty)</i>'}</p>"
-        f'<p class="dim">reference: {escape(references)}<br>ended by {escape(answer.ended)} after '
-        f"{answer.tokens} tokens</p></div></div>"
+        f'<p class="dim">{said}reference: {escape(references)}<br>'
+        f"ended by {escape(answer.ended)} after {answer.tokens} tokens</p></div></div>"
     )

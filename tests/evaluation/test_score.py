@@ -89,7 +89,11 @@ def test_scores_files_and_page(tmp_path: Path) -> None:
     assert "accuracy by answer type" in page and "71.6" in page
     assert page.count("<img") == 1
     wrong = write_evaluation(tmp_path / "wrong", 0.0)
-    assert "a &lt;b&gt;" in write_score_page(wrong, score_folder(wrong)).read_text()
+    graded = write_score_page(wrong, score_folder(wrong)).read_text()
+    assert '<p>a &lt;b&gt;</p><p class="dim">accuracy 0.0<br>reference: red' in graded
+    exact = write_evaluation(tmp_path / "exact", 0.0, task="gqa")
+    strict = write_score_page(exact, score_folder(exact)).read_text()
+    assert '<p class="wrong">a &lt;b&gt;</p><p class="dim">reference: red' in strict
     table = format_scores(scores)
     assert "vqav2" in table and "71.6" in table and "ncomplete" not in table + page
     assert build_results(scores)["incomplete"] == {}
