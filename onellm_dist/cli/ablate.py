@@ -35,8 +35,8 @@ def ablate(
     size: Annotated[
         str,
         typer.Option(
-            help="full (hours); short (few steps, some seven CPU minutes a run); quick (images "
-            "alone, two or three); or tiny, which learns nothing: it tries the queue."
+            help="full (hours); short (few steps of all modalities); quick (images alone, two or "
+            "three CPU minutes a run); or tiny, which learns nothing: it tries the queue."
         ),
     ] = "full",
 ) -> None:
