@@ -62,10 +62,10 @@ def _build_benchmarks(run: IntegrationRun) -> list[str]:
 
 
 def _build(run: IntegrationRun, source: str, inputs: Path, option: str) -> None:
-    command = [*_ONELLM, "shards", "build", source, inputs, run.out / "shards" / inputs.name]
-    if source.endswith("-eval"):
-        command[-1] = run.out / "shards" / source
-    run.run_command("benchmarks", [*command, "-o", option])
+    name = source if source.endswith("-eval") else inputs.name
+    out = run.out / "shards" / name
+    build: list[str | Path] = [*_ONELLM, "shards", "build", source, inputs, out, "-o", option]
+    run.run_command("benchmarks", build)
 
 
 def _find_seen(run: IntegrationRun, evaluation: Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _find_seen(run: IntegrationRun, evaluation: Path) -> dict[str, Any]:
     run.run_command("overlap", [*_ONELLM, "shards", "overlap", *searched, "--out", out])
     lines = (out / "media.txt").read_text(encoding="utf-8").splitlines()
     found = Counter(line.partition("/")[0] for line in lines)
-    score = [*_ONELLM, "score", evaluation, "--without", out / "media.txt"]
+    score: list[str | Path] = [*_ONELLM, "score", evaluation, "--without", out / "media.txt"]
     for name in SHOW_PICTURES:
         score += ["--task", name]
     return {
