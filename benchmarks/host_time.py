@@ -54,8 +54,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.worker:
         name, state, out = arguments.worker
-        changed, folder = state == "after", Path(out).parent
-        measured = measure(name, changed=changed, folder=folder, kernels=arguments.kernels)
+        changed, own = state == "after", Path(out).parent
+        measured = measure(name, changed=changed, folder=own, kernels=arguments.kernels)
         Path(out).write_text(json.dumps(measured))
         return 0
     found: dict[str, dict[str, dict[str, float]]] = {}
