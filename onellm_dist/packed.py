@@ -42,6 +42,10 @@ class PackedBatch:
             included, ascending; () if all spans stand behind BOS.
         span_numbers: for each span of each sample, its number within its medium: 0, 1, ...; () if
             every medium takes one span.
+        chosen_tokens: of preference pairs, for each sample the text tokens of its first text, with
+            the chosen answer; the rest is the text with the rejected one. Each of the two is a
+            sequence of its own, and the sample's spans, whose values are there once, stand at the
+            same places in both. 0: a single text that was left out. () if samples are no pairs.
     """
 
     input_ids: torch.Tensor
@@ -56,6 +60,7 @@ class PackedBatch:
     supervised: torch.Tensor | None = None
     places: tuple[tuple[int, ...], ...] = ()
     span_numbers: tuple[tuple[int, ...], ...] = ()
+    chosen_tokens: tuple[int, ...] = ()
 
     def tensors(self) -> list[torch.Tensor]:
         """All its tensors."""
@@ -84,6 +89,7 @@ class PackedBatch:
             None if supervised is None else move(supervised),
             self.places,
             self.span_numbers,
+            self.chosen_tokens,
         )
 
     def pin_memory(self) -> PackedBatch:
@@ -101,6 +107,7 @@ class PackedBatch:
             None if self.supervised is None else self.supervised.pin_memory(),
             self.places,
             self.span_numbers,
+            self.chosen_tokens,
         )
 
 
@@ -110,13 +117,16 @@ class PackedOutput:
 
     Attributes:
         loss: [] fp32, the sum over supervised tokens of weight x cross-entropy; training divides
-            it by `global_valid_tokens` of the plan.
-        nll: [N] fp32, detached cross-entropy of each supervised token, unweighted.
-        sample_index: [N] int64, the sample of each supervised token.
+            it by `loss_count` of the plan. Of pairs, the sum over pairs of weight x loss.
+        nll: [N] fp32, detached cross-entropy of each supervised token, unweighted. Of pairs, the
+            loss of each.
+        sample_index: [N] int64, the sample of each supervised token, or of each pair.
         router_weights: modality -> [Q, E] fp32, detached (they do not depend on the input).
+        rewards: of pairs, [N, 2] fp32, detached: the rewards of the chosen and the rejected answer.
     """
 
     loss: torch.Tensor
     nll: torch.Tensor
     sample_index: torch.Tensor
     router_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    rewards: torch.Tensor | None = None

@@ -8,6 +8,9 @@ A sample's `.json` part holds a conversation under `conversations`, in LLaVA's o
 may be a list of parts as OpenAI has them, `{"type": "text", "text": ...}`; media among them are
 left out where they stand before the text anyway, and else become placeholders (`<image>`).
 `"weight": 0` (OpenAI's) keeps an answer from being trained on.
+
+A preference sample also has `chosen` and `rejected`: what follows the conversation, once as it is
+preferred and once as it is not. Each is a turn or a list of turns that begins with an answer.
 """
 
 from __future__ import annotations
@@ -32,6 +35,10 @@ ROLES: Mapping[str, Role] = {
 
 CONVERSATION_KEYS = ("conversations", "messages")
 """Keys under which a conversation stands, the first that has one first."""
+
+
+PAIR_KEYS = ("chosen", "rejected")
+"""Keys of the two continuations of a preference sample."""
 
 
 class ConversationTurn(NamedTuple):
@@ -87,6 +94,71 @@ def parse_turns(
     if all(turn.role != "assistant" for turn in turns):
         raise TurnsError("the conversation has no answer")
     return turns
+
+
+def has_pair(meta: Mapping[str, Any]) -> bool:
+    """Whether a sample or a row is a preference sample: it has both continuations."""
+    return all(meta.get(key) not in (None, [], "") for key in PAIR_KEYS)
+
+
+def parse_pair(
+    meta: Mapping[str, Any], modalities: Collection[str], *, placeholders: bool = False
+) -> tuple[list[ConversationTurn], list[ConversationTurn]]:
+    """Parse a preference sample.
+
+    Args:
+        meta: the sample's `.json`.
+        modalities: as of `parse_turns`.
+        placeholders: as of `parse_turns`.
+
+    Returns:
+        The whole conversation as chosen, and as rejected. Answers of the turns that both share have
+        weight 0: they are part of the prompt.
+
+    Raises:
+        TurnsError: a continuation is missing, `parse_turns` refuses a conversation, the shared
+            turns do not end with a question, or a continuation does not begin with an answer.
+    """
+    shared = find_conversation(meta)
+    if not isinstance(shared, list):
+        raise TurnsError("a preference sample needs a list of turns that both answers follow")
+    found = []
+    for key in PAIR_KEYS:
+        own = meta.get(key)
+        if not isinstance(own, dict | list) or not own:
+            raise TurnsError(f"`{key}` is neither a turn nor a list of turns")
+        own = own if isinstance(own, list) else [own]
+        turns = parse_turns([*shared, *own], modalities, placeholders=placeholders)
+        before, after = turns[len(shared) - 1].role, turns[len(shared)].role
+        if (before, after) != ("user", "assistant"):
+            raise TurnsError(
+                f"`{key}` begins with a turn of the {after} behind one of the {before}; an answer "
+                "follows a question"
+            )
+        prompt = [turn._replace(weight=0) for turn in turns[: len(shared)]]
+        found.append([*prompt, *turns[len(shared) :]])
+    return found[0], found[1]
+
+
+def parse_conversations(
+    meta: Mapping[str, Any], modalities: Collection[str], *, placeholders: bool = False
+) -> list[list[ConversationTurn]]:
+    """Parse what a sample's `.json` has: no conversation, one, or both of a preference sample.
+
+    Args:
+        meta: the `.json`.
+        modalities: as of `parse_turns`.
+        placeholders: as of `parse_turns`.
+
+    Raises:
+        TurnsError: as of `parse_turns` and `parse_pair`.
+    """
+    raw = find_conversation(meta)
+    if raw is None:
+        return []
+    if has_pair(meta):
+        return [*parse_pair(meta, modalities, placeholders=placeholders)]
+    return [parse_turns(raw, modalities, placeholders=placeholders)]
 
 
 def _parse_turn(

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, PositiveInt, model_validator
 from onellm_dist.common.media_size import MOST_SPANS
 from onellm_dist.common.secrets import mask_value
 from onellm_dist.common.workers.sandbox import SAMPLE_MB, SAMPLE_SECONDS
+from onellm_dist.config.pair_check import check_pairs
 from onellm_dist.config.paths import LocalPath, Location
 from onellm_dist.config.section import Section
 from onellm_dist.config.token_budget import AUTO, PackTokens
@@ -138,6 +139,10 @@ class DataSection(Section):
     max_text_tokens: PositiveInt = 96
     """Longer texts are cut to this many tokens (the reference's `max_words`: 96 for pretraining,
     2018 for tuning)."""
+    preference_pairs: bool = False
+    """Whether every sample is a preference pair: a conversation that a `chosen` and a `rejected`
+    answer follow, for `train.loss: dpo`. Each of its two texts is cut to `data.max_text_tokens`;
+    its media are encoded once, and count once in `data.pack_encoder_tokens`."""
     spans: dict[str, SpanCount] = Field(default_factory=dict)
     """Modality to the most spans that the media of one sample may take: `{image: 5, audio: 6,
     video: 4}`. A sound takes one for each 10.24 seconds, a film one for each 10 seconds, a picture
@@ -170,6 +175,11 @@ class DataSection(Section):
     def finds_budgets(self) -> bool:
         """Whether the token budgets are found at the start."""
         return AUTO in (self.pack_llm_tokens, self.pack_encoder_tokens)
+
+    @property
+    def answers(self) -> int:
+        """Texts of a sample: 2 of a preference pair."""
+        return 2 if self.preference_pairs else 1
 
     @model_validator(mode="after")
     def _check_budgets(self) -> DataSection:
@@ -355,6 +365,17 @@ class RunConfig(Section):
     def _check_early_stopping(self) -> RunConfig:
         if self.train.early_stopping is not None and self.data.validation is None:
             raise ValueError("train.early_stopping needs data.validation: it looks at its losses")
+        return self
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> RunConfig:
+        check_pairs(
+            self.train,
+            pairs=self.data.preference_pairs,
+            captions=self.data.text_format == "caption",
+            generates=self.data.validation is not None and self.data.validation.generate > 0,
+            quantised=self.engine.frozen_weights != "plain",
+        )
         return self
 
     def to_yaml(self) -> str:

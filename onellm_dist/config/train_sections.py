@@ -88,6 +88,25 @@ class LoraSection(Section):
     """Whether the adapters learn the norms of the weights' rows apart (DoRA, arXiv 2402.09353)."""
 
 
+DPO = "dpo"
+"""The `train.loss` that compares two answers."""
+
+
+class DpoSection(Section):
+    """`train.dpo.*`: direct preference optimization (arXiv 2305.18290, equation 7)."""
+
+    beta: float = Field(0.1, gt=0)
+    """How strongly the model is held to the reference: an answer's reward is beta times the
+    difference of its log-probability (the sum over its tokens) from the reference's."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a pair's answers were swapped by mistake (conservative DPO)."""
+    reference: Literal["adapter", "copy"] = "adapter"
+    """The model that rewards are relative to. `adapter`: the same weights without their adapters;
+    needs `train.lora`, and nothing but adapters may train. `copy`: a frozen copy of the parts that
+    train, with the weights that the run started from; it costs their memory, and no `train.lora`
+    is possible."""
+
+
 class EarlyStoppingSection(Section):
     """`train.early_stopping.*`: ends a run whose validation loss no longer falls."""
 
@@ -144,11 +163,19 @@ class TrainSection(Section):
     log_every: PositiveInt = 1
     """Steps between two lines of metrics on the terminal. `metrics.jsonl` has every step."""
     loss: str = "cross_entropy"
-    """Loss of a supervised token: a registered name, or `module:function` of your own."""
+    """Loss of a supervised token: a registered name, or `module:function` of your own. `dpo`
+    compares the two answers of preference pairs instead (`data.preference_pairs`)."""
+    dpo: DpoSection | None = None
+    """Settings of `train.loss: dpo`. Default: those of the section."""
     callbacks: tuple[str, ...] = ()
     """Callbacks that look at the run: `module:Class` each, or the name under which an installed
     package registers one."""
     _counted_from: float | None = PrivateAttr(None)
+
+    @property
+    def preference(self) -> DpoSection | None:
+        """How two answers are compared; None: the loss is one of single tokens."""
+        return (self.dpo or DpoSection()) if self.loss == DPO else None
 
     @property
     def counted_from(self) -> float | None:

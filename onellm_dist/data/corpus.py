@@ -119,7 +119,9 @@ class Corpus:
                 "name modalities of the model.",
             )
         datasets = open_datasets(config, modalities, split)
-        text_encoder = TextEncoder(tokenizer, config.text_format, config.max_text_tokens)
+        text_encoder = TextEncoder(
+            tokenizer, config.text_format, config.max_text_tokens, pairs=config.preference_pairs
+        )
         if build_counts:
             build_token_counts(datasets, text_encoder, split=split, show=show)
             report_refused_texts(datasets, text_encoder, split)

@@ -70,7 +70,7 @@ class CostModel:
             total += self.upm_passes * float(self.upm.forward(modality.upm_tokens))
         return total
 
-    def samples(self, media: NDArray[np.float64], llm_tokens: Ints) -> Ints:
+    def samples(self, media: NDArray[np.float64], llm_tokens: Ints, *, answers: int = 1) -> Ints:
         """Return the [n] costs of samples, in units of 1e6 operations.
 
         They are integers, so that sums are the same on every machine.
@@ -78,10 +78,10 @@ class CostModel:
         Args:
             media: [n] operations in encoder and UPM.
             llm_tokens: [n] LLM positions.
+            answers: sequences that these are divided among, of about the same length.
         """
-        return np.rint((media + self.llm_passes * self.llm.forward(llm_tokens)) / 1e6).astype(
-            np.int64
-        )
+        llm = answers * self.llm.forward(llm_tokens // answers)
+        return np.rint((media + self.llm_passes * llm) / 1e6).astype(np.int64)
 
 
 def count_llm_tokens(text_tokens: Ints, spans: Ints) -> Ints:

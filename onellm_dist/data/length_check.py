@@ -16,7 +16,7 @@ import numpy as np
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.data.corpus import Corpus
-from onellm_dist.data.micro_batch import SampleRef, SampleTable
+from onellm_dist.data.micro_batch import Ints, SampleRef, SampleTable
 from onellm_dist.data.token_budget import UNLIMITED, read_budget
 from onellm_dist.data.token_counts import UNREADABLE
 from onellm_dist.modalities.base import SPAN_TOKENS
@@ -79,7 +79,7 @@ def check_batch(corpus: Corpus, samples: SampleTable, *, positions: int | None) 
     varied = np.flatnonzero(corpus.media.varied[samples.dataset])
     if varied.size:
         spans[varied] = corpus.media.count(samples, varied).sum(1)
-    lengths = SPAN_TOKENS * spans + samples.text_tokens
+    lengths = SPAN_TOKENS * spans + _bound_text(corpus, samples.text_tokens)
     if not (lengths > positions).any():
         return
     at = int(lengths.argmax())
@@ -154,7 +154,55 @@ def _find_too_large_varied(
         )
 
 
+def _bound_text(corpus: Corpus, text_tokens: Ints) -> Ints:
+    """Text tokens of a sequence; of a pair at most, whose counts are those of both sequences."""
+    if not corpus.config.preference_pairs:
+        return text_tokens
+    return np.asarray(np.minimum(text_tokens - 1, corpus.config.max_text_tokens))
+
+
+def _find_too_large_pairs(
+    corpus: Corpus, number: int, positions: int | None
+) -> Iterator[UsageError]:
+    """As `_find_too_large`, of preference pairs: both texts of a pair stand in one micro-batch."""
+    budget = read_budget(corpus.config)
+    per_span = np.array([m.encoder_tokens for m in corpus.modalities.values()], dtype=np.int64)
+    own = np.array([corpus.spans[number].count(m) for m in corpus.modalities], dtype=np.int64)
+    for shard in range(len(corpus.shards[number])):
+        rows, counts = corpus.token_counts.get_texts(number, shard)
+        text, supervised = counts.astype(np.int64).T
+        zeros = np.zeros_like(rows)
+        table = SampleTable(zeros + number, zeros + shard, rows, zeros, text, supervised)
+        varied = corpus.media.varied[number]
+        spans = corpus.media.count(table, np.arange(len(rows))) if varied else own + zeros[:, None]
+        fixed = SPAN_TOKENS * spans.sum(1)
+        limits = [
+            ("data.pack_llm_tokens", text + 2 * fixed, budget.llm),
+            ("data.pack_encoder_tokens", spans @ per_span, budget.encoder),
+        ]
+        if positions is not None:
+            lengths = _bound_text(corpus, text) + fixed
+            limits.append(("the LLM's context (positions)", lengths, positions))
+        for name, sizes, limit in limits:
+            if len(rows) and sizes.max() > limit:
+                (ref,) = table.refs(np.array([sizes.argmax()]))
+                yield UsageError(
+                    f"preference pair {corpus.sample_id(ref)} ({corpus.describe_media(ref)}) may "
+                    f"need {sizes.max()} tokens; {name} is {limit}",
+                    "both of its texts stand in one micro-batch."
+                    if name.startswith("data.")
+                    else "it knows no later position, and either text of a pair may be so long.",
+                    f"raise {name} to {sizes.max()} or more, or lower data.max_text_tokens."
+                    if name.startswith("data.")
+                    else "lower data.max_text_tokens, or use an LLM with more positions.",
+                )
+                return
+
+
 def _find_too_large(corpus: Corpus, number: int, positions: int | None) -> Iterator[UsageError]:
+    if corpus.config.preference_pairs:
+        yield from _find_too_large_pairs(corpus, number, positions)
+        return
     if corpus.media.varied[number]:
         yield from _find_too_large_varied(corpus, number, positions)
         return

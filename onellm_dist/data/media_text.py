@@ -77,6 +77,16 @@ class MediaTextEncoder(TextEncoder):
         found = [self._take_out(*text, media) for text in self.encode_all(parts)]
         return [(text.ids, text.labels) for text in found]
 
+    def encode_media_turns(
+        self, turns: Sequence[ConversationTurn], media: Sequence[str]
+    ) -> MediaText:
+        """Encode a conversation whose placeholders are still text; as `encode_media`.
+
+        Raises:
+            SampleError: as of `encode_media`.
+        """
+        return self._take_out(*self.encode_turns([self._mark(turn) for turn in turns]), media)
+
     def encode_media_prompt(
         self, turns: Sequence[ConversationTurn], media: Sequence[str]
     ) -> MediaText:

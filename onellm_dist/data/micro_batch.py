@@ -154,6 +154,8 @@ class BatchTotals:
     """Modality combination (in span order; empty for text only) to number of samples."""
     varied_spans: Mapping[str, int] = field(default_factory=dict)
     """Modality to spans of the samples of varied datasets (see `CorpusMedia`)."""
+    pairs: int | None = None
+    """Preference pairs that can be read, by the token counts; None: samples are no pairs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +175,14 @@ class StepPlan:
 
     @property
     def global_valid_tokens(self) -> int:
-        """Supervised tokens of the global batch, at least 1: the summed loss is divided by it."""
+        """Supervised tokens of the global batch, at least 1."""
         return max(1, self.totals.supervised_tokens)
+
+    @property
+    def loss_count(self) -> int:
+        """What the summed loss is divided by: supervised tokens, or pairs; at least 1."""
+        pairs = self.totals.pairs
+        return self.global_valid_tokens if pairs is None else max(1, pairs)
 
     @cached_property
     def ranks(self) -> Sequence[tuple[MicroBatch, ...]]:

@@ -210,6 +210,8 @@ class Plan:
         for dataset, shards in zip(corpus.datasets, corpus.shards, strict=True):
             text.append(f"{dataset.name} {dataset.modalities}")
             text += [f"{shard.name} {shard.samples} {shard.sha256}" for shard in shards]
+        if config.preference_pairs:
+            text.append("preference pairs")
         if config.spans:
             text.append(f"spans {sorted(config.spans.items())}")
         if len(self.data_phases) > 1:
@@ -283,8 +285,9 @@ class Plan:
             ):
                 encoder[varied] += tokens * spans[:, i]
                 cost[varied] += operations * spans[:, i]
-        llm = count_llm_tokens(table.text_tokens, count)
-        return ItemSizes(llm, encoder, self._costs.samples(cost, llm)), spans
+        answers = self.config.answers
+        llm = count_llm_tokens(table.text_tokens, answers * count)
+        return ItemSizes(llm, encoder, self._costs.samples(cost, llm, answers=answers)), spans
 
     def _totals(
         self, table: SampleTable, sizes: ItemSizes, varied_spans: Ints, empty: int
@@ -308,6 +311,9 @@ class Plan:
             samples_by_dataset=tuple(by_dataset),
             samples_by_combination=by_combination,
             varied_spans=dict(zip(names, varied_spans.sum(0).tolist(), strict=True)),
+            pairs=int((table.supervised_tokens > 0).sum())
+            if self.config.preference_pairs
+            else None,
         )
 
     def _too_large(self, ref: SampleRef, llm: int, encoder: int) -> UsageError:

@@ -24,6 +24,7 @@ from onellm_dist.data.cache import ChunkCache
 from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.data.order import derive_key
+from onellm_dist.data.pair_text import encode_pair
 from onellm_dist.data.read_ahead import ByteRange, ReadAhead
 from onellm_dist.data.retry import open_index_with_retries, read_span_with_retries
 from onellm_dist.data.text_parts import read_meta
@@ -53,6 +54,8 @@ class _Sample:
     """The number of each span within its medium; empty: each medium takes one span."""
     reason: str | None = None
     """Why the sample is skipped; None: it was read."""
+    chosen_tokens: int = 0
+    """Of a pair, the tokens of its first text."""
 
 
 class _LocatedMedium(NamedTuple):
@@ -207,12 +210,16 @@ class Reader:
         self.sandbox.decode()
         choose = partial(corpus.caption_index, ref)
         media, encoder = location.media, corpus.media_encoder(ref.dataset)
-        if encoder is None:
+        names = None if encoder is None else [medium.modality for medium in media]
+        chosen_tokens, order = 0, [PlacedMedium(number, 1) for number in range(len(media))]
+        if corpus.text_encoder.pairs:
+            pair = encode_pair(encoder or corpus.text_encoder, parts, names)
+            ids, labels, chosen_tokens = pair[:3]
+            order = order if encoder is None else pair.media
+        elif encoder is None:
             ids, labels = corpus.text_encoder.encode(parts, choose)
-            order = [PlacedMedium(number, 1) for number in range(len(media))]
         else:
-            names = [medium.modality for medium in media]
-            ids, labels, order = encoder.encode_media(parts, names, choose)
+            ids, labels, order = encoder.encode_media(parts, names or (), choose)
         self._check_token_counts(ref, sample_id, ids, labels)
         meta = read_meta(parts)
         values: dict[str, list[torch.Tensor]] = {}
@@ -235,6 +242,7 @@ class Reader:
             tuple(spans),
             () if places.count(1) == len(places) else tuple(places),
             tuple(numbers) if any(numbers) else (),
+            chosen_tokens=chosen_tokens,
         )
 
     def _read_medium(
@@ -306,7 +314,9 @@ class Reader:
             zeros.setdefault(name, []).append(value)
         ids = [corpus.text_encoder.bos] * ref.text_tokens
         labels = [IGNORE] * ref.text_tokens
-        return _Sample(ids, labels, zeros, spans, reason=reason)
+        # Of a pair, halves: neither is longer than the longer of its texts.
+        half = ref.text_tokens // 2 if corpus.text_encoder.pairs else 0
+        return _Sample(ids, labels, zeros, spans, reason=reason, chosen_tokens=half)
 
     def _pack(
         self,
@@ -340,6 +350,9 @@ class Reader:
             else (),
             span_numbers=tuple(s.numbers or (0,) * len(s.spans) for s in samples)
             if any(s.numbers for s in samples)
+            else (),
+            chosen_tokens=tuple(s.chosen_tokens for s in samples)
+            if self._corpus.text_encoder.pairs
             else (),
         )
 

@@ -10,6 +10,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.data.media_text import get_media_encoder
+from onellm_dist.data.pair_text import encode_texts
 from onellm_dist.data.retry import read_parts_with_retries
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.data.token_counts import UNREADABLE, TokenCounts, get_media_names
@@ -46,10 +47,8 @@ def report_refused_texts(datasets: Sequence[Dataset], encoder: TextEncoder, spli
         try:
             parts = read_parts_with_retries(dataset, shard, row, TEXT_EXTENSIONS)
             with_media = get_media_encoder(encoder, dataset)
-            if with_media is None:
-                encoder.encode_all(parts)
-            else:
-                with_media.encode_all_media(parts, get_media_names(dataset, shard, row))
+            names = None if with_media is None else get_media_names(dataset, shard, row)
+            encode_texts(with_media or encoder, parts, names)
             reason = "its text can be read now"
         except SampleError as error:
             reason = error.what

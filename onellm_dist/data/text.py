@@ -62,6 +62,7 @@ class TextEncoder:
         tokenizer: a fast transformers tokenizer (PreTrainedTokenizerFast).
         text_format: `caption`, `conversation` or `chat`.
         max_tokens: longer texts are cut to this many tokens.
+        pairs: whether samples are preference pairs (`pair_text.py` encodes them).
 
     Raises:
         UsageError: the tokenizer is not a fast one, has no BOS or EOS, or lacks a usable chat
@@ -69,7 +70,9 @@ class TextEncoder:
             begins or ends every text.
     """
 
-    def __init__(self, tokenizer: Any, text_format: TextFormat, max_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, text_format: TextFormat, max_tokens: int, *, pairs: bool = False
+    ) -> None:
         backend = _check_arguments(tokenizer, text_format, max_tokens)
         self.bos: int = get_start_id(tokenizer) or 0  # checked above
         """First token of every text."""
@@ -77,6 +80,7 @@ class TextEncoder:
         """Last token of a caption or conversation that was not cut."""
         self.text_format: TextFormat = text_format
         self.max_tokens = max_tokens
+        self.pairs = pairs
         self._chat = ChatTemplate(tokenizer) if text_format == "chat" else None
         self._backend = _copy_tokenizer(backend, special_tokens=self._chat is not None)
         self._forbidden = {} if self._chat else list_forbidden_ids(tokenizer)
@@ -96,6 +100,7 @@ class TextEncoder:
             FORMAT_VERSION,
             template,
             *([sorted(self._beyond)] if self._beyond else []),
+            *(["pairs"] if pairs else []),
         )
         self.fingerprint = hashlib.sha256(repr(identity).encode("utf-8")).hexdigest()[:16]
         """Hash of everything that token counts depend on besides the text."""
@@ -123,6 +128,14 @@ class TextEncoder:
             index = choose(len(captions)) if choose and len(captions) > 1 else 0
             return self._encode_caption(captions[index])
         return self._encode_conversation(self._read_turns(parts))
+
+    def encode_turns(self, turns: Sequence[ConversationTurn]) -> tuple[list[int], list[int]]:
+        """Encode a conversation; as `encode`.
+
+        Raises:
+            SampleError: every answer has weight 0, or a token cannot be used.
+        """
+        return self._encode_conversation(turns)
 
     def _read_turns(self, parts: Mapping[str, Part]) -> Sequence[ConversationTurn]:
         return read_turns(parts)

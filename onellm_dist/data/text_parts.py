@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from onellm_dist.common.errors import SampleError
-from onellm_dist.common.turns import ConversationTurn, TurnsError, find_conversation, parse_turns
+from onellm_dist.common.turns import (
+    ConversationTurn,
+    TurnsError,
+    find_conversation,
+    has_pair,
+    parse_pair,
+    parse_turns,
+)
 from onellm_dist.modalities import Part, all_modalities
 
 _MEDIA_TAG = "<image>"
@@ -78,9 +85,18 @@ def read_turns(parts: Mapping[str, Part], *, placeholders: bool = False) -> list
             become such tags; else neither leaves a trace.
 
     Raises:
-        SampleError: there is no conversation, or `parse_turns` refuses it.
+        SampleError: there is no conversation, `parse_turns` refuses it, or it is the prompt of two
+            answers.
     """
-    raw = find_conversation(read_meta(parts))
+    meta = read_meta(parts)
+    raw = find_conversation(meta)
+    if has_pair(meta):
+        raise SampleError(
+            "it is a preference sample: `chosen` and `rejected` answer its conversation",
+            "one answer alone is trained on here.",
+            "train with train.loss=dpo and data.preference_pairs=true, or build the dataset with "
+            "one of the answers in its conversations.",
+        )
     if raw is None:
         raise SampleError(
             "no `conversations` (or `messages`) in the sample's .json",
@@ -90,13 +106,48 @@ def read_turns(parts: Mapping[str, Part], *, placeholders: bool = False) -> list
     try:
         turns = parse_turns(raw, all_modalities(), placeholders=placeholders)
     except TurnsError as error:
+        raise _explain_turns(error) from None
+    return turns if placeholders else _remove_tags(turns)
+
+
+def read_pair(
+    parts: Mapping[str, Part], *, placeholders: bool = False
+) -> tuple[list[ConversationTurn], list[ConversationTurn]]:
+    """Return the conversation of a preference sample as chosen, and as rejected.
+
+    Args:
+        parts: the sample's text parts.
+        placeholders: as of `read_turns`.
+
+    Raises:
+        SampleError: it is no preference sample, or `parse_pair` refuses it.
+    """
+    meta = read_meta(parts)
+    if not has_pair(meta):
         raise SampleError(
-            f"malformed conversations: {error}",
-            "the sample has no text in this format.",
-            "fix the dataset's source and build it again.",
-        ) from None
+            "no preference sample: its .json lacks `chosen` or `rejected`",
+            "train.loss=dpo compares two answers.",
+            "build the dataset from preferences (onellm shards build preferences), or use another "
+            "train.loss without data.preference_pairs.",
+        )
+    try:
+        chosen, rejected = parse_pair(meta, all_modalities(), placeholders=placeholders)
+    except TurnsError as error:
+        raise _explain_turns(error) from None
     if placeholders:
-        return turns
+        return chosen, rejected
+    return _remove_tags(chosen), _remove_tags(rejected)
+
+
+def _explain_turns(error: TurnsError) -> SampleError:
+    return SampleError(
+        f"malformed conversations: {error}",
+        "the sample has no text in this format.",
+        "fix the dataset's source and build it again.",
+    )
+
+
+def _remove_tags(turns: list[ConversationTurn]) -> list[ConversationTurn]:
     return [turn._replace(text=_without_tag(turn.text)) for turn in turns]
 
 

@@ -2,10 +2,10 @@
 
 One file per shard and (tokenizer, text format, maximum length):
 `<dataset>/token_counts/<fingerprint>/<shard>-<first 12 digits of its SHA-256>.npy`. It holds an
-[n, 2] array of unsigned integers: the text tokens (BOS included) and supervised tokens of each
-row. If a row of the shard has several captions, it is an [m, 3] array with one line per caption
-instead: row, text tokens, supervised tokens; rows ascend, and a row's captions keep their order.
-A CRC-32 follows the array (token_count_file.py).
+[n, 2] array of unsigned integers: the text tokens (BOS included) and supervised tokens of each row
+(of a preference pair, those of both texts). If a row of the shard has several captions, it is an
+[m, 3] array with one line per caption instead: row, text tokens, supervised tokens; rows ascend,
+and a row's captions keep their order. A CRC-32 follows the array (token_count_file.py).
 
 The texts of a dataset that lists its media are counted without their placeholders, under another
 fingerprint (`get_count_fingerprint`).
@@ -36,6 +36,7 @@ from onellm_dist.common.progress import progress
 from onellm_dist.common.resources import count_cpus, user_cache
 from onellm_dist.data.captions import choose_captions
 from onellm_dist.data.media_text import get_media_encoder
+from onellm_dist.data.pair_text import encode_texts
 from onellm_dist.data.retry import open_index_with_retries
 from onellm_dist.data.shard_texts import open_texts
 from onellm_dist.data.text import TextEncoder
@@ -320,11 +321,8 @@ def count_shard_tokens(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder)
     with_media = get_media_encoder(encoder, dataset)
     for row, read in enumerate(open_texts(dataset, shard)):
         try:
-            texts = (
-                encoder.encode_all(read())
-                if with_media is None
-                else with_media.encode_all_media(read(), get_media_names(dataset, shard, row))
-            )
+            names = None if with_media is None else get_media_names(dataset, shard, row)
+            texts = encode_texts(with_media or encoder, read(), names)
         except SampleError as error:
             if isinstance(error.__cause__, OSError):
                 raise OneLLMError(
@@ -346,7 +344,7 @@ def count_shard_tokens(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder)
     table = np.asarray(found, dtype=np.uint32).reshape(-1, 3)
     if len(table) == shard.samples:
         table = table[:, 1:]
-        if encoder.max_tokens <= np.iinfo(np.uint16).max:
+        if encoder.max_tokens * (2 if encoder.pairs else 1) <= np.iinfo(np.uint16).max:
             table = table.astype(np.uint16)
     path = get_token_count_path(dataset, shard, encoder.fingerprint)
     save_token_counts(path, table, dataset.root if path.is_relative_to(dataset.root) else None)

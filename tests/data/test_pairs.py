@@ -1,0 +1,173 @@
+"""Preference pairs from shard to pack: both answers of a sample stay together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_worlds import open_plan, tokenizer
+from pair_worlds import make_meta, write_pairs
+
+from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.turns import TurnsError, parse_pair
+from onellm_dist.data.length_check import check_corpus
+from onellm_dist.data.media_text import MediaTextEncoder
+from onellm_dist.data.pair_text import encode_pair
+from onellm_dist.data.reader import Reader
+from onellm_dist.data.text import TextEncoder
+from onellm_dist.modalities import Part
+from onellm_dist.packed import IGNORE
+
+KEYS: dict[str, Any] = {
+    "modalities": ("image",),
+    "text_format": "conversation",
+    "preference_pairs": True,
+    "max_text_tokens": 200,
+    "pack_llm_tokens": 900,
+}
+
+
+def make_parts(meta: dict[str, Any]) -> dict[str, Part]:
+    return {"json": Part("json", json.dumps(meta).encode())}
+
+
+def encode_answer(meta: dict[str, Any], key: str) -> tuple[list[int], list[int]]:
+    """One of the answers as an ordinary conversation, whose earlier answers do not count."""
+    prompt = [{**turn, "weight": 0} for turn in meta["conversations"] if turn["from"] == "gpt"]
+    turns = [prompt.pop(0) if t["from"] == "gpt" else t for t in meta["conversations"]]
+    parts = make_parts({"conversations": [*turns, *meta[key]]})
+    return TextEncoder(tokenizer(), "conversation", 200).encode(parts)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("pairs")
+    write_pairs(root, splits={"train": 20}, broken=[3])
+    return open_plan(root, {"pairs": 1}, **KEYS)
+
+
+def test_a_pair_is_both_conversations_end_to_end() -> None:
+    encoder = TextEncoder(tokenizer(), "conversation", 200, pairs=True)
+    for number in range(6):
+        meta = make_meta(number)
+        pair = encode_pair(encoder, make_parts(meta), None)
+        (ids, labels), (other, others) = (encode_answer(meta, k) for k in ("chosen", "rejected"))
+        assert (pair.ids, pair.labels) == (ids + other, labels + others)
+        assert pair.chosen_tokens == len(ids)
+
+
+def test_the_format_chat_has_pairs_too() -> None:
+    tok = tokenizer()
+    if tok.chat_template is None:
+        pytest.skip("the toy tokenizer has no chat template")
+    pair = encode_pair(TextEncoder(tok, "chat", 200, pairs=True), make_parts(make_meta(1)), None)
+    assert pair.labels[: pair.chosen_tokens].count(IGNORE) < pair.chosen_tokens
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_no_pair_is_split_and_no_world_changes_what_a_step_reads(plan: Any, ranks: int) -> None:
+    one, many = plan.step(1, 1), plan.step(1, ranks)
+    assert plan.samples(1) == tuple(one.samples.refs())
+    assert one.loss_count == many.loss_count == one.totals.pairs == 12
+    read = []
+    reader = Reader(plan.corpus)
+    for micro in (m for rank in many.ranks for m in rank):
+        batch = reader.read(micro)
+        assert len(batch.chosen_tokens) == len(batch.text_token_counts)
+        assert sum(batch.text_token_counts) + 64 * len(batch.sample_ids) <= 900 or batch.is_empty
+        texts = batch.input_ids.split(list(batch.text_token_counts))
+        read += list(zip(batch.sample_ids, [t.tolist() for t in texts], strict=False))
+    alone = reader.read(next(m for m in plan.step(1, 1).ranks[0]))
+    assert len({name for name, _ in read}) == 12
+    found = dict(read)
+    first = alone.input_ids.split(list(alone.text_token_counts))[0].tolist()
+    assert found[alone.sample_ids[0]] == first
+
+
+def test_media_are_read_once_and_a_broken_pair_keeps_its_place(plan: Any) -> None:
+    reader, seen = Reader(plan.corpus), 0
+    for micro in (m for step in (0, 1) for m in plan.step(step, 1).ranks[0]):
+        batch = reader.read(micro)
+        assert len(batch.values["image"]) == len(batch.sample_ids)
+        for i, name in enumerate(batch.sample_ids):
+            if "pair-0003" in name:
+                seen += 1
+                assert batch.weights[i] == 0 and i in batch.skipped_samples
+                assert batch.chosen_tokens[i] == batch.text_token_counts[i] // 2
+        starts = np.cumsum([0, *batch.text_token_counts])
+        bos = plan.corpus.text_encoder.bos
+        for i, chosen in enumerate(batch.chosen_tokens):
+            assert batch.input_ids[starts[i]] == batch.input_ids[starts[i] + chosen] == bos
+    assert seen
+
+
+def test_ordinary_training_refuses_pairs_and_dpo_refuses_anything_else(tmp_path: Path) -> None:
+    write_pairs(tmp_path, splits={"train": 4})
+    with pytest.raises(UsageError, match="preference sample") as refused:
+        open_plan(tmp_path, {"pairs": 1}, **{**KEYS, "preference_pairs": False})
+    assert "train.loss=dpo" in str(refused.value)
+    encoder = TextEncoder(tokenizer(), "conversation", 200, pairs=True)
+    plain = {"conversations": make_meta(0)["conversations"][:2]}  # type: ignore[index]
+    with pytest.raises(SampleError, match="lacks `chosen` or `rejected`"):
+        encode_pair(encoder, make_parts(plain), None)
+
+
+def test_answers_that_are_cut_away_or_alike_are_refused() -> None:
+    meta = make_meta(0)
+    with pytest.raises(SampleError, match="nothing is left of its chosen answer"):
+        encode_pair(
+            TextEncoder(tokenizer(), "conversation", 20, pairs=True), make_parts(meta), None
+        )
+    alike = {**meta, "rejected": meta["chosen"]}
+    with pytest.raises(SampleError, match="are the same"):
+        encode_pair(
+            TextEncoder(tokenizer(), "conversation", 200, pairs=True), make_parts(alike), None
+        )
+
+
+def test_placeholders_of_the_prompt_stand_at_the_same_places() -> None:
+    base = TextEncoder(tokenizer(), "conversation", 200, pairs=True)
+    encoder = MediaTextEncoder(base, ["image"])
+    meta: dict[str, Any] = make_meta(2)
+    meta["conversations"][2]["value"] = "what is it <image> is it a cube"
+    pair = encode_pair(encoder, make_parts(meta), ["image"])
+    assert len(pair.media) == 1 and pair.media[0].place > 1
+    assert pair.ids[: pair.media[0].place] == pair.ids[pair.chosen_tokens :][: pair.media[0].place]
+    moved = json.loads(json.dumps(make_meta(2)))
+    moved["chosen"][0]["value"] = "a <image> cube"
+    moved["rejected"][0]["value"] = "a small red cube <image>"
+    with pytest.raises(SampleError, match="same places"):
+        encode_pair(encoder, make_parts(moved), ["image"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen": "a cube"}, "neither a turn nor a list"),
+        ({"rejected": [{"from": "human", "value": "why"}]}, "an answer follows a question"),
+        ({"conversations": [{"from": "gpt", "value": "hello"}]}, "an answer follows a question"),
+        ({"chosen": [{"from": "tool", "value": "x"}]}, "tool"),
+    ],
+)
+def test_malformed_pairs_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TurnsError, match=message):
+        parse_pair({**make_meta(0), **change}, ["image"])
+
+
+def test_a_pair_that_fits_in_no_micro_batch_is_refused_before_the_first_step(plan: Any) -> None:
+    small = plan.corpus.config.model_copy(update={"pack_llm_tokens": 150})
+    corpus, before = plan.corpus, plan.corpus.config
+    corpus.config = small
+    try:
+        with pytest.raises(UsageError, match="both of its texts stand in one micro-batch"):
+            check_corpus(corpus)
+    finally:
+        corpus.config = before
+    check_corpus(corpus, positions=400)
+    with pytest.raises(UsageError, match="either text of a pair"):
+        check_corpus(corpus, positions=60)
+    assert torch.is_tensor(Reader(corpus).read(plan.step(0, 1).ranks[0][0]).labels)
