@@ -45,6 +45,7 @@ class PackedLayout:
         modalities: Sequence[Sequence[str]],
         known: Sequence[str],
         places: Sequence[Sequence[int]] = (),
+        again: Sequence[bool] = (),
     ) -> PackedLayout:
         """Lay out a pack.
 
@@ -53,6 +54,8 @@ class PackedLayout:
             modalities: modality of each span of each sample, in order.
             known: every modality of the model, in its order.
             places: text tokens before each span of each sample; () if all stand behind BOS.
+            again: whether a sample is read with the media of the one before it, and has no rows of
+                its own; () if none is.
 
         Raises:
             OneLLMError: an empty text, an unknown modality, a place outside the text, or lists of
@@ -61,7 +64,7 @@ class PackedLayout:
         _check_arguments(text_token_counts, modalities, known)
         if places:
             _check_places(text_token_counts, modalities, places)
-        counts = {name: sum(list(spans).count(name) for spans in modalities) for name in known}
+        counts = _count_spans(modalities, known, again)
         # The first token row of each modality, and behind the last one the first tag row.
         starts = sum(text_token_counts) + QUERY_TOKENS * np.cumsum([0, *counts.values()])
         next_row = dict(zip(known, starts[:-1].tolist(), strict=True))
@@ -71,6 +74,9 @@ class PackedLayout:
         text_start = llm_start = 0
         for i, (length, spans) in enumerate(zip(text_token_counts, modalities, strict=True)):
             own_places = places[i] if places else (1,) * len(spans)
+            if not (again and again[i]):
+                before = dict(next_row)
+            next_row = dict(before)
             done = 0
             for name, place in zip(spans, own_places, strict=True):
                 if place > done:
@@ -92,6 +98,32 @@ class PackedLayout:
             llm_start += total
         rows, positions, predictors = map(np.concatenate, (gather, position_ids, predictor))
         return cls(tuple(lengths), counts, rows, positions, predictors)
+
+    @classmethod
+    def of(cls, batch: PackedBatch, known: Sequence[str]) -> PackedLayout:
+        """Lay out a micro-batch, of pairs as two sequences a sample; see `build`.
+
+        Args:
+            batch: the micro-batch.
+            known: every modality of the model, in its order.
+        """
+        if not batch.chosen_tokens:
+            return cls.build(batch.text_token_counts, batch.modalities, known, batch.places)
+        counts: list[int] = []
+        owner: list[int] = []
+        for i, (tokens, chosen) in enumerate(
+            zip(batch.text_token_counts, batch.chosen_tokens, strict=True)
+        ):
+            own = [chosen, tokens - chosen] if chosen else [tokens]
+            counts += own
+            owner += [i] * len(own)
+        return cls.build(
+            counts,
+            [batch.modalities[i] for i in owner],
+            known,
+            [batch.places[i] for i in owner] if batch.places else (),
+            [i > 0 and owner[i] == owner[i - 1] for i in range(len(owner))],
+        )
 
     def check(self, batch: PackedBatch) -> None:
         """Check that a pack's values and tokens are as many as this layout has places for.
@@ -120,6 +152,14 @@ class PackedLayout:
                 "samples would be mixed up.",
                 _DO,
             )
+
+
+def _count_spans(
+    modalities: Sequence[Sequence[str]], known: Sequence[str], again: Sequence[bool]
+) -> dict[str, int]:
+    """Spans of each modality that have rows of their own."""
+    own = [spans for i, spans in enumerate(modalities) if not (again and again[i])]
+    return {name: sum(list(spans).count(name) for spans in own) for name in known}
 
 
 def _find_predictors(length: int, places: Sequence[int], start: int) -> np.ndarray:

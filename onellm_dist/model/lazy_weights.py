@@ -62,7 +62,7 @@ class InitialWeights:
 
     def copy(self, copies: Mapping[str, str]) -> None:
         """Let parameters start with the values of others: name -> name of the other."""
-        self._copies |= copies
+        self._copies |= {name: self._copies.get(of, of) for name, of in copies.items()}
 
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
         """Rows [first, end) of a parameter along its first dimension, in the source's dtype."""

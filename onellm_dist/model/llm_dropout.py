@@ -16,12 +16,17 @@ _KEPT = "_onellm_dropout"
 """Attribute of a silenced module that keeps its rates."""
 
 
-def update_dropout(llm: Any) -> None:
+def update_dropout(llm: Any, *, silent: bool = False) -> None:
     """Silence the dropout of an LLM that is completely frozen; restore it if parts train.
 
     It is cheap where nothing has changed since the last call.
+
+    Args:
+        llm: the LLM.
+        silent: silence it although parts train: answers are compared with those of a reference,
+            and noise in one of the two would look like a preference (TRL does so by default).
     """
-    frozen = not any(p.requires_grad for p in llm.parameters())
+    frozen = silent or not any(p.requires_grad for p in llm.parameters())
     if getattr(llm, "_onellm_frozen", False) == frozen:
         return
     llm._onellm_frozen = frozen

@@ -1,4 +1,4 @@
-"""Losses over supervised tokens, found by name: `train.loss` in a recipe picks one."""
+"""Losses of supervised tokens and of pairs of answers, found by name: `train.loss` picks one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from onellm_dist.common.plugins import import_user_module
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits [N, V], targets [N] int64) -> [N] fp32 loss of each supervised token."""
+PairLoss = Callable[[torch.Tensor, float], torch.Tensor]
+"""(rewards of the chosen answers less those of the rejected ones [n], label smoothing) -> [n] fp32
+loss of each pair."""
 DEFAULT_LOSS = "cross_entropy"
 _LOSSES: dict[str, TokenLoss] = {}
+_PAIR_LOSSES: dict[str, PairLoss] = {}
 
 
 def register_loss(name: str) -> Callable[[TokenLoss], TokenLoss]:
@@ -24,12 +28,37 @@ def register_loss(name: str) -> Callable[[TokenLoss], TokenLoss]:
     """
 
     def register(function: TokenLoss) -> TokenLoss:
-        if name in _LOSSES:
+        if name in list_losses():
             raise ValueError(f"loss {name!r} is registered already")
         _LOSSES[name] = function
         return function
 
     return register
+
+
+def register_pair_loss(name: str) -> Callable[[PairLoss], PairLoss]:
+    """Decorator: make a loss of pairs of answers available under `name`.
+
+    Raises:
+        ValueError: another loss has this name.
+    """
+
+    def register(function: PairLoss) -> PairLoss:
+        if name in list_losses():
+            raise ValueError(f"loss {name!r} is registered already")
+        _PAIR_LOSSES[name] = function
+        return function
+
+    return register
+
+
+def get_pair_loss(name: str) -> PairLoss:
+    """The loss of pairs of answers of a registered name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _PAIR_LOSSES[name]
 
 
 def get_loss(name: str) -> TokenLoss:
@@ -60,10 +89,21 @@ def get_loss(name: str) -> TokenLoss:
 
 def list_losses() -> list[str]:
     """Names of all registered losses, sorted."""
-    return sorted(_LOSSES)
+    return sorted([*_LOSSES, *_PAIR_LOSSES])
 
 
 @register_loss(DEFAULT_LOSS)
 def compute_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in fp32: logits [N, V], targets [N] -> [N]."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+@register_pair_loss("dpo")
+def compute_dpo(margins: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """Direct preference optimization (arXiv 2305.18290, equation 7): margins [n] -> [n].
+
+    With label smoothing: the mean over answers that are swapped with that probability (conservative
+    DPO, as in TRL).
+    """
+    right = F.logsigmoid(margins) * (1 - label_smoothing)
+    return -right - F.logsigmoid(-margins) * label_smoothing

@@ -16,6 +16,7 @@ from onellm_dist.model.kernels.rms_norm import compute_rms_norm
 from onellm_dist.model.kernels.rotary import rotate
 from onellm_dist.model.llm_kernels import fuse_llm
 from onellm_dist.model.losses import DEFAULT_LOSS
+from onellm_dist.model.preference import list_llms
 from onellm_dist.model.upm import UPMFeedForward, UPMNorm
 
 Kernels = Literal["auto", "plain", "fused"]
@@ -79,8 +80,9 @@ def set_kernels(model: Any, wanted: str, device_type: str) -> KernelChoice:
         if form is not None:
             module.fused = True
             found[form] += 1
-    for name, count in fuse_llm(model.llm).items():
-        found[name] += count
+    for llm in list_llms(model):
+        for name, count in fuse_llm(llm).items():
+            found[name] += count
     found["cross_entropy"] = int(model.loss_name == DEFAULT_LOSS)
     if found["cross_entropy"]:
         model.set_token_loss(compute_chunked_cross_entropy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -26,6 +25,7 @@ from onellm_dist.model.llm_rope import split_rope
 from onellm_dist.model.losses import DEFAULT_LOSS, TokenLoss, get_loss
 from onellm_dist.model.modality_tokens import compute_modality_tokens
 from onellm_dist.model.other_trainers import WorksInTrainers, name_values, take_options
+from onellm_dist.model.packed_loss import compute_packed_loss
 from onellm_dist.model.padded import (
     VALUES_SUFFIX,
     PaddedInputs,
@@ -33,6 +33,7 @@ from onellm_dist.model.padded import (
 )
 from onellm_dist.model.padded_inputs import build_padded_inputs
 from onellm_dist.model.placement import get_device, list_layer_classes
+from onellm_dist.model.preference import PreferenceLoss
 from onellm_dist.model.projector import ModalityTokenizer, Projector
 from onellm_dist.model.refused_changes import refuse_attention, refuse_overlap, refuse_resize
 from onellm_dist.model.saving import KeepsSums, check_source
@@ -41,6 +42,9 @@ from onellm_dist.model.span_positions import SpanNumbers, list_span_numbers
 from onellm_dist.model.token_ids import check_tokens, count_embeddings
 from onellm_dist.model.upm import UPM
 from onellm_dist.packed import IGNORE, PackedBatch, PackedOutput
+
+Encoded = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+"""What `encode` returns."""
 
 
 class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel, GenerationMixin):
@@ -87,7 +91,10 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         split_rope(self.llm)
         self.encoder.requires_grad_(False)
         self.loss_name = DEFAULT_LOSS
-        self._token_loss = get_loss(DEFAULT_LOSS)
+        self.token_loss = get_loss(DEFAULT_LOSS)
+        """The loss of a supervised token."""
+        self.preference: PreferenceLoss | None = None
+        """What compares the two answers of pairs; None: packs have no pairs."""
         self.idle_passes: frozenset[str] = frozenset()
         """Passes through the encoder that are left out where they are empty
         (`modality_tokens.find_idle_passes`)."""
@@ -180,12 +187,12 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         Raises:
             UsageError: there is no such loss.
         """
-        self._token_loss = get_loss(name)
+        self.token_loss = get_loss(name)
         self.loss_name = name
 
     def set_token_loss(self, loss: TokenLoss) -> None:
         """Compute the loss that `set_loss` chose by another function."""
-        self._token_loss = loss
+        self.token_loss = loss
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[Any, Any], allow_all_kernels: bool = False
@@ -199,7 +206,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
 
     def encode(
         self, values: Mapping[str, torch.Tensor], numbers: SpanNumbers | None = None
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    ) -> Encoded:
         """Turn the values of any modalities into the tokens that the LLM reads.
 
         Args:
@@ -256,7 +263,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             OneLLMError: a pack that contradicts itself, or values of a wrong shape.
         """
         if packed is not None:
-            return self._forward_packed(packed)
+            return compute_packed_loss(self, packed)
         if input_ids is None:
             raise UsageError(
                 "forward got neither input_ids nor packed",
@@ -302,10 +309,18 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             self, input_ids, attention_mask, values, modality_order, media_spans
         )
 
+    def encode_packed(self, batch: PackedBatch) -> Encoded:
+        """As `encode`, of the values of a pack."""
+        return self.encode(batch.values, list_span_numbers(batch.modalities, batch.span_numbers))
+
     def compute_packed_logits(
-        self, batch: PackedBatch
+        self, batch: PackedBatch, encoded: Encoded | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Logits of a pack's supervised tokens alone.
+
+        Args:
+            batch: the pack.
+            encoded: what `encode_packed` gives for it, where that is known.
 
         Returns:
             ([N, V] logits, [N] their places in `batch.labels`, modality -> [Q, E] router weights).
@@ -314,12 +329,9 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             OneLLMError: the pack contradicts itself.
         """
         device = batch.input_ids.device
-        layout = PackedLayout.build(
-            batch.text_token_counts, batch.modalities, self.config.modalities, batch.places
-        )
+        layout = PackedLayout.of(batch, self.config.modalities)
         layout.check(batch)
-        numbers = list_span_numbers(batch.modalities, batch.span_numbers)
-        tokens, router_weights = self.encode(batch.values, numbers)
+        tokens, router_weights = self.encode_packed(batch) if encoded is None else encoded
         embedding = self.llm.get_input_embeddings()
         if device.type == "cpu":  # elsewhere, looking at the ids would wait for the device
             check_tokens(batch.input_ids, count_embeddings(embedding))
@@ -333,7 +345,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             if batch.supervised is not None
             else (batch.labels != IGNORE).nonzero().squeeze(1)
         )
-        update_dropout(self.llm)
+        update_dropout(self.llm, silent=self.preference is not None)
         logits = run_packed(
             self.llm,
             self.llm_support,
@@ -344,20 +356,6 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
             places=to_device_tensor(layout.predictor, device).index_select(0, supervised),
         )
         return logits, supervised, router_weights
-
-    def _forward_packed(self, batch: PackedBatch) -> PackedOutput:
-        logits, supervised, router_weights = self.compute_packed_logits(batch)
-        nll = self._token_loss(logits, batch.labels.index_select(0, supervised))
-        counts = batch.text_token_counts
-        sample_of_token = to_device_tensor(np.repeat(np.arange(len(counts)), counts), logits.device)
-        sample = sample_of_token.index_select(0, supervised)
-        loss = (nll * batch.weights.to(nll.dtype).index_select(0, sample)).sum()
-        return PackedOutput(
-            loss=loss,
-            nll=nll.detach(),
-            sample_index=sample,
-            router_weights={name: w.detach().float() for name, w in router_weights.items()},
-        )
 
     @torch.no_grad()
     # transformers' signature takes `inputs` first and knows no modalities.

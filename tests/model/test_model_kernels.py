@@ -76,16 +76,16 @@ def test_auto_is_plain_on_a_cpu_and_changes_nothing() -> None:
     choice = set_kernels(model, "auto", "cpu")
     assert not choice.fused and not choice.modules and "no CUDA device" in str(choice)
     assert [module.__dict__.get("forward") for module in model.modules()] == before
-    assert model._token_loss is compute_cross_entropy
+    assert model.token_loss is compute_cross_entropy
     assert choose_kernels("auto", "cuda")[0] and not choose_kernels("plain", "cuda")[0]
 
 
 def test_a_loss_of_one_s_own_is_left_alone() -> None:
     model = small_model(modalities=MODALITIES)
     model.set_loss("json:dumps")
-    before = model._token_loss
+    before = model.token_loss
     assert "cross_entropy" not in set_kernels(model, "fused", "cpu").modules
-    assert model._token_loss is before
+    assert model.token_loss is before
 
 
 def make_llm(name: str, **more: Any) -> nn.Module:
