@@ -130,11 +130,12 @@ class PackCostModel:
         )
 
 
-def make_trial_packs(kinds: Sequence[tuple[str, ...]]) -> list[PackShape]:
+def make_trial_packs(kinds: Sequence[tuple[str, ...]], *, answers: int = 1) -> list[PackShape]:
     """Micro-batches whose sums are independent, with every kind of sample in each.
 
     Args:
         kinds: modality combinations of the mixture.
+        answers: texts of a sample (`SampleShape`).
     """
     packs = []
     for run in range(RUNS):
@@ -143,7 +144,8 @@ def make_trial_packs(kinds: Sequence[tuple[str, ...]]) -> list[PackShape]:
             count = (2, 5, 3, 7)[(run + number * number) % RUNS] + (run * number) % 3
             text = (24, 24, 40, 33)[run] + 2 * number
             targets = text - (1, 9, 5, 17)[run]
-            samples += [SampleShape(spans, text, targets)] * count
+            sizes = answers * text, answers * targets, answers
+            samples += [SampleShape(spans, *sizes)] * count
         packs.append(tuple(samples))
     return packs
 
@@ -158,7 +160,7 @@ def build_cost_model(
         kinds: modality combinations of the mixture.
         modalities: the model's, with the token counts of its encoder.
     """
-    packs = make_trial_packs(kinds)
+    packs = make_trial_packs(kinds, answers=2 if model.preference is not None else 1)
     counts = [count_pack(model, make_meta_batch(pack, list(modalities.values()))) for pack in packs]
     sizes = [measure_sizes(pack, modalities) for pack in packs]
     kept = {

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from onellm_dist.model.preference import build_reference
+
 VISUAL = "encoder.visual"
 """The encoder on pictures, its patch embedding included."""
 TOKENIZED = "encoder.tokenized"
@@ -43,6 +45,8 @@ class ModuleLabels:
         self._stack: list[str] = []
         self._after = "start"
         self._pictures = False
+        self._encoders: set[nn.Module] = set()
+        self._patches: set[nn.Module] = set()
         self._starts: list[int] = []
         self._labels: list[str] = []
 
@@ -57,30 +61,43 @@ class ModuleLabels:
 
     @contextmanager
     def follow(self) -> Iterator[None]:
-        """Follow the modules of the model while the context is open; forward runs once in it."""
-        model, children = self._model, [(UPM, self._model.upm), (LLM, self._model.llm)]
+        """Follow the modules of the model while the context is open; forward runs once in it.
+
+        A reference that is compared with has the labels of the parts that it copies.
+        """
+        own, reference = self._list_modules(self._model), build_reference(self._model)
+        hooked = {id(module) for module, _ in own}
+        own += [pair for pair in self._list_modules(reference) if id(pair[0]) not in hooked]
+        with ExitStack() as stack:
+            for module, get_label in own:
+                for handle in self._hook(module, get_label):
+                    stack.callback(handle.remove)
+            self._record()
+            yield
+
+    def _list_modules(self, model: Any) -> list[tuple[nn.Module, Any]]:
+        """Modules of a OneLLM, and what gives the label of each while it runs."""
+        children = [(UPM, model.upm), (LLM, model.llm)]
         children += [(EMBEDDING, model.get_input_embeddings())]
         children += [(HEAD, model.get_output_embeddings())]
         for container in (model.tokenizers, model.projectors):
             for name, module in container.items():
                 inner = [m for m in module.children() if container is model.projectors]
                 children += [(get_modality_label(name), m) for m in (module, *inner)]
-        with ExitStack() as stack:
-            for handle in (
-                *self._hook(model.encoder, lambda: VISUAL if self._pictures else TOKENIZED),
-                *self._hook(model.encoder.patches, lambda: VISUAL),
-                *(h for label, module in children for h in self._hook(module, lambda x=label: x)),
-            ):
-                stack.callback(handle.remove)
-            self._record()
-            yield
+        self._encoders.add(model.encoder)
+        self._patches.add(model.encoder.patches)
+        return [
+            (model.encoder, lambda: VISUAL if self._pictures else TOKENIZED),
+            (model.encoder.patches, lambda: VISUAL),
+            *((module, lambda x=label: x) for label, module in children),
+        ]
 
     def _hook(self, module: nn.Module, get_label: Any) -> tuple[Any, Any]:
         def enter(*_: Any) -> None:
             if torch._C._current_autograd_node() is not None:  # recomputation
                 return
             self._stack.append(get_label())
-            if module is self._model.encoder.patches:
+            if module in self._patches:
                 self._pictures = True
             self._record()
 
@@ -90,7 +107,7 @@ class ModuleLabels:
             label = self._stack.pop()
             if not label.startswith("modality."):
                 self._after = label
-            if module is self._model.encoder:
+            if module in self._encoders:
                 self._pictures = False
             self._record()
 

@@ -26,11 +26,13 @@ class SampleShape:
     """Tokens of its text, BOS included."""
     supervised_tokens: int
     """Those that are training targets."""
+    answers: int = 1
+    """2: a preference pair, whose counts are those of both texts."""
 
     @property
     def llm_tokens(self) -> int:
         """LLM positions: text tokens and media spans."""
-        return self.text_tokens + SPAN_TOKENS * len(self.spans)
+        return self.text_tokens + self.answers * SPAN_TOKENS * len(self.spans)
 
 
 PackShape = tuple[SampleShape, ...]
@@ -73,7 +75,7 @@ def measure_sizes(pack: PackShape, modalities: Mapping[str, Modality]) -> PackSi
         add("text", sample.text_tokens)
         add("supervised", sample.supervised_tokens)
         add("positions", sample.llm_tokens)
-        add("pairs.llm", sample.llm_tokens**2 / 2)
+        add("pairs.llm", sample.llm_tokens**2 / 2 / sample.answers)
         for name in sample.spans:
             modality = modalities[name]
             length = modality.prefix_tokens + modality.tokens
@@ -115,6 +117,9 @@ def make_meta_batch(pack: PackShape, modalities: Sequence[Modality]) -> PackedBa
         supervised=torch.empty(
             sum(sample.supervised_tokens for sample in pack), dtype=torch.int64, device=meta
         ),
+        chosen_tokens=tuple(sample.text_tokens // 2 for sample in pack)
+        if any(sample.answers == 2 for sample in pack)
+        else (),
     )
 
 

@@ -19,6 +19,7 @@ from onellm_dist.model.lora import add_adapters
 from onellm_dist.model.modality_tokens import find_idle_passes
 from onellm_dist.model.model_kernels import set_kernels
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+from onellm_dist.model.preference import prepare_preference
 from onellm_dist.model.presets import build_config
 from onellm_dist.model.quantised_linear import plan_layers
 from onellm_dist.model.recompute import enable_activation_checkpointing
@@ -160,7 +161,10 @@ class Planner:
                 model.to(dtype)
             prepare_parameters(model, train, self.config.optim, present)
             model.idle_passes = find_idle_passes(model, present)
-            model.set_loss(train.loss)
+            if train.preference is None:
+                model.set_loss(train.loss)
+            else:
+                prepare_preference(model, train.preference)
             # What has `shared` constants are processors.
             set_kernels(model, train.kernels, "cpu" if self.cluster.gpu.shared else "cuda")
             enable_activation_checkpointing(model, mode)

@@ -101,7 +101,8 @@ def describe_data(
             f"name one of {', '.join(name for name, *_ in found)}.",
         )
     assumed = load_assumptions().text[data.text_format]
-    tokens = min(text_tokens or assumed.tokens, data.max_text_tokens)
+    answers = data.answers
+    tokens = min(text_tokens or answers * assumed.tokens, answers * data.max_text_tokens)
     targets = max(1, round(tokens * assumed.supervised / assumed.tokens)) if tokens > 1 else 0
     notes = [note for *_, note in found if note]
     if text_tokens is None:
@@ -125,7 +126,9 @@ def describe_data(
     ]
     return DataShape(
         names=tuple(name for name, *_ in found),
-        samples=tuple(SampleShape(spans, tokens, min(targets, tokens - 1)) for spans in ordered),
+        samples=tuple(
+            SampleShape(spans, tokens, min(targets, tokens - answers), answers) for spans in ordered
+        ),
         weights=tuple(entry.weight for entry in data.mixture),
         sample_bytes=tuple(size for _, _, size, _ in found),
         notes=tuple(notes),
@@ -204,7 +207,8 @@ def pack_step(
     llm = np.asarray([sample.llm_tokens for sample in shape.samples], dtype=np.int64)
     encoder = np.asarray([sum(m.encoder_tokens for m in s) for s in spans], dtype=np.int64)
     media = np.asarray([costs.media(s) for s in spans])
-    sizes = ItemSizes(llm[dataset], encoder[dataset], costs.samples(media, llm)[dataset])
+    cost = costs.samples(media, llm, answers=data.answers)
+    sizes = ItemSizes(llm[dataset], encoder[dataset], cost[dataset])
     over = find_too_large(sizes, budget)
     if over is not None:
         number = int(dataset[over])

@@ -49,7 +49,9 @@ def count_recipe(
         path=section.path, preset=section.preset, span_positions=section.span_positions
     )
     data, names = config.data, list(model.config.modalities)
-    encoder = TextEncoder(processor.tokenizer, data.text_format, data.max_text_tokens)
+    encoder = TextEncoder(
+        processor.tokenizer, data.text_format, data.max_text_tokens, pairs=data.preference_pairs
+    )
     for part, split in _list_parts(data):
         datasets = open_datasets(part, names, split)
         before = sum(shard.samples for dataset in datasets for shard in dataset.shards(split))

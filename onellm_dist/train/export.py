@@ -25,6 +25,7 @@ from onellm_dist.common.files import replace_folder, sync
 from onellm_dist.model.card import CARD, build_card
 from onellm_dist.model.generation_settings import write_generation
 from onellm_dist.model.lora import Adapter, fold_adapters, list_adapters, merge_parts
+from onellm_dist.model.preference import PREFIX
 from onellm_dist.model.quantised_linear import add_base, list_quantised
 from onellm_dist.model.trained_spans import get_spans
 from onellm_dist.train.adapter_export import AdapterTarget
@@ -187,6 +188,8 @@ def gather_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The engine's full weights, with those that are quantised as they were before.
 
+    Copies of a reference (`model/preference.py`) are left out.
+
     All ranks run the iterator to its end together; see `Engine.full_weights`.
     """
     layers = list_quantised(model)
@@ -198,7 +201,8 @@ def gather_weights(
         size = layer.out_features, layer.in_features
         return torch.empty(size, dtype=engine.compute_dtype, device="meta")
 
-    return add_base(engine.full_weights(), layers, read)
+    own = (item for item in engine.full_weights() if not item[0].startswith(PREFIX))
+    return add_base(own, layers, read)
 
 
 def _get_shapes(engine: Engine, model: Any, adapters: Mapping[str, Adapter]) -> Shapes:
@@ -207,7 +211,11 @@ def _get_shapes(engine: Engine, model: Any, adapters: Mapping[str, Adapter]) -> 
     def get(name: str) -> tuple[tuple[int, ...], torch.dtype]:
         return (layers[name].out_features, layers[name].in_features), engine.compute_dtype
 
-    held = ((name, (tuple(s), dtype)) for name, s, dtype in engine.full_weight_shapes())
+    held = (
+        (name, (tuple(shape), dtype))
+        for name, shape, dtype in engine.full_weight_shapes()
+        if not name.startswith(PREFIX)
+    )
     shapes = add_base(held, layers, get)
     return {name: parts[0] for name, parts, _ in fold_adapters(shapes, adapters)}
 

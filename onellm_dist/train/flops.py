@@ -11,9 +11,10 @@ There are several conventions. This one leaves out attention scores and recomput
 
 N counts the weights of the part's linear layers, adapters included, without embedding and head. In
 `align` that is 4 N in the LLM, 6 N in the UPM, 2 N (visual) or 4 N (tokenizers, through which the
-gradient passes) in the encoder; in `tune` 6 N in the LLM and 2 N elsewhere. Projections and
-tokenizers (a few per cent) are left out. MFU = FLOPs / seconds / (ranks x peak of the device in
-bf16, dense).
+gradient passes) in the encoder; in `tune` 6 N in the LLM and 2 N elsewhere. With `train.loss: dpo`
+positions are those of both answers, and the reference adds 2 N in the LLM and its head, and in
+encoder and UPM where it encodes media otherwise than the model. Projections and tokenizers (a few
+per cent) are left out. MFU = FLOPs / seconds / (ranks x peak of the device in bf16, dense).
 """
 
 from __future__ import annotations
@@ -82,8 +83,15 @@ class FlopCounter:
         upm_factor = _count_per_weight(model.upm, has_gradient=feeds_upm)
         head = model.get_output_embeddings()
         feeds_llm = feeds_upm or _trains(model.upm)
-        self._llm_factor = _count_per_weight(model.llm, has_gradient=feeds_llm, without=head)
-        self._head_factor = _count_per_weight(head, has_gradient=feeds_llm or _trains(model.llm))
+        again = 2 * (model.preference is not None)
+        self._llm_factor = again + _count_per_weight(
+            model.llm, has_gradient=feeds_llm, without=head
+        )
+        self._head_factor = again + _count_per_weight(
+            head, has_gradient=feeds_llm or _trains(model.llm)
+        )
+        if again and not model.preference.shares_media:
+            visual, tokenized, upm_factor = visual + 2, tokenized + 2, upm_factor + 2
         self._llm = self._llm_factor * body
         upm = model.config.upm
         last_kv = upm.experts * 2 * model.config.vision.width**2

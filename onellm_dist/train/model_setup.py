@@ -14,6 +14,7 @@ from onellm_dist.model.lazy_weights import InitialWeights
 from onellm_dist.model.lora import AdapterWeights, add_adapters
 from onellm_dist.model.modality_tokens import find_idle_passes
 from onellm_dist.model.model_kernels import KernelChoice, set_kernels
+from onellm_dist.model.preference import list_copies, prepare_preference
 from onellm_dist.model.quantised_linear import quantise_layers
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.engine.base import Engine, WeightSource
@@ -69,7 +70,11 @@ def prepare_model(
     parameters = prepare_parameters(model, train, config.optim, inputs.modalities)
     _check_new_rows(weights.zeros, parameters)
     model.idle_passes = find_idle_passes(model, inputs.all_modalities)
-    model.set_loss(train.loss)
+    if train.preference is None:
+        model.set_loss(train.loss)
+    else:
+        prepare_preference(model, train.preference)
+        weights.copy(list_copies(model))
     kernels = set_kernels(model, train.kernels, device_type)
     if train.compile == "blocks":
         kernels = replace(kernels, compiled=compile_blocks(model, device_type))

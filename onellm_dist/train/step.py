@@ -141,6 +141,7 @@ class StepMeter:
             "grad_norm_by_part": decision.norms.by_part,
             **self._recorded,
             **values.metrics,
+            **values.rewards,
         }
         self._recorded.clear()
         for name, value in recorded.items():

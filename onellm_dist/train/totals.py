@@ -21,15 +21,19 @@ RANK_SECONDS = ("data", "compute", "host")
 """What is shared of the time of each rank; every rank has an element of its own for each."""
 
 
+REWARDS = ("rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy")
+"""Means over the pairs of a step, by the names of their metrics."""
+
+
 @dataclass(frozen=True)
 class StepValues:
     """The reduced values of a step.
 
     Attributes:
-        loss: sum of weight x cross-entropy over all ranks; divided by the plan's
-            `global_valid_tokens` it is the loss of the step.
-        nll: mean cross-entropy by modality combination; skipped samples do not count, and
-            combinations that the step did not have are missing.
+        loss: sum of weight x loss over all ranks; divided by the plan's `loss_count` it is the
+            loss of the step.
+        nll: mean cross-entropy (of pairs: mean loss) by modality combination; skipped samples do
+            not count, and combinations that the step did not have are missing.
         not_finite: micro-batches whose loss was not finite.
         new_skipped_samples: samples that could not be read and were not known before.
         stop: whether some rank was asked to stop.
@@ -38,6 +42,7 @@ class StepValues:
         unreadable: modality to samples that could not be read and were not known before.
         metrics: metrics of callbacks, by name.
         rank_seconds: kind of time to the seconds of each rank; {} in a step that was not measured.
+        rewards: REWARDS of the pairs that count; {} if there was none.
     """
 
     loss: float
@@ -50,6 +55,7 @@ class StepValues:
     unreadable: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     rank_seconds: dict[str, list[float]] = field(default_factory=dict)
+    rewards: dict[str, float] = field(default_factory=dict)
 
 
 class StepTotals:
@@ -76,7 +82,8 @@ class StepTotals:
         self._first_unreadable = FIXED + 2 * len(combinations)
         self._first_metric = self._first_unreadable + len(self._modalities)
         self._first_rank = self._first_metric + sum(self._slots(metric) for metric in metrics)
-        size = self._first_rank + len(RANK_SECONDS) * dist.world_size
+        self._first_reward = self._first_rank + len(RANK_SECONDS) * dist.world_size
+        size = self._first_reward + len(REWARDS) + 1  # and the number of pairs
         self._sums = torch.zeros(size, dtype=torch.float64, device=dist.device)
 
     def _slots(self, metric: Metric) -> int:
@@ -84,15 +91,21 @@ class StepTotals:
         return {"sum": 1, "mean": 2, "max": 2 * self._dist.world_size}[metric.reduction]
 
     def add(
-        self, batch: PackedBatch, loss: torch.Tensor, nll: torch.Tensor, sample_index: torch.Tensor
+        self,
+        batch: PackedBatch,
+        loss: torch.Tensor,
+        nll: torch.Tensor,
+        sample_index: torch.Tensor,
+        rewards: torch.Tensor | None = None,
     ) -> None:
         """Add one micro-batch.
 
         Args:
             batch: the micro-batch, on the device.
             loss: [] its summed loss.
-            nll: [N] cross-entropy of its supervised tokens.
+            nll: [N] cross-entropy of its supervised tokens; of pairs, the loss of each.
             sample_index: [N] the sample of each.
+            rewards: of pairs, [N, 2] the rewards of the chosen and the rejected answer.
         """
         loss = loss.detach().double()
         self._sums[LOSS] += loss
@@ -106,6 +119,15 @@ class StepTotals:
         place = FIXED + combination[sample_index]
         self._sums.index_add_(0, place, nll.double() * weight)
         self._sums.index_add_(0, place + len(self._combinations), weight)
+        if rewards is not None:
+            margin = (rewards[:, 0] - rewards[:, 1]).double()
+            columns = [
+                *rewards.double().unbind(1),
+                margin,
+                (margin > 0).double(),
+                torch.ones_like(margin),
+            ]
+            self._sums[self._first_reward :] += torch.stack(columns) @ weight
 
     def reduce(
         self,
@@ -175,7 +197,12 @@ class StepTotals:
             },
             metrics=self._read_metrics(values),
             rank_seconds=self._read_ranks(values),
+            rewards=self._read_rewards(values),
         )
+
+    def _read_rewards(self, values: Sequence[float]) -> dict[str, float]:
+        *sums, pairs = values[self._first_reward :]
+        return {n: x / pairs for n, x in zip(REWARDS, sums, strict=True)} if pairs else {}
 
     def _read_ranks(self, values: Sequence[float]) -> dict[str, list[float]]:
         count = self._dist.world_size

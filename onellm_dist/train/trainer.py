@@ -282,13 +282,13 @@ class Trainer:
             self.heartbeat.enter("forward")
             batch = batch.to(self.dist.device)
             with self._time.run_forward():
-                loss, nll, sample_index = self.engine.forward(batch, last=planned.last)
-            local.totals.add(batch, loss, nll, sample_index)
-            without_media = replace(batch, values={})
-            local.losses.append(MicroBatchLosses(without_media, loss.detach(), nll, sample_index))
+                found = self.engine.forward(batch, last=planned.last)
+            local.totals.add(batch, *found)
+            without_media, loss = replace(batch, values={}), found[0]
+            local.losses.append(MicroBatchLosses(without_media, loss.detach(), *found[1:3]))
             self.heartbeat.enter("backward")
             with self._time.run_pass():
-                self.engine.backward(loss, plan.global_valid_tokens)
+                self.engine.backward(loss, plan.loss_count)
         if not local.losses:
             raise RuntimeError(f"the plan has no micro-batch in step {plan.step}")
         self.callbacks.after_forward_backward(plan.step)
@@ -321,7 +321,7 @@ class Trainer:
     def _decide(self, plan: StepPlan, values: StepValues) -> Decision:
         """Decide about the step, from values that are equal on every rank."""
         norms = self.engine.grad_norms()
-        loss = values.loss / plan.global_valid_tokens
+        loss = values.loss / plan.loss_count
         self._unreadable.check(plan, values, self.sample_log.new_unreadable, self.dist)
         anomaly = self.monitor.check(math.nan if values.not_finite else loss, norms.total)
         schedule = plan.step, self.config.optim, self.config.train.steps

@@ -78,6 +78,7 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
     from onellm_dist.model.configuration import OneLLMConfig
     from onellm_dist.model.lazy_weights import build_empty_model
     from onellm_dist.model.lora import add_adapters
+    from onellm_dist.model.preference import prepare_preference
     from onellm_dist.model.presets import build_config, check_directory
     from onellm_dist.model.span_positions import set_span_positions
     from onellm_dist.train.optim.rules import prepare_parameters
@@ -95,6 +96,8 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
     if config.train.lora is not None:
         add_adapters(model, config.train.lora)
     prepare_parameters(model, config.train, config.optim, found.modalities)
+    if config.train.preference is not None:
+        prepare_preference(model, config.train.preference)
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return sum(p.numel() for p in parameters), trainable

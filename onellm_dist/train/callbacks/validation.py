@@ -99,7 +99,7 @@ class Validation(Callback):
             steps_done: steps done so far.
 
         Returns:
-            Mean cross-entropy of a supervised token.
+            Mean cross-entropy of a supervised token; of pairs, their mean loss.
         """
         started = time.perf_counter()
         training = self._model.training
@@ -107,12 +107,13 @@ class Validation(Callback):
         values = self._run_forward(steps_done)
         self._model.train(training)
         step_plan = self._plan.step(0, self._dist.world_size)
-        loss = values.loss / step_plan.global_valid_tokens
+        loss = values.loss / step_plan.loss_count
         if self._dist.is_rank_zero:
             line = {
                 "steps_done": steps_done,
                 "loss": loss,
                 "loss_by_modality": values.nll,
+                **values.rewards,
                 "samples": self._config.samples,
                 "global_valid_tokens": step_plan.global_valid_tokens,
                 "skipped_samples": values.new_skipped_samples,
@@ -120,7 +121,8 @@ class Validation(Callback):
                 "seconds": time.perf_counter() - started,
             }
             self._file.append(json.dumps(to_json(line)) + "\n")
-        losses = " ".join(f"{name} {value:.3f}" for name, value in values.nll.items())
+        shown = {**values.nll, **values.rewards}
+        losses = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
         self.trainer.events.write(
             "validation",
             steps_done=steps_done,

@@ -129,12 +129,14 @@ class PackedLoss(nn.Module):
             logits: return the logits of the supervised tokens, [N, V], instead.
 
         Returns:
-            (loss [] fp32, summed over tokens; nll [N]; sample_index [N]).
+            (loss [] fp32, summed over tokens; nll [N]; sample_index [N]); of pairs of answers the
+            loss and nll of pairs, and fourth their rewards [N, 2].
         """
         if logits:
             return self.model.compute_packed_logits(batch)[0]
         out = self.model(packed=batch)
-        return out.loss, out.nll, out.sample_index
+        found = out.loss, out.nll, out.sample_index
+        return found if getattr(out, "rewards", None) is None else (*found, out.rewards)
 
 
 class Engine(ABC):
@@ -179,9 +181,7 @@ class Engine(ABC):
         return parameter.numel()
 
     @abstractmethod
-    def forward(
-        self, batch: PackedBatch, *, last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, ...]:
         """Run one micro-batch; returns what `PackedLoss` returns.
 
         Args:
@@ -197,8 +197,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
-        """Add the gradient of `loss / global_valid_tokens`.
+    def backward(self, loss: torch.Tensor, loss_count: int) -> None:
+        """Add the gradient of `loss / loss_count`.
 
         Over ranks and micro-batches gradients are summed, not averaged.
         """

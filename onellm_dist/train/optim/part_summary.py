@@ -21,7 +21,8 @@ class PartSummary(NamedTuple):
     """One part of a model in a run."""
 
     part: str
-    """A modality (its tokenizer and projector), `upm`, `llm` or `encoder`."""
+    """A modality (its tokenizer and projector), `upm`, `llm`, `encoder`, or `reference`: the frozen
+    copies of `train.dpo.reference: copy`."""
     parameters: int
     trained: int
     """Parameters that train."""

@@ -17,6 +17,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.common.near_names import find_near_names
 from onellm_dist.config.train_sections import OptimSection, ParameterRule, TrainSection
 from onellm_dist.model.lora import PATTERN as ADAPTER_PATTERN
+from onellm_dist.model.preference import PREFIX as COPIES
 from onellm_dist.train.optim.layers import LayerPosition, map_layers
 
 ALIGN_ROOTS = ("tokenizers", "projectors", "upm")
@@ -102,7 +103,7 @@ def plan_parameters(
     cannot learn, would only decay, and their optimizer state is large (fMRI's tokenizer alone has
     129 M weights). The same holds for CLIP's final projection, which nothing computes with.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters() if not name.startswith(COPIES)]
     layers = map_layers(model)
     unused = find_unused(model, modalities)
     merged: dict[str, dict[str, Any]] = {}

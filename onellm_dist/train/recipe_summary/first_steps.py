@@ -88,7 +88,7 @@ def _open_plan(config: RunConfig, model: Any, tokenizer: Any) -> Plan:
     corpus = Corpus(
         open_datasets(data, modalities),
         data,
-        TextEncoder(tokenizer, data.text_format, data.max_text_tokens),
+        TextEncoder(tokenizer, data.text_format, data.max_text_tokens, pairs=data.preference_pairs),
         config.run.seed,
         modalities,
         sizes=(model.config.vision.patches, model.config.vision.prefix),

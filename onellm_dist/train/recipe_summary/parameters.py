@@ -11,6 +11,7 @@ from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.corpus import open_datasets
 from onellm_dist.model.float8_linear import describe_products
 from onellm_dist.model.lora import add_adapters
+from onellm_dist.model.preference import prepare_preference
 from onellm_dist.model.quantised_linear import FLOAT8_FORMAT, choose_layers
 from onellm_dist.train.optim.part_summary import format_parts, summarize_parts
 from onellm_dist.train.optim.rules import prepare_parameters
@@ -37,6 +38,8 @@ def format_parameters(config: RunConfig, model: Any) -> list[str]:
     if config.train.lora is not None:
         add_adapters(model, config.train.lora)
     plan = prepare_parameters(model, config.train, config.optim, modalities)
+    if config.train.preference is not None:
+        prepare_preference(model, config.train.preference)
     parts = summarize_parts(model, config.optim, plan)
     notes += describe_frozen_weights(config, model)
     return [f"  {line}" for line in (*format_parts(parts), *notes)]

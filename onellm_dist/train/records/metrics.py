@@ -58,14 +58,14 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "loss",
         "Cross-entropy of the step: the weighted sum over supervised tokens divided by "
-        "`global_valid_tokens`.",
+        "`global_valid_tokens`. With `train.loss: dpo`, the mean loss of a pair.",
         unit="nats per token",
         charted=True,
     ),
     Metric(
         "loss_by_modality",
-        "Mean cross-entropy by modality combination (`image`, `video+audio`, `text`); skipped "
-        "samples do not count.",
+        "Mean cross-entropy (of pairs, mean loss) by modality combination (`image`, "
+        "`video+audio`, `text`); skipped samples do not count.",
         "map",
         "nats per token",
         charted=True,
@@ -84,7 +84,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("samples", "Samples of the global batch.", "integer", "samples"),
     Metric(
         "global_valid_tokens",
-        "Supervised tokens of the global batch by the plan, at least 1; the loss is divided by it.",
+        "Supervised tokens of the global batch by the plan, at least 1; the loss of tokens is "
+        "divided by it.",
         "integer",
         "tokens",
     ),
@@ -132,6 +133,25 @@ METRICS: tuple[Metric, ...] = (
         "router_load",
         "Mean router weight of each expert, by modality; at the log interval, else null.",
         "map of lists",
+        charted=True,
+    ),
+    Metric(
+        "rewards_chosen",
+        "Mean reward of the chosen answers: beta times the log-probability less the reference's; "
+        "null without preference pairs, as the other rewards.",
+        unit="nats",
+        charted=True,
+    ),
+    Metric("rewards_rejected", "Mean reward of the rejected answers.", unit="nats", charted=True),
+    Metric(
+        "rewards_margin",
+        "Mean reward of the chosen answer less that of the rejected one.",
+        unit="nats",
+        charted=True,
+    ),
+    Metric(
+        "rewards_accuracy",
+        "Share of pairs whose chosen answer has the higher reward.",
         charted=True,
     ),
     Metric(

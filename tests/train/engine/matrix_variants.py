@@ -27,6 +27,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "both": {"stage": "joint"},
     "joint": {"stage": "joint", "parameters": RULES},
     "lora": {"stage": "joint", "lora": LoraSection(rank=4, alpha=8.0, targets=EVERYWHERE)},
+    "adapters": {"stage": "tune", "lora": LoraSection(rank=4, alpha=8.0, targets=EVERYWHERE)},
     "lora_llm": {
         "stage": "tune",
         "lora": LoraSection(rank=4, alpha=8.0, targets=("llm.*",)),

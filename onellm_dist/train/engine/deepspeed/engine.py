@@ -114,19 +114,17 @@ class DeepSpeedEngine(Engine):
         found: int = getattr(parameter, "ds_numel", parameter.numel())
         return found
 
-    def forward(
-        self, batch: PackedBatch, *, last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, ...]:
         self._engine.set_gradient_accumulation_boundary(last)
-        loss, nll, sample_index = self._engine(batch)
-        return loss, nll, sample_index
+        found: tuple[torch.Tensor, ...] = self._engine(batch)
+        return found
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> torch.Tensor:
         values: torch.Tensor = self._engine(batch, logits=True)
         return values
 
-    def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
+    def backward(self, loss: torch.Tensor, loss_count: int) -> None:
         # A loss that is not finite may still have finite gradients (an infinite cross-entropy, or a
         # pack of empty or skipped samples that reaches nothing that trains). Poison the probe's
         # gradient with NaN, so that every rank sees a norm that is not finite and skips the step,
@@ -136,7 +134,7 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed averages over ranks; the factor turns that into the sum. scale_wrt_gas would
         # divide once more.
         self._engine.backward(
-            loss * poison * (self._settings.world_size / global_valid_tokens), scale_wrt_gas=False
+            loss * poison * (self._settings.world_size / loss_count), scale_wrt_gas=False
         )
         handle.remove()
 

@@ -118,28 +118,26 @@ class FsdpEngine(Engine):
             fill_shards(model, weights, mesh, dtype, settings.device)
         return cls(module, names, settings, mesh)
 
-    def forward(
-        self, batch: PackedBatch, *, last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, ...]:
         if not self._settings.options.reduce_every_micro_batch:
             self._module.set_requires_gradient_sync(last)
             self._module.set_is_last_backward(last)
         elif self._replica.count > 1:  # with hybrid sharding the groups meet once a step
             self._module.set_requires_all_reduce(last)
-        loss, nll, sample_index = self._module(batch)
-        return loss, nll, sample_index
+        found: tuple[torch.Tensor, ...] = self._module(batch)
+        return found
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> torch.Tensor:
         values: torch.Tensor = self._module(batch, logits=True)
         return values
 
-    def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
+    def backward(self, loss: torch.Tensor, loss_count: int) -> None:
         # A loss that is not finite may have finite gradients: poison them with NaN, so that the
         # norm shows it everywhere.
         poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         self._poison = self._poison * poison
-        (loss * poison / global_valid_tokens).backward()
+        (loss * poison / loss_count).backward()
 
     @torch.no_grad()
     def grad_norms(self) -> GradNorms:

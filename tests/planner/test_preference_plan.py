@@ -1,0 +1,66 @@
+"""Plans of DPO: the copy is memory, and the reference is work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from plain_counts import write_recipe
+
+from onellm_dist.planner.command import PlanOptions, make_planner
+from onellm_dist.planner.module_labels import HEAD, LLM
+from onellm_dist.planner.pack_shapes import measure_sizes
+from onellm_dist.planner.run_plan import Planner, build_model, load_model_config
+from onellm_dist.train.recipe_summary.parameters import format_parameters
+
+H100 = PlanOptions(gpu="h100", gpus_per_node=2)
+PAIRS = ["data.text_format=conversation", "train.loss=dpo", "data.preference_pairs=true"]
+COPY = ["train.stage=tune", "train.dpo={reference: copy}"]
+ADAPTER = ["train.stage=tune", "train.lora={rank: 2}"]
+
+
+def plan(folder: Path, *keys: str) -> Planner:
+    return make_planner(write_recipe(folder), ["data.text_format=conversation", *keys], H100)
+
+
+def test_a_copy_is_counted_as_frozen_weights(tmp_path: Path) -> None:
+    alone, copied = plan(tmp_path, "train.stage=tune"), plan(tmp_path, *PAIRS, *COPY)
+    llm = sum(p.numel() for p in alone.get_model("none").llm.parameters())
+    assert copied.parameters.trainable == alone.parameters.trainable == llm
+    assert copied.parameters.frozen == alone.parameters.frozen + llm
+    adapted = plan(tmp_path, *PAIRS, *ADAPTER)
+    assert adapted.parameters.frozen == alone.parameters.frozen + llm
+
+
+def test_the_copy_stands_in_the_table_of_a_start(tmp_path: Path) -> None:
+    config = plan(tmp_path, *PAIRS, *COPY).config
+    lines = format_parameters(config, build_model(load_model_config(config)))
+    row = next(line for line in lines if line.split()[0] == "reference")
+    llm = next(line for line in lines if line.split()[0] == "llm")
+    assert row.split()[1:3] == [llm.split()[1], "frozen"]
+
+
+def count_llm(planner: Planner) -> float:
+    """FLOPs of LLM and head in a step."""
+    return sum(
+        float((group.evaluate(measure_sizes(pack, planner.modalities))[0] * group.repeats).sum())
+        for group in planner.get_costs("none").groups
+        for pack in planner.get_step(planner.config).packs
+        if group.part in (LLM, HEAD)
+    )
+
+
+@pytest.mark.parametrize("keys", [COPY, ADAPTER], ids=["copy", "adapter"])
+def test_both_texts_and_the_reference_are_work(tmp_path: Path, keys: list[str]) -> None:
+    planner = plan(tmp_path, *PAIRS, *keys)
+    single = plan(tmp_path, *(key for key in keys if "dpo" not in key))
+    found, one = planner.plan(), single.plan()
+    (sample, *_), (other, *_) = planner.data.samples, single.data.samples
+    assert (sample.answers, other.answers) == (2, 1)
+    assert sample.text_tokens == 2 * other.text_tokens
+    assert sample.llm_tokens == 2 * other.llm_tokens
+    # A forward pass of the reference on top of each text: 8 for 6 N, and 6 for 4 N with adapters.
+    expected = 2 * 6 / 4 if keys is ADAPTER else 2 * 8 / 6
+    assert count_llm(planner) / count_llm(single) == pytest.approx(expected, rel=0.08)
+    assert found.time.total > one.time.total
+    assert found.memory.fits
