@@ -17,7 +17,7 @@ from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.common.media_size import SampleMedium
 from onellm_dist.common.placeholders import check_placeholders
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
-from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
+from onellm_dist.common.turns import TurnsError, find_conversation, parse_conversations
 from onellm_dist.common.workers.sandbox import decoding, is_out_of_memory
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.modalities.io.damage import collect_damage
@@ -178,11 +178,8 @@ def _list_texts(parts: Mapping[str, bytes], meta: Mapping[str, Any]) -> list[str
     texts = [text for text in captions if isinstance(text, str)]  # others are no caption anywhere
     if "txt" in parts:
         texts = [parts["txt"].decode()]
-    conversation = find_conversation(meta)
-    if conversation is not None:
-        turns = parse_turns(conversation, all_modalities(), placeholders=True)
-        texts.append("\n".join(turn.text for turn in turns))
-    return texts
+    conversations = parse_conversations(meta, all_modalities(), placeholders=True)
+    return [*texts, *("\n".join(turn.text for turn in turns) for turns in conversations)]
 
 
 def _hash_sample(
@@ -267,12 +264,10 @@ def parse_meta(data: bytes) -> dict[str, Any]:
         raise BadSampleError(f"unreadable .json: {error}") from error
     if not isinstance(meta, dict):
         raise BadSampleError(f"unreadable .json: a {type(meta).__name__}, not an object")
-    conversations = find_conversation(meta)
-    if conversations is not None:
-        try:
-            parse_turns(conversations, all_modalities())
-        except TurnsError as error:
-            raise BadSampleError(f"malformed conversations: {error}") from error
+    try:
+        parse_conversations(meta, all_modalities())
+    except TurnsError as error:
+        raise BadSampleError(f"malformed conversations: {error}") from error
     return meta
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.media_size import SampleMedium
-from onellm_dist.common.turns import find_conversation, parse_turns
+from onellm_dist.common.turns import parse_conversations
 from onellm_dist.shards.format.index_checks import IndexFaultError, check_columns, parse_header
 from onellm_dist.shards.format.media_columns import (
     MediaFaultError,
@@ -103,8 +103,8 @@ def _count_json_text_bytes(value: Any) -> int:
     # Here, for it imports torch, which readers of an index do not need.
     from onellm_dist.modalities import all_modalities
 
-    turns = parse_turns(find_conversation(value), all_modalities())
-    return sum(len(turn.text.encode()) for turn in turns)
+    texts = parse_conversations(value, all_modalities())
+    return sum(len(turn.text.encode()) for turns in texts for turn in turns)
 
 
 @overload

@@ -41,7 +41,7 @@ from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
 _ROWS = 1000
-_KEPT = ("id", "source", "data_source", "sample_id", "dataset", "metadata")
+KEPT = ("id", "source", "data_source", "sample_id", "dataset", "metadata")
 """Values of a row that the `.json` keeps."""
 
 
@@ -89,23 +89,34 @@ def raw_samples(
     missing: str,
 ) -> Iterator[RawSample]:
     """Read the samples of one range of rows."""
-    root = inputs.parent if inputs.is_file() else inputs
-    folders = find_media_folders(root, media, ())
-    context = AnnotationContext(root, folders, description, {})
+    context = make_context(inputs, description, media)
     names = () if modality is None else parse_media_modalities(modality)
-    for item in read_rows(root, description):
+    for item in read_rows(context.inputs, description):
         yield from read_raw_samples(lambda i: _read_row(context, i, names), item, 1, missing)
+
+
+def make_context(
+    inputs: Path, description: SplitDescription, media: Path | None
+) -> AnnotationContext:
+    """Where the media of a range of rows lie."""
+    root = inputs.parent if inputs.is_file() else inputs
+    return AnnotationContext(root, find_media_folders(root, media, ()), description, {})
+
+
+def make_row_key(description: SplitDescription, item: JsonItem) -> str:
+    """The key of a row's sample: the name of the file, and the number of the row."""
+    name: str = description["file"]
+    stem = description.get("stem", name.rpartition(".")[0].replace(".", "_"))
+    return f"{stem}-{item.number:07d}"
 
 
 def _read_row(
     context: AnnotationContext, item: JsonItem, modalities: Sequence[str]
 ) -> Sequence[AnnotatedSample]:
-    name: str = context.description["file"]
-    stem = context.description.get("stem", name.rpartition(".")[0].replace(".", "_"))
-    row, key = item.value, f"{stem}-{item.number:07d}"
+    row, key = item.value, make_row_key(context.description, item)
     if not modalities:
         return [_read_text(row, key)]
-    meta: dict[str, Any] = {k: row[k] for k in _KEPT if isinstance(row.get(k), (str, int, dict))}
+    meta: dict[str, Any] = {k: row[k] for k in KEPT if isinstance(row.get(k), (str, int, dict))}
     return [read_media_row(context, row, key, modalities, meta)]
 
 

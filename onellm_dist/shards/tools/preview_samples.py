@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.media_size import SampleMedium
-from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
+from onellm_dist.common.turns import PAIR_KEYS, TurnsError, parse_conversations
 from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.modalities import Part, all_modalities, get_modality
 from onellm_dist.modalities.io.containers import measure_duration
@@ -91,14 +91,14 @@ def format_text(parts: dict[str, Part]) -> str:
         listed = "".join(f"<li>{escape(str(c))}</li>" for c in caption)
         head = f'<span class="dim">{len(caption)} captions, of which an epoch reads one:</span>'
         return f"{head}<ul>{listed}</ul>"
-    conversations = find_conversation(meta)
-    if conversations is None:
-        return ""
     try:
-        turns = parse_turns(conversations, all_modalities())
+        found = parse_conversations(meta, all_modalities())
     except TurnsError as error:
         return f'<span class="dim">malformed conversations: {escape(str(error))}</span>'
-    lines = [f"<b>{_SPEAKERS[turn.role]}:</b> {escape(turn.text)}" for turn in turns]
+    lines = []
+    for name, turns in zip(PAIR_KEYS if len(found) == 2 else [""], found, strict=False):
+        lines += [f'<span class="dim">{name}:</span>'] * bool(name)
+        lines += [f"<b>{_SPEAKERS[turn.role]}:</b> {escape(turn.text)}" for turn in turns]
     return "<br>".join(lines)
 
 

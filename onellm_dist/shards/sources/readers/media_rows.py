@@ -90,7 +90,7 @@ def read_media_row(
         )
     turns = clean_turns(require_conversation(row), tags=False, placeholders=True)
     media = [name for name, _ in names]
-    turns = [{**turn, "value": _unify_tags(turn["value"], media)} for turn in turns]
+    turns = [{**turn, "value": unify_tags(turn["value"], media)} for turn in turns]
     check_tags(turns, media, modalities)
     found = [(name, find_medium(context, name, path)) for name, path in names]
     parts, listed = make_numbered_parts(found)
@@ -133,7 +133,7 @@ def _get_path(item: Any, field: str) -> str:
     return path
 
 
-def _unify_tags(text: str, media: Sequence[str]) -> str:
+def unify_tags(text: str, media: Sequence[str]) -> str:
     """Write placeholders as they are stored."""
     for pattern, replacement in _ALIASES:
         text = pattern.sub(replacement, text)
