@@ -23,6 +23,10 @@ JOBS = {
             job(e, 2, stage="lora_llm", frozen_weights="nf4", recompute="full")
             for e in engines[1:2]
         ),
+        *(
+            job(e, 2, stage="lora_llm", frozen_weights=f, recompute="selective")
+            for e, f in zip(engines[:2], FORMATS, strict=True)
+        ),
         *(job(e, 2, stage="align", frozen_weights="int8") for e in engines[:2]),
         *(job(e, 2, stage="lora_llm", frozen_weights="nf4", bf16=True) for e in engines[:2]),
         job("zero3", 2, stage="lora_llm", frozen_weights="int8", bf16=True),
