@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +22,13 @@ def modules() -> dict[str, Path]:
 
 @cache
 def parse(name: str) -> ast.Module:
-    return ast.parse(modules()[name].read_text(encoding="utf-8"))
+    text = modules()[name].read_text(encoding="utf-8")
+    gc.disable()
+    try:
+        return ast.parse(text)
+    finally:
+        gc.enable()
+        gc.freeze()  # the trees stay; collections that walk them all would take most of the time
 
 
 @cache
