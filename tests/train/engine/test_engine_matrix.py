@@ -71,7 +71,6 @@ JOBS: dict[int, list[dict[str, Any]]] = {
         job("fsdp", None),
         job("fsdp_once", 4),
         job("zero3", 2, 32, "tune"),
-        job("fsdp", 2, 32),
         job("zero3", 2, recompute="selective"),
         job("fsdp", 2, stage="tune", recompute="full"),
         *(job(engine, 2, stage="encoder") for engine in ("zero3", "fsdp")),
@@ -82,8 +81,8 @@ JOBS: dict[int, list[dict[str, Any]]] = {
         job("fsdp_ahead", 2, stage="tune", recompute="full"),
         job("fsdp_joined", 2, stage="tune", recompute="full"),
     ],
-    3: [job("zero1", 4), job("fsdp", 1)],
-    4: [job("zero2", 1), *(job(engine, 2) for engine in ("zero3", "fsdp", *WIDE))],
+    3: [job("fsdp", 1)],
+    4: [*(job(engine, 2) for engine in ("zero3", "fsdp", *WIDE))],
 }
 """What `make test` runs: each engine, number of ranks, accumulation and recomputation somewhere;
 `make soak` has everything with everything."""
