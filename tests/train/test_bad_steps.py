@@ -79,7 +79,7 @@ def test_a_nan_sample_is_skipped_and_named(
 
 @pytest.mark.parametrize(
     ("world_size", "what"),
-    [(1, "nan"), pytest.param(1, "spike", marks=pytest.mark.soak), (4, "spike")],
+    [(1, "nan"), (2, "spike"), *(pytest.param(n, "spike", marks=pytest.mark.soak) for n in (1, 4))],
 )
 def test_a_bad_sample_is_excluded_by_a_rollback(
     runs: Runs, two: str, world_size: int, what: str
@@ -157,12 +157,15 @@ def test_a_gradient_spike_is_skipped_before_it_is_applied(
         )
 
 
-def test_a_gradient_spike_is_undone_by_a_rollback_too(runs: Runs, two: str) -> None:
-    """On 4 ranks under FSDP2."""
-    bad, name = find_sample(runs, two, 10), "steep_back"
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_a_gradient_spike_is_undone_by_a_rollback_too(
+    runs: Runs, two: str, world_size: int
+) -> None:
+    """Under FSDP2."""
+    bad, name = find_sample(runs, two, 10), f"steep_back_{world_size}"
     runs.done(
         name,
-        4,
+        world_size,
         {"steep": bad},
         stability__policy="rollback",
         stability__window=8,
