@@ -35,6 +35,7 @@ LONGEST = (
     "train/test_runs.py",
     "train/test_refusals.py",
     "train/test_bad_steps.py",
+    "train/test_faults_survived.py",
     "testing/slurm_cluster/test_crash_loop.py",
     "diagnostics/preflight/test_preflight_ranks.py",
     "train/engine/test_engine_memory.py",

@@ -20,10 +20,13 @@ STEPS, EVERY, BATCH = 12, 3, 4
 
 
 class Runs:
-    """The toy align run on IMU, in folders of `out`: 12 steps, 4 checkpoints, a constant rate."""
+    """The toy align run on IMU, in folders of `out`: 12 steps, 4 checkpoints, a constant rate.
 
-    def __init__(self, toy: Path, out: Path, zygote: Zygote) -> None:
-        self.toy, self.out, self.zygote = toy, out, zygote
+    Under ZeRO-3, as the recipe, unless `keys` say otherwise.
+    """
+
+    def __init__(self, toy: Path, out: Path, zygote: Zygote, **keys: Any) -> None:
+        self.toy, self.out, self.zygote, self.keys = toy, out, zygote, keys
 
     def start(
         self, name: str, world_size: int = 2, plant: dict[str, Any] | None = None, **keys: Any
@@ -42,7 +45,8 @@ class Runs:
             "checkpoint.every": EVERY,
             "checkpoint.keep": 20,
         }
-        given = {**fixed, **{key.replace("__", "."): value for key, value in keys.items()}}
+        own = {key.replace("__", "."): value for key, value in {**self.keys, **keys}.items()}
+        given = {**fixed, **own}
         return self.zygote.start(
             world_size, [f"{key}={value}" for key, value in given.items()], plant
         )
@@ -81,10 +85,10 @@ class Runs:
             time.sleep(0.005)
 
 
-def make_runs(toy: Path, out: Path) -> Runs:
-    """Build the toy world of the runs in `toy`; the runs go to `out`."""
+def make_runs(toy: Path, out: Path, **keys: Any) -> Runs:
+    """Build the toy world of the runs in `toy`; the runs go to `out`, and have `keys`."""
     build_toyworld(toy, seed=0, train_per_modality=64, test_per_modality=4, modalities=("imu",))
-    return Runs(toy, out, get_zygote())
+    return Runs(toy, out, get_zygote(), **keys)
 
 
 def find_sample(runs: Runs, reference: str, step: int) -> str:
