@@ -100,7 +100,7 @@ def test_a_rank_that_reached_the_reduction_is_ahead_of_one_in_its_backward() -> 
     heartbeat = Heartbeat()
     phases: list[tuple[str, int]] = []
     micro = SimpleNamespace(step=4, index=0, last=True)
-    plan: Any = SimpleNamespace(step=4, ranks=[[micro]], global_valid_tokens=1)
+    plan: Any = SimpleNamespace(step=4, ranks=[[micro]], loss_count=1)
 
     def see(*_: Any, **__: Any) -> Any:
         phases.append((heartbeat.phase, heartbeat.count))

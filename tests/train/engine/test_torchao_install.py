@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.soak]
 TESTS = Path(__file__).parents[2]
 FILES = (
     "model/test_quantised.py",
+    "model/test_quantised_recompute.py",
     "train/engine/test_quantised_base.py",
     "train/test_quantised_runs.py",
 )
