@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from onellm_dist.common.checksums import write_sums
 from onellm_dist.common.error_text import get_first_line
@@ -42,8 +43,14 @@ _DTYPES = {
     torch.int64: "I64",
     torch.bool: "BOOL",
 }
+DISK_ERRORS = OSError, SafetensorError
+"""safetensors has an error of its own for a full disk."""
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Name to (shape, dtype) of every tensor."""
+
+
+class ExportError(OneLLMError):
+    """The disk does not take the model; a run can go on without this export."""
 
 
 def export_model(
@@ -72,14 +79,16 @@ def export_model(
         adapter: where the adapters are written too.
 
     Raises:
-        OneLLMError: rank 0 could not write; every rank raises.
+        ExportError: rank 0 could not write; every rank raises.
+        OneLLMError: rank 0 failed otherwise; it raises the error itself.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     failure: Exception | None = None
     adapters = list_adapters(model)
     found: dict[str, torch.Tensor] = {}
     full = gather_weights(engine, model, is_rank_zero=dist.is_rank_zero)
-    weights = _merge(full, adapters, None if adapter is None else found)
+    broken: list[Exception] = []
+    weights = _watch(_merge(full, adapters, None if adapter is None else found), broken)
     if dist.is_rank_zero:
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -93,18 +102,36 @@ def export_model(
             finish_folder(partial, folder, digests)
             if adapter is not None:
                 adapter.write(found, lambda into: _write_configs(into, *parts))
-        except Exception as error:  # safetensors has errors of its own for a full disk
+        except Exception as error:
+            if broken:  # gathering itself has failed: it cannot be run to its end
+                raise
             failure = error
     # The other ranks, and rank 0 after a failure, run the collectives to their end.
     for _ in weights:
         pass
-    said = dist.broadcast(None if failure is None else get_first_line(failure))
-    if said is not None:
-        raise OneLLMError(
-            f"the model could not be written to {folder}: {said}",
+    dist.ask_rank_zero(lambda: _raise_failure(folder, failure))
+
+
+def _watch(
+    weights: Iterator[tuple[str, torch.Tensor]], broken: list[Exception]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights; an error of getting them is noted."""
+    try:
+        yield from weights
+    except Exception as error:
+        broken.append(error)
+        raise
+
+
+def _raise_failure(folder: Path, failure: Exception | None) -> None:
+    if isinstance(failure, DISK_ERRORS):
+        raise ExportError(
+            f"the model could not be written to {folder}: {get_first_line(failure)}",
             "the run has no exported model.",
             "free disk space, and start the run again.",
         ) from failure
+    if failure is not None:
+        raise failure
 
 
 def finish_folder(partial: Path, folder: Path, digests: Mapping[str, str]) -> None:

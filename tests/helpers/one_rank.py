@@ -27,6 +27,7 @@ class OneRank:
 
     ask_rank_zero = Distributed.ask_rank_zero
     call_together = Distributed.call_together
+    _describe = Distributed._describe
 
     def barrier(self) -> None:
         return None

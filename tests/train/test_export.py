@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from one_rank import ONE_RANK, OneRankEngine
+from one_rank import ONE_RANK, OneRank, OneRankEngine
 from safetensors import SafetensorError
 
 from onellm_dist.common.checksums import read_sums
-from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.train.export import write_weights
 
 
@@ -77,9 +78,45 @@ def test_a_disk_that_refuses_in_the_words_of_safetensors_is_no_wait_for_the_othe
     monkeypatch.setattr(export, "write_weights", refuse)
     model, processor = load_model(path=None, preset="toy", seed=2)
     engine: Any = OneRankEngine(model)
-    with pytest.raises(OneLLMError, match="No space left on device"):
+    with pytest.raises(export.ExportError, match="No space left on device"):
         export.export_model(tmp_path / "model", engine, model, processor, ONE_RANK, notes={})
     assert not (tmp_path / "model").exists()
+
+
+def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where gathering fails, the other ranks are in it: rank 0 may not wait for them elsewhere."""
+    from onellm_dist.model.presets import load_model
+    from onellm_dist.train import export
+
+    class Broken(OneRankEngine):
+        def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield next(super().full_weights())
+            raise RuntimeError("out of memory while gathering")
+
+    class Listening(OneRank):
+        asked = 0
+
+        def broadcast(self, value: Any) -> Any:
+            self.asked += 1
+            return value
+
+    model, processor = load_model(path=None, preset="toy", seed=2)
+    broken: Any = Broken(model)
+    whole: Any = OneRankEngine(model)
+    ranks: Any = Listening()
+    with pytest.raises(RuntimeError, match="while gathering"):
+        export.export_model(tmp_path / "model", broken, model, processor, ranks, notes={})
+    assert not ranks.asked
+
+    def refuse(*_: object) -> None:
+        raise ValueError("a fault of the program")
+
+    monkeypatch.setattr(export, "_write_configs", refuse)
+    with pytest.raises(ValueError, match="of the program"):
+        export.export_model(tmp_path / "model", whole, model, processor, ranks, notes={})
+    assert ranks.asked
 
 
 def test_the_export_keeps_the_generation_settings_of_its_source(tmp_path: Path) -> None:

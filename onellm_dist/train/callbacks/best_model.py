@@ -10,13 +10,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.run_files import BEST, BEST_RECORD
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
-from onellm_dist.train.export import export_model
+from onellm_dist.train.export import ExportError, export_model
 
 log = get_logger(__name__)
 
@@ -72,7 +71,7 @@ class BestModel(Callback):
         model, processor = self._model, self._processor
         try:  # it fails on every rank or on none
             export_model(self._folder, self._engine, model, processor, self._dist, notes, beside)
-        except OneLLMError as error:
+        except ExportError as error:
             if self._dist.is_rank_zero:
                 log.warning("the best model after %d steps is not kept: %s", steps_done, error.what)
             return False
