@@ -9,8 +9,9 @@ may be a list of parts as OpenAI has them, `{"type": "text", "text": ...}`; medi
 left out where they stand before the text anyway, and else become placeholders (`<image>`).
 `"weight": 0` (OpenAI's) keeps an answer from being trained on.
 
-A preference sample also has `chosen` and `rejected`: what follows the conversation, once as it is
-preferred and once as it is not. Each is a turn or a list of turns that begins with an answer.
+A preference sample's conversation ends with a question, and `chosen` and `rejected` say what
+follows it, once as it is preferred and once as it is not. Each is a turn or a list of turns that
+begins with an answer.
 """
 
 from __future__ import annotations
@@ -97,8 +98,24 @@ def parse_turns(
 
 
 def has_pair(meta: Mapping[str, Any]) -> bool:
-    """Whether a sample or a row is a preference sample: it has both continuations."""
-    return all(meta.get(key) not in (None, [], "") for key in PAIR_KEYS)
+    """Whether a sample is a preference sample: both continuations answer its last question.
+
+    A conversation that ends with an answer is an ordinary sample, whatever else its `.json` says.
+    """
+    shared = find_conversation(meta)
+    last = shared[-1] if isinstance(shared, list) else None
+    if not isinstance(last, dict) or get_role(last) != "user":
+        return False
+    return all(isinstance(own := meta.get(key), dict | list) and own for key in PAIR_KEYS)
+
+
+def get_role(turn: Mapping[str, Any]) -> Role | None:
+    """Return the role of who speaks in a turn; None: a speaker that is not known."""
+    return ROLES.get(_get_speaker(turn))
+
+
+def _get_speaker(turn: Mapping[str, Any]) -> str:
+    return str(turn.get("from", turn.get("role"))).lower()
 
 
 def parse_pair(
@@ -165,7 +182,7 @@ def _parse_turn(
     number: int, raw: Any, modalities: Collection[str], placeholders: bool
 ) -> ConversationTurn:
     fields = raw if isinstance(raw, dict) else {}
-    speaker = str(fields.get("from", fields.get("role"))).lower()
+    speaker = _get_speaker(fields)
     if speaker in _TOOL_ROLES or fields.get("tool_calls") or fields.get("function_call"):
         raise TurnsError(
             f"turn {number} calls a tool or is a tool's answer, which no text format here can "

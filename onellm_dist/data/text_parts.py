@@ -125,7 +125,8 @@ def read_pair(
     meta = read_meta(parts)
     if not has_pair(meta):
         raise SampleError(
-            "no preference sample: its .json lacks `chosen` or `rejected`",
+            "no preference sample: its conversation does not end with a question that `chosen` and "
+            "`rejected` (turns, or lists of turns) answer",
             "train.loss=dpo compares two answers.",
             "build the dataset from preferences (onellm shards build preferences), or use another "
             "train.loss without data.preference_pairs.",

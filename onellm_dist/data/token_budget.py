@@ -42,18 +42,19 @@ def set_budget(data: DataSection, budget: TokenBudget) -> DataSection:
 def find_smallest_budget(corpus: Corpus) -> TokenBudget:
     """The budgets that hold each sample of a corpus alone: a start refuses smaller ones.
 
-    Where samples differ in media or spans, the sizes of media are read of those alone that may be
-    larger than all before.
+    Both texts of a preference pair stand in one micro-batch. Where samples differ in media or
+    spans, the sizes of media are read of those alone that may be larger than all before.
     """
-    text = corpus.config.max_text_tokens
-    llm, encoder = text, 1
+    text, answers = corpus.config.max_text_tokens, corpus.config.answers
+    llm, encoder = answers * text, 1
     for number, spans in enumerate(corpus.spans):
         if not corpus.media.varied[number]:
             tokens = sum(corpus.modalities[name].encoder_tokens for name in spans)
-            llm, encoder = max(llm, text + SPAN_TOKENS * len(spans)), max(encoder, tokens)
-            continue
-        most_spans, tokens = _measure_varied(corpus, number)
-        llm, encoder = max(llm, text + SPAN_TOKENS * most_spans), max(encoder, tokens)
+            most_spans = len(spans)
+        else:
+            most_spans, tokens = _measure_varied(corpus, number)
+        llm = max(llm, answers * (text + SPAN_TOKENS * most_spans))
+        encoder = max(encoder, tokens)
     return TokenBudget(llm, encoder)
 
 

@@ -116,7 +116,8 @@ def list_budgets(planner: Planner, least: TokenBudget | None = None) -> Iterator
 def count_longest(planner: Planner) -> int:
     """LLM tokens of the longest sample that a run may meet: a start refuses a smaller budget."""
     spans = max(len(sample.spans) for sample in planner.data.samples)
-    return planner.config.data.max_text_tokens + SPAN_TOKENS * spans
+    data = planner.config.data
+    return data.answers * (data.max_text_tokens + SPAN_TOKENS * spans)
 
 
 def _round_up(tokens: float) -> int:

@@ -28,6 +28,7 @@ from onellm_dist.train.callbacks.early_stopping import EarlyStopping
 from onellm_dist.train.callbacks.preemption import grace_period_seconds, warn_about_grace_period
 from onellm_dist.train.callbacks.trackers import check_trackers
 from onellm_dist.train.checkpoint.folder import get_steps_done, read_manifest
+from onellm_dist.train.checkpoint.reference import describe_reference
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.checkpoint.source import describe_source
 from onellm_dist.train.checkpoint.state import check_adapters, load_state
@@ -343,6 +344,7 @@ def build_checkpoints(
             "data_phases": [data_phase.to_json() for data_phase in plan.data_phases],
             "stability": monitor.state(),
             **({"lora": lora.model_dump(mode="json")} if lora is not None else {}),
+            **describe_reference(config),
         }
 
     grace_period = grace_period_seconds()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from onellm_dist.common.errors import SampleError
-from onellm_dist.common.turns import ConversationTurn, TurnsError, parse_turns
+from onellm_dist.common.turns import ConversationTurn, TurnsError, has_pair, parse_turns
 from onellm_dist.data.text_parts import read_turns
 from onellm_dist.modalities import Part, all_modalities
 from onellm_dist.shards.build.prepare import parse_meta
@@ -150,3 +150,34 @@ def test_an_empty_list_of_turns_is_no_conversation() -> None:
     }
     with pytest.raises(SampleError, match="no `conversations`"):
         read_turns({"json": Part("json", stored([]))})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"chosen": [HUMAN, GPT], "rejected": [HUMAN, {**GPT, "value": "so"}]},
+        {"chosen": GPT, "rejected": {**GPT, "value": "so"}},
+        {"chosen": "a cube", "rejected": "so"},
+        {"chosen": 8.5, "rejected": 3.0},
+    ],
+    ids=["conversations", "turns", "texts", "numbers"],
+)
+def test_a_conversation_that_is_answered_is_no_pair(more: dict[str, Any]) -> None:
+    """Tables of preferences have the chosen conversation under `messages` too."""
+    plain = {"messages": [HUMAN, GPT]}
+    both = {**plain, **more}
+    assert not has_pair(both)
+    parse_meta(json.dumps(both).encode())
+    found, expected = (
+        (count_text_bytes(None, data), read_turns({"json": Part("json", data)}))
+        for data in (json.dumps(meta).encode() for meta in (both, plain))
+    )
+    assert found == expected
+
+
+def test_a_question_and_two_answers_are_a_pair() -> None:
+    asked = {"messages": [HUMAN, GPT, HUMAN], "chosen": GPT, "rejected": [GPT]}
+    assert has_pair(asked)
+    assert not has_pair({**asked, "rejected": []})
+    assert not has_pair({**asked, "messages": "what is it"})
+    assert not has_pair({**asked, "messages": [HUMAN, "what is it"]})

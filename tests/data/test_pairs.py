@@ -19,7 +19,8 @@ from onellm_dist.data.media_text import MediaTextEncoder
 from onellm_dist.data.pair_text import encode_pair
 from onellm_dist.data.reader import Reader
 from onellm_dist.data.text import TextEncoder
-from onellm_dist.modalities import Part
+from onellm_dist.data.token_budget import find_smallest_budget, set_budget
+from onellm_dist.modalities import SPAN_TOKENS, Part
 from onellm_dist.packed import IGNORE
 
 KEYS: dict[str, Any] = {
@@ -112,8 +113,21 @@ def test_ordinary_training_refuses_pairs_and_dpo_refuses_anything_else(tmp_path:
     assert "train.loss=dpo" in str(refused.value)
     encoder = TextEncoder(tokenizer(), "conversation", 200, pairs=True)
     plain = {"conversations": make_meta(0)["conversations"][:2]}  # type: ignore[index]
-    with pytest.raises(SampleError, match="lacks `chosen` or `rejected`"):
+    with pytest.raises(SampleError, match="does not end with a question that `chosen`"):
         encode_pair(encoder, make_parts(plain), None)
+
+
+def test_the_smallest_budget_holds_both_texts_of_every_pair(tmp_path: Path) -> None:
+    write_pairs(tmp_path, splits={"train": 8})
+    keys = {**KEYS, "max_text_tokens": 110, "pack_llm_tokens": 1 << 20}
+    plan = open_plan(tmp_path, {"pairs": 1}, **keys)
+    smallest = find_smallest_budget(plan.corpus)
+    assert smallest.llm == 2 * (110 + SPAN_TOKENS)
+    plan.corpus.config = set_budget(plan.corpus.config, smallest)
+    check_corpus(plan.corpus)
+    own = open_plan(tmp_path, {"pairs": 1}, **{**keys, "pack_llm_tokens": smallest.llm})
+    micros = [m for step in range(2) for m in own.step(step, 1).ranks[0]]
+    assert sum(len(m.samples) for m in micros) == 24
 
 
 def test_answers_that_are_cut_away_or_alike_are_refused() -> None:

@@ -103,6 +103,9 @@ def test_the_space_has_the_recipe_s_own_values(recipe: Path) -> None:
     assert {1, 2, 3, 4} <= counts
     longest = count_longest(planner)
     assert all(budget.llm >= longest for budget in space.budgets[1:])
+    pairs = ["data.text_format=conversation", "train.loss=dpo", "data.preference_pairs=true"]
+    pairs += ["train.stage=tune", "train.lora={rank: 2}"]
+    assert count_longest(make_planner(recipe, pairs, H100)) == 2 * longest
 
 
 def test_what_cannot_be_compiled_is_no_answer(recipe: Path) -> None:

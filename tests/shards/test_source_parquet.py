@@ -20,6 +20,8 @@ from source_checks import make_photo as photo
 from source_checks import read_samples as read
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.data.text_parts import read_turns
+from onellm_dist.modalities import Part
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.sources.readers.arrow_files import list_parts, read_rows
 
@@ -56,6 +58,20 @@ def test_a_data_set_of_the_hub_in_splits(tmp_path: Path) -> None:
         assert next(iter(found)) == f"data/{name}-00000-of-00001/000000000"
         assert all(s["jpg"] == photo(seed=i) for i, s in enumerate(found.values()))
         assert next(iter(found.values()))["json"] == {"n": 0}
+
+
+def test_a_table_of_preferences_is_still_one_of_conversations(tmp_path: Path) -> None:
+    """Columns of ultrafeedback_binarized, whose `messages` are the chosen conversation."""
+    asked = {"role": "user", "content": "why"}
+    good, bad = ({"role": "assistant", "content": text} for text in ("because", "so"))
+    row: dict[str, Any] = {"prompt": "why", "chosen": [asked, good], "rejected": [asked, bad]}
+    row |= {"messages": [asked, good], "score_chosen": 8.0, "score_rejected": 3.0}
+    write(tmp_path / "in/train.parquet", [row] * 3)
+    report, dataset = build_source("parquet", tmp_path / "in", tmp_path / "out", modality="text")
+    assert not report.quarantined and dataset.samples("train") == 3
+    for sample in read(dataset).values():
+        turns = read_turns({"json": Part("json", json.dumps(sample["json"]).encode())})
+        assert [turn.text for turn in turns] == ["why", "because"]
 
 
 @pytest.mark.parametrize("format_", ["stream", "file"])

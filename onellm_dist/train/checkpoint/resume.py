@@ -16,6 +16,7 @@ from onellm_dist.train.checkpoint.folder import (
     read_manifest,
     restore_checkpoints,
 )
+from onellm_dist.train.checkpoint.reference import check_reference
 from onellm_dist.train.checkpoint.source import check_source
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.records.applied_resumes import was_applied
@@ -46,8 +47,8 @@ def find_checkpoint(config: RunConfig, checkpoints: Path, dist: Distributed) -> 
         dist: the ranks.
 
     Raises:
-        UsageError: the checkpoint that the recipe names is not complete or damaged, or was trained
-            over other frozen weights.
+        UsageError: the checkpoint that the recipe names is not complete or damaged, or a checkpoint
+            was trained over other frozen weights or against another reference.
         OneLLMError: there are checkpoints, and all of them are damaged: starting from nothing would
             throw the run away.
     """
@@ -80,7 +81,7 @@ def _check_named(wanted: Path, config: RunConfig, dist: Distributed) -> Path:
             "a checkpoint has a manifest.json and every file that it names, with its checksum.",
             "give a step-... folder of a run's checkpoints/, or auto.",
         )
-    check_source(wanted, _read_manifest(wanted, dist) or {}, config, dist)
+    _check_fits(wanted, config, dist)
     return wanted
 
 
@@ -89,7 +90,7 @@ def _find_latest(config: RunConfig, checkpoints: Path, dist: Distributed) -> Res
     for folder in dist.ask_rank_zero(lambda: list(reversed(list_checkpoints(checkpoints)))):
         problem = _find_problem(folder, dist)
         if not problem:
-            check_source(folder, _read_manifest(folder, dist) or {}, config, dist)
+            _check_fits(folder, config, dist)
             return ResumeTarget(folder, tuple(damaged))
         damaged.append((folder.name, problem))
     if damaged:
@@ -101,6 +102,13 @@ def _find_latest(config: RunConfig, checkpoints: Path, dist: Distributed) -> Res
             "then move to before-.../).",
         )
     return ResumeTarget(None)
+
+
+def _check_fits(folder: Path, config: RunConfig, dist: Distributed) -> None:
+    """Refuse a checkpoint that means something else with this recipe."""
+    manifest = _read_manifest(folder, dist) or {}
+    check_reference(folder, manifest, config)
+    check_source(folder, manifest, config, dist)
 
 
 def _find_problem(folder: Path, dist: Distributed) -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from checkpoint_folders import config
+from checkpoint_folders import checkpoint, config
 from one_rank import ONE_RANK
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.config.schema import ModelSection, RunConfig
+from onellm_dist.config.train_sections import DpoSection
+from onellm_dist.train.checkpoint.reference import describe_reference
+from onellm_dist.train.checkpoint.resume import find_checkpoint
 from onellm_dist.train.checkpoint.source import check_source, describe_source
 
 
@@ -93,3 +98,39 @@ def test_known_files_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.Mo
         "onellm_dist.train.checkpoint.source.hash_once", lambda path: pytest.fail("hashed")
     )
     assert describe_source(own, known) == known
+
+
+def make_dpo(run_dir: Path, reference: Any, copied: tuple[str, ...] = ()) -> RunConfig:
+    """A recipe of DPO; of ordinary training without a reference."""
+    own = config(run_dir)
+    keys = {} if reference is None else {"loss": "dpo", "dpo": DpoSection(reference=reference)}
+    model = ModelSection(preset="toy", init_from_image=copied)
+    return own.model_copy(update={"train": own.train.model_copy(update=keys), "model": model})
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["latest", "named"])
+def test_a_reference_must_be_that_of_the_checkpoint(tmp_path: Path, named: bool) -> None:
+    """Whether a start finds the checkpoint, or the recipe names it."""
+
+    def resume(before: RunConfig, now: RunConfig, name: str) -> Path | None:
+        root = tmp_path / name / "checkpoints"
+        said: dict[str, Any] = {"model": before.model.model_dump(mode="json")}
+        folder = checkpoint(root / "step-00000001", **said | describe_reference(before))
+        if named:
+            section = now.checkpoint.model_copy(update={"resume": folder})
+            now = now.model_copy(update={"checkpoint": section})
+        return find_checkpoint(now, root, ONE_RANK).folder
+
+    plain, adapter, copied = (make_dpo(tmp_path, kind) for kind in (None, "adapter", "copy"))
+    audio = make_dpo(tmp_path, "copy", ("audio",))
+    for number, own in enumerate((plain, adapter, copied, audio)):
+        assert resume(own, own, f"same-{number}")
+    assert resume(adapter, plain, "tuned further")
+    for number, now in enumerate((adapter, copied)):
+        with pytest.raises(UsageError, match=r"was not trained with train\.loss=dpo"):
+            resume(plain, now, f"none-{number}")
+    with pytest.raises(UsageError, match=r"reference=adapter, now it is copy"):
+        resume(adapter, copied, "kind")
+    for number, (before, now) in enumerate(((audio, copied), (copied, audio))):
+        with pytest.raises(UsageError, match=r"trained with model\.init_from_image="):
+            resume(before, now, f"start-{number}")
