@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from onellm_dist.config.schema import EngineSection
 from onellm_dist.model.quantised_linear import WEIGHT_BYTES, list_quantised
 from onellm_dist.planner.counting import PackCount, list_units
 from onellm_dist.planner.hardware import GIGA, GpuKind, load_assumptions
 from onellm_dist.planner.module_labels import GLUE
-from onellm_dist.train.engine.description import EngineDescription
+from onellm_dist.train.engine.description import BlockSize, EngineDescription
 
 PRECISION_BYTES = {"bf16": 2, "fp32": 4}
 """`train.precision` to bytes of a weight that the model computes with."""
@@ -36,6 +38,8 @@ class ParameterCounts:
     """Those of the largest module that engines gather at once."""
     quantised: int = 0
     """Frozen weights that are quantised; `frozen` does not count them."""
+    stacks: tuple[tuple[BlockSize, ...], ...] = ()
+    """The blocks of each stack of transformer blocks; quantised weights are in none."""
 
     @property
     def total(self) -> int:
@@ -51,7 +55,22 @@ def count_parameters(model: Any) -> ParameterCounts:
     units = [*list_units(model), *(m for m in model.modules() if not any(m.children()))]
     largest = max(sum(p.numel() for p in unit.parameters()) for unit in units)
     quantised = sum(layer.in_features * layer.out_features for layer in layers)
-    return ParameterCounts(total - trainable, trainable, largest, quantised)
+    stacks = tuple(_measure_stacks(model))
+    return ParameterCounts(total - trainable, trainable, largest, quantised, stacks)
+
+
+def _measure_stacks(model: Any) -> Iterator[tuple[BlockSize, ...]]:
+    blocks = {id(unit) for unit in list_units(model)}
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList):
+            own = tuple(_measure_block(block) for block in stack if id(block) in blocks)
+            if own:
+                yield own
+
+
+def _measure_block(block: nn.Module) -> BlockSize:
+    trainable = sum(p.numel() for p in block.parameters() if p.requires_grad)
+    return BlockSize(trainable, sum(p.numel() for p in block.parameters()) - trainable)
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,7 @@ class Planner:
             compute_bytes=PRECISION_BYTES[config.train.precision],
             parameters=self.parameters.total - self.parameters.quantised,
             largest_unit=self.parameters.largest_unit,
+            stacks=self.parameters.stacks,
         )
 
     def compute_traffic(self, config: RunConfig) -> StepTraffic:

@@ -7,6 +7,7 @@ the preflight check read it within milliseconds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +29,14 @@ class ParameterBytes:
     """On the device, per trainable parameter: weight, gradient and optimizer state."""
     trainable_host: float = 0.0
     """In host memory, per trainable parameter, where the optimizer is offloaded."""
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """Parameters of a transformer block."""
+
+    trainable: int
+    frozen: int
 
 
 @dataclass(frozen=True)
@@ -223,7 +232,13 @@ class EngineDescription(ABC):
 
     @abstractmethod
     def buffer_bytes(
-        self, section: EngineSection, *, compute_bytes: int, parameters: int, largest_unit: int
+        self,
+        section: EngineSection,
+        *,
+        compute_bytes: int,
+        parameters: int,
+        largest_unit: int,
+        stacks: Sequence[Sequence[BlockSize]],
     ) -> float:
         """Estimate what the engine's library holds on the device for its collectives.
 
@@ -232,6 +247,7 @@ class EngineDescription(ABC):
             compute_bytes: as of `parameter_bytes`.
             parameters: parameters of the whole model.
             largest_unit: parameters of the largest module that is gathered at once.
+            stacks: the blocks of each stack of transformer blocks, in the order in which they run.
 
         Raises:
             UsageError: the section is wrong.

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matrix_model import tiny_config
 from torch import nn
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import EngineSection
+from onellm_dist.model.lazy_weights import build_empty_model
+from onellm_dist.planner.memory import count_parameters
 from onellm_dist.train.engine.base import Engine
+from onellm_dist.train.engine.description import BlockSize
 from onellm_dist.train.engine.fsdp.description import FsdpOptions
-from onellm_dist.train.engine.fsdp.units import group_units
+from onellm_dist.train.engine.fsdp.units import find_units, group_units, set_prefetch
 from onellm_dist.train.engine.select import all_engines, get_engine
 
 
@@ -58,26 +64,85 @@ def test_keys_of_another_engine_are_refused() -> None:
         get_engine("deepspeed").check(EngineSection(config=Path("zero9")), bf16=True)
 
 
+def measure_buffers(stacks: Sequence[Sequence[BlockSize]], **keys: Any) -> float:
+    section = EngineSection.model_validate({"name": "fsdp", **keys})
+    largest = max(size.trainable + size.frozen for stack in stacks for size in stack)
+    return get_engine("fsdp").buffer_bytes(
+        section, compute_bytes=2, parameters=1000, largest_unit=largest, stacks=stacks
+    )
+
+
 def test_units_that_are_larger_or_gathered_ahead_cost_memory() -> None:
-    engine = get_engine("fsdp")
-
-    def measure(**keys: int) -> float:
-        section = EngineSection.model_validate({"name": "fsdp", **keys})
-        options = engine.read_options(section, world_size=8)
-        assert (options.prefetch, options.unit_parameters) == (
-            keys.get("prefetch", 0),
-            keys.get("unit_parameters", 0),
-        )
-        return engine.buffer_bytes(section, compute_bytes=2, parameters=1000, largest_unit=10)
-
+    stacks = [[BlockSize(10, 0)] * 5, [BlockSize(0, 10)] * 20]
+    measure = partial(measure_buffers, stacks)
     assert measure() == measure(prefetch=1) == 10 * (2 * 2 + 4)
     assert measure(prefetch=3) == 10 * (4 * 2 + 4)
     assert measure(unit_parameters=5) == measure()
     assert measure(unit_parameters=30) == 3 * measure()
-    assert measure(unit_parameters=5000) == 100 * measure()
+    assert measure(unit_parameters=31) == 4 * measure(), (
+        "a unit ends with the block that reaches it"
+    )
+    assert measure(unit_parameters=5000) == 20 * measure(), "stacks are not joined"
+    assert measure(unit_parameters=5000, frozen="resident") == 5 * measure()
+    options = get_engine("fsdp").read_options(
+        EngineSection(name="fsdp", prefetch=3, unit_parameters=5), world_size=8
+    )
+    assert (options.prefetch, options.unit_parameters) == (3, 5)
     for keys in ({"prefetch": 1}, {"unit_parameters": 1}):
         with pytest.raises(UsageError, match=r"engine\.prefetch and .* need engine\.name=fsdp"):
             get_engine("deepspeed").check(EngineSection.model_validate(keys), bf16=True)
+
+
+@pytest.mark.parametrize("frozen", ["sharded", "resident"])
+def test_the_planner_counts_the_units_that_the_engine_makes(frozen: str) -> None:
+    """Of blocks of different sizes, of which some train in part, and with any `unit_parameters`."""
+    model: Any = build_empty_model(tiny_config(layers=4))
+    for parameter in (*model.encoder.parameters(), *model.llm.model.layers[1].parameters()):
+        parameter.requires_grad_(False)
+    for layer in model.llm.model.layers[2:]:
+        layer.self_attn.requires_grad_(False)
+    resident = {p for p in model.parameters() if frozen == "resident" and not p.requires_grad}
+    stacks = count_parameters(model).stacks
+    blocks = [size.trainable + size.frozen for stack in stacks for size in stack]
+    assert len(blocks) == 2 + 2 * 2 + 4 and len(set(blocks)) == 3
+    seen = set()
+    for least in (0, *range(1, 80_000, 1999)):
+        _, chains = group_units(model, find_units(model, resident), resident, least)
+        made = max(
+            sum(p.numel() for m in unit for p in m.parameters() if p not in resident)
+            for chain in chains
+            for unit in chain
+        )
+        planned = measure_buffers(stacks, unit_parameters=least, frozen=frozen) / (2 * 2 + 4)
+        assert planned == max(made, *blocks), least
+        seen.add(planned)
+    assert len(seen) > 2
+
+
+class _Prefetching(nn.Module):
+    """It keeps what FSDP2 would be given."""
+
+    def __init__(self, place: int, heard: dict[str, dict[int, list[int]]]) -> None:
+        super().__init__()
+        self.place, self.heard = place, heard
+
+    def set_modules_to_forward_prefetch(self, modules: list[_Prefetching]) -> None:
+        self.heard["forward"][self.place] = [module.place for module in modules]
+
+    def set_modules_to_backward_prefetch(self, modules: list[_Prefetching]) -> None:
+        self.heard["backward"][self.place] = [module.place for module in modules]
+
+
+def test_a_unit_gathers_the_next_ones_of_its_stack_and_in_backward_those_before() -> None:
+    heard: dict[str, dict[int, list[int]]] = {"forward": {}, "backward": {}}
+    firsts = [_Prefetching(place, heard) for place in range(5)]
+    chains: list[list[list[nn.Module]]] = [[[f, nn.Linear(1, 1)] for f in firsts[:4]]]
+    chains.append([[firsts[4]]])
+    set_prefetch(chains, 0)
+    assert heard == {"forward": {}, "backward": {}}, "FSDP2 gathers by itself"
+    set_prefetch(chains, 2)
+    assert heard["forward"] == {0: [1, 2], 1: [2, 3], 2: [3], 3: [], 4: []}
+    assert heard["backward"] == {0: [], 1: [0], 2: [1, 0], 3: [2, 1], 4: []}
 
 
 def test_blocks_are_joined_within_their_stack_alone() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onellm_dist.common.errors import UsageError
@@ -13,6 +13,7 @@ from onellm_dist.train.engine.deepspeed.config import (
     load_ds_config,
 )
 from onellm_dist.train.engine.description import (
+    BlockSize,
     EngineDescription,
     HostCosts,
     ParameterBytes,
@@ -152,7 +153,13 @@ class DeepSpeedDescription(EngineDescription):
         )
 
     def buffer_bytes(
-        self, section: EngineSection, *, compute_bytes: int, parameters: int, largest_unit: int
+        self,
+        section: EngineSection,
+        *,
+        compute_bytes: int,
+        parameters: int,
+        largest_unit: int,
+        stacks: Sequence[Sequence[BlockSize]],
     ) -> float:
         config = load_ds_config(section.config)
         zero = config.get("zero_optimization", {})

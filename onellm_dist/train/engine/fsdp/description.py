@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.train.engine.description import (
+    BlockSize,
     EngineDescription,
     HostCosts,
     ParameterBytes,
     StepTraffic,
     WeightUses,
 )
+from onellm_dist.train.engine.fsdp.joining import find_largest
 
 if TYPE_CHECKING:
     from onellm_dist.config.schema import EngineSection
@@ -141,11 +144,19 @@ class FsdpDescription(EngineDescription):
         )
 
     def buffer_bytes(
-        self, section: EngineSection, *, compute_bytes: int, parameters: int, largest_unit: int
+        self,
+        section: EngineSection,
+        *,
+        compute_bytes: int,
+        parameters: int,
+        largest_unit: int,
+        stacks: Sequence[Sequence[BlockSize]],
     ) -> float:
         # The unit at work and the next ones, gathered, and the fp32 input of a reduction.
         gathered = 1 + max(1, section.prefetch)
-        unit = max(largest_unit, min(parameters, section.unit_parameters))
+        unit = max(
+            largest_unit, find_largest(_list_sharded(section, stacks), section.unit_parameters)
+        )
         return float(unit * (gathered * compute_bytes + GRADIENT_BYTES))
 
     def host_costs(self, section: EngineSection, *, frozen_blocks: float) -> HostCosts:
@@ -164,6 +175,15 @@ class FsdpDescription(EngineDescription):
         if section.shard_ranks is None:
             return None
         return "reductions between the groups of engine.shard_ranks, which share the network"
+
+
+def _list_sharded(section: EngineSection, stacks: Sequence[Sequence[BlockSize]]) -> list[list[int]]:
+    """Sharded parameters of the blocks of each stack that have any."""
+
+    def count(block: BlockSize) -> int:
+        return block.trainable + (0 if section.frozen == "resident" else block.frozen)
+
+    return [[size for size in map(count, stack) if size] for stack in stacks]
 
 
 DESCRIPTION = FsdpDescription()

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from onellm_dist.train.engine.fsdp.joining import join_blocks
 from onellm_dist.train.engine.parameters import list_indivisible
 
 Unit = list[nn.Module]
@@ -61,22 +62,16 @@ def group_units(
 
 
 def _split(blocks: Unit, resident: Collection[nn.Parameter], least: int) -> list[Unit]:
-    groups: list[Unit] = [[]]
-    size = 0
-    for block in blocks:
-        if groups[-1] and size >= max(1, least):
-            groups.append([])
-            size = 0
-        groups[-1].append(block)
-        size += sum(p.numel() for p in block.parameters() if p not in resident)
-    return groups
+    sizes = [sum(p.numel() for p in b.parameters() if p not in resident) for b in blocks]
+    return [[blocks[place] for place in unit] for unit in join_blocks(sizes, least)]
 
 
 def set_prefetch(chains: Sequence[Sequence[Unit]], ahead: int) -> None:
     """Let each group of a stack gather the next ones as soon as its own weights are there.
 
-    Nothing is gathered ahead across the end of a stack: whether the next stack runs depends on the
-    pack.
+    Forward gathers nothing ahead across the end of a stack: whether the next one runs depends on
+    the pack. In backward FSDP2 itself gathers the unit that ran before a stack (torch 2.15 takes an
+    empty list for none given).
 
     Args:
         chains: groups by stack, sharded.
