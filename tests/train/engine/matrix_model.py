@@ -30,12 +30,12 @@ even there; five samples leave ranks without one.
 """
 
 
-def tiny_config() -> OneLLMConfig:
+def tiny_config(layers: int = 2) -> OneLLMConfig:
     text = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=88,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=256,

@@ -50,7 +50,11 @@ Reference = dict[Any, Any]
 
 
 def train_plain(
-    stage: str, steps: tuple[int, ...], optimizer: str = "adamw", frozen: str = "plain"
+    stage: str,
+    steps: tuple[int, ...],
+    optimizer: str = "adamw",
+    frozen: str = "plain",
+    layers: int = 2,
 ) -> Reference:
     """Train with plain torch (and PEFT) in one process, sample by sample.
 
@@ -59,7 +63,7 @@ def train_plain(
     Returns:
         The weights before (key 0) and after each number of `steps`; the loss of every step.
     """
-    model: Any = OneLLMForConditionalGeneration(tiny_config())
+    model: Any = OneLLMForConditionalGeneration(tiny_config(layers))
     initialise(model, SEED)
     variant = prepare(model, stage, optimizer)
     fill_adapters(model)
@@ -154,7 +158,7 @@ def train_sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State,
     Returns:
         (exported weights, full fp32 weights of what trains, losses).
     """
-    model = build_empty_model(tiny_config())
+    model = build_empty_model(tiny_config(job.get("layers", 2)))
     variant = prepare(model, job.get("stage", "align"), job.get("optimizer", "adamw"))
     enable_activation_checkpointing(model, job.get("recompute", "none"))
     model.train()
@@ -234,11 +238,12 @@ def compare(
     }
 
 
-def get_reference_key(job: dict[str, Any]) -> tuple[str, str, str]:
+def get_reference_key(job: dict[str, Any]) -> tuple[str, str, str, int]:
     return (
         job.get("stage", "align"),
         job.get("optimizer", "adamw"),
         job.get("frozen_weights", "plain"),
+        job.get("layers", 2),
     )
 
 
@@ -246,9 +251,9 @@ def train_references(file: Path, jobs: list[dict[str, Any]]) -> None:
     """Add what plain torch gives for jobs to the file that the starts of a test share."""
     known = torch.load(file, weights_only=False) if file.exists() else {}
     for key in {get_reference_key(job) for job in jobs} - known.keys():
-        stage, optimizer, frozen = key
+        stage, optimizer, frozen, layers = key
         steps = (20, 32) if stage in ("align", "tune") else (20,)
-        known[key] = train_plain(stage, steps, optimizer, frozen)
+        known[key] = train_plain(stage, steps, optimizer, frozen, layers)
     torch.save(known, file)
 
 

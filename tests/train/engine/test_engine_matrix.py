@@ -39,6 +39,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 BASIC = ("zero1", "zero2", "zero3", "offload", "fsdp", "fsdp_once")
 KEPT = ("zero3_leaves", "fsdp_resident")
 UNITS = ("fsdp_ahead", "fsdp_joined")
+"""With four layers an LLM has three units to gather ahead, or two joined ones of two blocks."""
 WIDE = ("zero3_hpz", "fsdp_hybrid", "fsdp_hybrid_once")
 """Four ranks as 2 x 2."""
 
@@ -78,8 +79,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
         job("zero3", 2, stage="lora"),
         job("fsdp", 2, stage="joint", optimizer="lion"),
         *(job(engine, 2) for engine in KEPT),
-        job("fsdp_ahead", 2, stage="tune", recompute="full"),
-        job("fsdp_joined", 2, stage="tune", recompute="full"),
+        *(job(engine, 2, stage="tune", recompute="full", layers=4) for engine in UNITS),
     ],
     3: [job("fsdp", 1)],
     4: [*(job(engine, 2) for engine in ("zero3", "fsdp", *WIDE))],
@@ -107,7 +107,11 @@ SOAK_JOBS = {
         *(job(e, 2, stage="align", recompute=r) for e in KEPT for r in ("selective", "full")),
         *(job(engine, 2, bf16=True) for engine in (*KEPT, *UNITS)),
         *(job(e, n, stage=s) for e in UNITS for n in (1, None) for s in ("align", "lora")),
-        *(job(e, 2, stage="tune", recompute=r) for e in UNITS for r in ("selective", "full")),
+        *(
+            job(e, 2, stage="tune", recompute=r, layers=4)
+            for e in UNITS
+            for r in ("selective", "full")
+        ),
         *(
             job(e, 2, stage=s, recompute=r)
             for e in ("zero3", "fsdp")

@@ -23,8 +23,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3": {"config": ZERO3},
     "fsdp": {"fsdp": {}},
     "fsdp_resident": {"fsdp": {}, "resident": True},
-    "fsdp_ahead": {"fsdp": {"prefetch": 2, "unit_parameters": 20_000}},
+    "fsdp_ahead": {"fsdp": {"prefetch": 2, "unit_parameters": 12_000}},
 }
+"""`fsdp_ahead` joins the UPM's blocks (10,304), and gathers ahead in LLM (12,608) and encoder."""
 REFERENCES = ("adapter", "copy")
 
 
