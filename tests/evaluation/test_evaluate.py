@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ def start(ask: Ask, out: Path, rank: int, world: int) -> int:
         torch.set_num_threads(1)  # OpenMP's threads stay with the parent: a child waits for ever
         ask(out, rank=rank, world_size=world, batch=1)
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -146,9 +149,9 @@ def kill_and_resume(ask: Ask, root: Path, kills: int, seed: int) -> list[Path]:
     """Kill all ranks after a random number of answers, and start another number of them.
 
     Every kill counts that ends ranks while questions are left. Where none is, another evaluation
-    begins; returns the folders of all.
+    begins; returns the folders of all. A rank that fails by itself ends the test.
     """
-    rng, struck, folders = random.Random(seed), 0, [root / "0"]
+    rng, struck, failed, folders = random.Random(seed), 0, False, [root / "0"]
     while struck < kills:
         if count_lines(folders[-1]) >= COUNT:
             folders.append(root / str(len(folders)))
@@ -160,11 +163,14 @@ def kill_and_resume(ask: Ask, root: Path, kills: int, seed: int) -> list[Path]:
         running = set(ranks)
         while running and count_lines(out) < wanted and time.monotonic() < deadline:
             time.sleep(0.002)
-            running -= {r for r in running if os.waitpid(r, os.WNOHANG)[0]}
+            ended = dict(os.waitpid(rank, os.WNOHANG) for rank in running)
+            running -= ended.keys()
+            failed |= any(ended.values())
         late = time.monotonic() >= deadline
         for rank in running:
             os.kill(rank, signal.SIGKILL)
-            os.waitpid(rank, 0)
+            failed |= os.waitpid(rank, 0)[1] not in (0, signal.SIGKILL)
+        assert not failed, "a rank failed; its traceback is above"
         assert not late, "a rank hangs"
         struck += bool(running) and count_lines(out) < COUNT
         if rng.random() < 0.5:  # what a kill within a write leaves
@@ -184,6 +190,14 @@ def test_kills_lose_nothing_and_repeat_nothing(
         for rank in range(3):
             ask(out, world_size=3, rank=rank)
         assert read(out) == expected  # read_answers refuses what is answered twice
+
+
+def test_a_rank_that_fails_ends_the_kills(tmp_path: Path) -> None:
+    def fail(*_: Any, **__: Any) -> BatchStatistics:
+        raise UsageError("an answer is torn", "it was killed.", "nothing.")
+
+    with pytest.raises(AssertionError, match="a rank failed"):
+        kill_and_resume(fail, tmp_path, kills=3, seed=0)
 
 
 def test_a_torn_line_is_asked_again(
