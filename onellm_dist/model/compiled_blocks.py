@@ -8,6 +8,7 @@ never one graph, and blocks of one class share their graphs.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -42,7 +43,6 @@ def compile_blocks(model: Any, device_type: str) -> dict[str, int]:
         UsageError: nothing can be compiled on this machine.
     """
     check_compiler(device_type)
-    _raise_limit()
     untraced: Any = torch.compiler.disable(packed_attention)
     for module in model.modules():
         if isinstance(module, EncoderAttention | UPMAttention):
@@ -61,23 +61,31 @@ def compile_blocks(model: Any, device_type: str) -> dict[str, int]:
     return found
 
 
-def _raise_limit() -> None:
-    from torch._dynamo import config  # its import takes two seconds
-
-    config.recompile_limit = max(config.recompile_limit, GRAPHS_OF_ONE_CODE)
-
-
 def _compile_class(kind: Any) -> type:
     """A subclass whose forward is compiled; recomputation stays around it."""
     forward = kind.forward
     while forward.__code__.co_name == _CHECKPOINTING:
         forward = forward.__wrapped__
     members = {
-        "forward": torch.compile(forward, dynamic=True),
+        "forward": torch.compile(forward, dynamic=True, **_raise_limit()),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
     }
     return type(kind.__name__, (kind,), members)
+
+
+def _raise_limit() -> dict[str, Any]:
+    """What torch.compile takes as its limit of graphs.
+
+    Where it takes none (before torch 2.15), the limit of this thread is raised: that of the thread
+    in which autograd recomputes a block on a GPU stays torch's own.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": GRAPHS_OF_ONE_CODE}
+    from torch._dynamo import config  # its import takes two seconds
+
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_OF_ONE_CODE)
+    return {}
 
 
 def check_compiler(device_type: str) -> None:

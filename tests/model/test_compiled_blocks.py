@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from packs import empty_pack, make_pack, relative, small_model
+from torch import nn
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model.compiled_blocks import GRAPHS_OF_ONE_CODE, compile_blocks
@@ -69,6 +72,46 @@ def test_new_packs_compile_nothing_new_and_give_the_same_numbers() -> None:
 
     assert 0 < graphs[-1] <= MOST_GRAPHS
     assert graphs[-1] == graphs[SETTLED], "a later pack was compiled again"
+
+
+class _Block(nn.Module):
+    def forward(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return x + len(kind)
+
+
+class _Stack(nn.Module):
+    _no_split_modules = ("_Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = _Block()
+
+
+def test_a_piece_has_more_graphs_than_torchs_limit_in_every_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU autograd recomputes blocks in a thread of its own, which has torch's own settings.
+
+    They are traced, and not compiled; each kind is a graph.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    kinds = [letter * count for count, letter in enumerate("abcdefghijkl", start=1)]
+    torch._dynamo.reset()
+    stack, x = _Stack(), torch.ones(2, 3)
+    assert compile_blocks(stack, "cpu") == {"_Block": 1}
+    assert len(kinds) > config.recompile_limit
+    counters.clear()
+
+    def run() -> list[float]:
+        with config.patch(fail_on_recompile_limit_hit=True):
+            return [float(stack.block(x, kind)[0, 0]) for kind in kinds]
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(run).result() == [1.0 + len(kind) for kind in kinds]
+    assert counters["stats"]["unique_graphs"] == len(kinds)
 
 
 def test_a_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
