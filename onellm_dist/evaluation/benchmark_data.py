@@ -125,25 +125,15 @@ def count_split(dataset: Dataset, split: str, listed: int, limit: int | None = N
         dataset: the benchmark's dataset.
         split: its split.
         listed: how many were found.
-        limit: how many were looked for. Where that cut any, all samples are read to count the
-            others; of a remote dataset they are not, for each would be a request.
+        limit: how many were looked for. Where that cut any, the others are not counted: all
+            samples would have to be read.
     """
     attributes = dataset.manifest.attributes
     there = int(attributes.get("questions", {}).get(split, listed))
     official = attributes.get("official_questions")
     whole = _ask_source(dataset, split, there) if official is None else official.get(split)
-    readable: int | None = listed
-    if limit is not None and listed >= limit:
-        readable = _count_readable(dataset, split) if dataset.remote is None else None
-    return SplitCounts(max(there, int(whole or 0)), there, readable)
-
-
-def _count_readable(dataset: Dataset, split: str) -> int:
-    return sum(
-        len(_read_questions(dataset, shard, row).questions)
-        for shard in dataset.shards(split)
-        for row in range(shard.samples)
-    )
+    cut = limit is not None and limit <= listed < there
+    return SplitCounts(max(there, int(whole or 0)), there, None if cut else listed)
 
 
 def _ask_source(dataset: Dataset, split: str, there: int) -> int | None:

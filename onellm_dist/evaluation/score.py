@@ -78,7 +78,7 @@ class TaskScore:
             reasons = ", or ".join(filter(None, (cut, lost, unread)))
             return [(reasons, self.whole - asked)]
         there = max(there, asked)
-        if readable is None:  # by an older version too, or the dataset is remote
+        if readable is None:  # the limit left samples that nothing has read
             return [(f"{cut}, or {unread}", there - asked), (lost, self.whole - there)]
         readable = min(max(readable, asked), there)
         rest = [(unread, there - readable), (lost, self.whole - there)]

@@ -14,6 +14,7 @@ from benchmark_trees import write_benchmark
 from source_checks import make_photo
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.evaluation import benchmark_data
 from onellm_dist.evaluation.benchmark_data import count_split, list_media, read_media
 from onellm_dist.evaluation.evaluate import EvaluationOptions, evaluate_model
 from onellm_dist.evaluation.score import score_task
@@ -207,7 +208,7 @@ def test_a_disk_that_fails_is_not_taken_for_another_layout(
 
 
 def test_media_that_cannot_be_read_make_a_dataset_incomplete(
-    tmp_path: Path, toy_model: tuple[Any, Any]
+    tmp_path: Path, toy_model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = write_benchmark(tmp_path / "in", "vizwiz")
     (inputs / "val" / "VizWiz_val_1.jpg").unlink()
@@ -227,12 +228,25 @@ def test_media_that_cannot_be_read_make_a_dataset_incomplete(
             model, tokenizer, ["vizwiz"], tmp_path / "data", tmp_path / "out",
             EvaluationOptions(), identity="toy",
         )  # fmt: skip
-    rest = "2 not asked (media that could not be read), 4,315 not asked (not in the dataset)"
-    for limit, cut in ((1, "1 not asked (--limit 1), "), (None, "")):  # a limit may grow
-        options = EvaluationOptions(limit=limit, any_count=True)
+    read, opened = benchmark_data._read_questions, []
+
+    def read_and_note(*sample: Any) -> Any:
+        opened.append(sample)
+        return read(*sample)
+
+    monkeypatch.setattr(benchmark_data, "_read_questions", read_and_note)
+    unread = "media that could not be read"
+    for limit, cut in (  # a limit may grow
+        (1, f"3 not asked (--limit 1, or {unread})"),
+        (3, f"2 not asked ({unread})"),
+        (None, f"2 not asked ({unread})"),
+    ):
+        options, before = EvaluationOptions(limit=limit, any_count=True), len(opened)
         where = tmp_path / "data", tmp_path / "out"
         evaluate_model(model, tokenizer, ["vizwiz"], *where, options, identity="toy")
-        assert score_task(tmp_path / "out" / "vizwiz").describe_gaps() == cut + rest
+        assert len(opened) - before == min(limit or 2, 2), "what a limit cuts is not read"
+        gaps = score_task(tmp_path / "out" / "vizwiz").describe_gaps()
+        assert gaps == f"{cut}, 4,315 not asked (not in the dataset)"
 
 
 def test_a_dataset_of_another_benchmark_is_refused(benchmark_data: DataOf) -> None:
