@@ -136,7 +136,15 @@ def _can_replace(own: Any) -> bool:
     inner = getattr(own, "__wrapped__", None)
     if inner is None or not isinstance(own, FunctionType):
         return isinstance(own, FunctionType)
-    return any(c.cell_contents is inner for c in own.__closure__ or ()) and _can_replace(inner)
+    return any(_holds(cell, inner) for cell in own.__closure__ or ()) and _can_replace(inner)
+
+
+def _holds(cell: CellType, function: Any) -> bool:
+    """Whether a variable of a closure is a function; one that is not assigned yet is none."""
+    try:
+        return cell.cell_contents is function
+    except ValueError:
+        return False
 
 
 def _rotation_equals(module: nn.Module) -> bool:
@@ -184,7 +192,7 @@ def _replace_rotation(own: Any) -> Any:
         names = {**names, ROTATION: rotate}
     else:  # a decorator: it stays around
         fused = _replace_rotation(inner)
-        cells = tuple(CellType(fused) if c.cell_contents is inner else c for c in cells or ())
+        cells = tuple(CellType(fused) if _holds(c, inner) else c for c in cells or ())
     bound = FunctionType(own.__code__.replace(), names, own.__name__, own.__defaults__, cells)
     bound.__kwdefaults__ = own.__kwdefaults__
     return bound
