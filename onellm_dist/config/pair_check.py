@@ -37,8 +37,8 @@ def check_pairs(
         "reference already; set train.dpo.reference=adapter": copies and train.lora is not None,
         "train.dpo.reference=copy with engine.frozen_weights: the copy would be rounded, and the "
         "model that trains is not; set engine.frozen_weights=plain": copies and quantised,
-        f"train.compile=blocks with train.loss={DPO}: what is compiled cannot leave adapters "
-        "out; set train.compile=none": train.compile != "none",
+        f"train.compile=blocks with train.loss={DPO}: compiled blocks have not been shown to give "
+        "the same numbers with a reference; set train.compile=none": train.compile != "none",
         f"data.validation.generate with train.loss={DPO}: a pair has two answers; set it to "
         "0": generates,
     }

@@ -22,6 +22,7 @@ from onellm_dist.data.token_counts import UNREADABLE
 from onellm_dist.modalities.base import SPAN_TOKENS
 
 log = get_logger(__name__)
+_CONTEXT = "the LLM's context (positions)"
 CENSUS_SHARDS = 100
 """Shards of a dataset whose samples without a supervised token are counted."""
 
@@ -79,11 +80,13 @@ def check_batch(corpus: Corpus, samples: SampleTable, *, positions: int | None) 
     varied = np.flatnonzero(corpus.media.varied[samples.dataset])
     if varied.size:
         spans[varied] = corpus.media.count(samples, varied).sum(1)
-    lengths = SPAN_TOKENS * spans + _bound_text(corpus, samples.text_tokens)
+    texts = _bound_text(corpus, samples.text_tokens)
+    lengths = SPAN_TOKENS * spans + texts
     if not (lengths > positions).any():
         return
     at = int(lengths.argmax())
     (longest,) = samples.refs(np.array([at]))
+    longest = longest._replace(text_tokens=int(texts[at]))
     found = TooLong(longest, int((lengths > positions).sum()), len(lengths))
     raise _describe(corpus, found, _limit_positions(positions), SPAN_TOKENS * int(spans[at]))
 
@@ -100,7 +103,7 @@ class TooLong:
 
 
 def _limit_positions(positions: int) -> Limit:
-    return Limit("the LLM's context (positions)", positions, "use an LLM with more positions")
+    return Limit(_CONTEXT, positions, "use an LLM with more positions")
 
 
 def _find_too_large_varied(
@@ -161,42 +164,85 @@ def _bound_text(corpus: Corpus, text_tokens: Ints) -> Ints:
     return np.asarray(np.minimum(text_tokens - 1, corpus.config.max_text_tokens))
 
 
+def _may_be_too_large(corpus: Corpus, number: int, positions: int | None) -> bool:
+    """Whether a pair of a dataset may be too large, by the recipe alone."""
+    config, budget = corpus.config, read_budget(corpus.config)
+    if corpus.media.varied[number]:
+        return positions is not None or budget != UNLIMITED
+    spans = corpus.spans[number]
+    longest = config.max_text_tokens + SPAN_TOKENS * len(spans)
+    return (
+        2 * longest > budget.llm
+        or sum(corpus.modalities[name].encoder_tokens for name in spans) > budget.encoder
+        or (positions is not None and longest > positions)
+    )
+
+
 def _find_too_large_pairs(
     corpus: Corpus, number: int, positions: int | None
 ) -> Iterator[UsageError]:
     """As `_find_too_large`, of preference pairs: both texts of a pair stand in one micro-batch."""
+    if not _may_be_too_large(corpus, number, positions):
+        return
     budget = read_budget(corpus.config)
     per_span = np.array([m.encoder_tokens for m in corpus.modalities.values()], dtype=np.int64)
     own = np.array([corpus.spans[number].count(m) for m in corpus.modalities], dtype=np.int64)
-    for shard in range(len(corpus.shards[number])):
-        rows, counts = corpus.token_counts.get_texts(number, shard)
-        text, supervised = counts.astype(np.int64).T
-        zeros = np.zeros_like(rows)
-        table = SampleTable(zeros + number, zeros + shard, rows, zeros, text, supervised)
-        varied = corpus.media.varied[number]
-        spans = corpus.media.count(table, np.arange(len(rows))) if varied else own + zeros[:, None]
+
+    def measure(text: Ints, spans: Ints) -> list[tuple[str, Ints, int]]:
         fixed = SPAN_TOKENS * spans.sum(1)
         limits = [
             ("data.pack_llm_tokens", text + 2 * fixed, budget.llm),
             ("data.pack_encoder_tokens", spans @ per_span, budget.encoder),
         ]
         if positions is not None:
-            lengths = _bound_text(corpus, text) + fixed
-            limits.append(("the LLM's context (positions)", lengths, positions))
-        for name, sizes, limit in limits:
-            if len(rows) and sizes.max() > limit:
-                (ref,) = table.refs(np.array([sizes.argmax()]))
-                yield UsageError(
-                    f"preference pair {corpus.sample_id(ref)} ({corpus.describe_media(ref)}) may "
-                    f"need {sizes.max()} tokens; {name} is {limit}",
-                    "both of its texts stand in one micro-batch."
-                    if name.startswith("data.")
-                    else "it knows no later position, and either text of a pair may be so long.",
-                    f"raise {name} to {sizes.max()} or more, or lower data.max_text_tokens."
-                    if name.startswith("data.")
-                    else "lower data.max_text_tokens, or use an LLM with more positions.",
-                )
+            limits.append((_CONTEXT, _bound_text(corpus, text) + fixed, positions))
+        return limits
+
+    for shard in range(len(corpus.shards[number])):
+        rows, counts = corpus.token_counts.get_texts(number, shard)
+        text, supervised = counts.astype(np.int64).T
+        spans: Ints = own + np.zeros_like(rows)[:, None]
+        if corpus.media.varied[number]:
+            spans = corpus.media.count_at_most(number, shard, rows)
+        may = np.any([sizes > limit for _, sizes, limit in measure(text, spans)], axis=0)
+        if not may.any():
+            continue
+        rows, text, supervised, spans = rows[may], text[may], supervised[may], spans[may]
+        zeros = np.zeros_like(rows)
+        table = SampleTable(zeros + number, zeros + shard, rows, zeros, text, supervised)
+        if corpus.media.varied[number]:
+            spans = corpus.media.count(table, np.arange(len(rows)))
+        for name, sizes, limit in measure(text, spans):
+            if sizes.max() > limit:
+                at = int(sizes.argmax())
+                (ref,) = table.refs(np.array([at]))
+                fixed = SPAN_TOKENS * int(spans[at].sum())
+                yield _describe_pair(corpus, ref, name, int(sizes[at]), limit, fixed)
                 return
+
+
+def _describe_pair(
+    corpus: Corpus, ref: SampleRef, name: str, size: int, limit: int, fixed: int
+) -> UsageError:
+    """The problem of a pair that needs `size`; `fixed` positions of a text are its media's."""
+    what = f"preference pair {corpus.sample_id(ref)} ({corpus.describe_media(ref)}) may need {size}"
+    if name.startswith("data."):
+        return UsageError(
+            f"{what} tokens; {name} is {limit}",
+            "both of its texts stand in one micro-batch.",
+            f"raise {name} to {size} or more"
+            + (", or lower data.max_text_tokens." if name == "data.pack_llm_tokens" else "."),
+        )
+    shorten = (
+        f"lower data.max_text_tokens to {limit - fixed} (longer texts are cut)"
+        if limit - fixed > 1
+        else f"leave out media: their spans alone take {fixed} positions"
+    )
+    return UsageError(
+        f"{what} tokens; {name} is {limit}",
+        "it knows no later position, and either text of a pair may be so long.",
+        f"{shorten}, or use an LLM with more positions.",
+    )
 
 
 def _find_too_large(corpus: Corpus, number: int, positions: int | None) -> Iterator[UsageError]:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onellm_dist.model.kernels.counted import BACKWARD, FORWARD, count_flops
+from onellm_dist.model.preference import list_llms
 from onellm_dist.model.quantised_linear import list_quantised
 from onellm_dist.packed import PackedBatch
 from onellm_dist.planner.module_labels import ModuleLabels
@@ -234,9 +235,11 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 
 def list_units(model: Any) -> list[nn.Module]:
-    """Transformer blocks, embedding and head: what engines gather as one."""
+    """Transformer blocks, embeddings and heads: what engines gather as one."""
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return [*blocks, model.get_input_embeddings(), model.get_output_embeddings()]
+    llms = list_llms(model)
+    ends = [end for x in llms for end in (x.get_input_embeddings(), x.get_output_embeddings())]
+    return [*blocks, *ends]
 
 
 def measure_frozen_blocks(model: Any) -> float:

@@ -228,7 +228,7 @@ def gather_weights(
         size = layer.out_features, layer.in_features
         return torch.empty(size, dtype=engine.compute_dtype, device="meta")
 
-    own = (item for item in engine.full_weights() if not item[0].startswith(PREFIX))
+    own = engine.full_weights(lambda name: not name.startswith(PREFIX))
     return add_base(own, layers, read)
 
 

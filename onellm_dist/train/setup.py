@@ -292,6 +292,7 @@ def build_monitor(config: RunConfig, *, inputs: Inputs, sample_log: SampleLog) -
         max_skipped_samples=config.data.max_skipped_samples,
         skipped_samples=sample_log.unreadable,
         state={} if inputs.new_phase else inputs.manifest.get("stability", {}),
+        pairs=config.data.preference_pairs,
     )
 
 

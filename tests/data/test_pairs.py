@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,21 @@ from pair_worlds import make_meta, write_pairs
 
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.turns import TurnsError, parse_pair
-from onellm_dist.data.length_check import check_corpus
+from onellm_dist.data.length_check import check_batch, check_corpus
 from onellm_dist.data.media_text import MediaTextEncoder
+from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.pair_text import encode_pair
 from onellm_dist.data.reader import Reader
-from onellm_dist.data.text import TextEncoder
-from onellm_dist.data.token_budget import find_smallest_budget, set_budget
+from onellm_dist.data.text import TextEncoder, TextFormat
+from onellm_dist.data.token_budget import UNLIMITED, find_smallest_budget, set_budget
+from onellm_dist.data.token_counts import TokenCounts
 from onellm_dist.modalities import SPAN_TOKENS, Part
 from onellm_dist.packed import IGNORE
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 KEYS: dict[str, Any] = {
     "modalities": ("image",),
     "text_format": "conversation",
@@ -36,12 +43,18 @@ def make_parts(meta: dict[str, Any]) -> dict[str, Part]:
     return {"json": Part("json", json.dumps(meta).encode())}
 
 
-def encode_answer(meta: dict[str, Any], key: str) -> tuple[list[int], list[int]]:
+def make_answer(meta: dict[str, Any], key: str) -> str:
+    return str(meta[key][0]["value"])
+
+
+def encode_answer(
+    encoder: TextEncoder, meta: dict[str, Any], key: str
+) -> tuple[list[int], list[int]]:
     """One of the answers as an ordinary conversation, whose earlier answers do not count."""
     prompt = [{**turn, "weight": 0} for turn in meta["conversations"] if turn["from"] == "gpt"]
     turns = [prompt.pop(0) if t["from"] == "gpt" else t for t in meta["conversations"]]
     parts = make_parts({"conversations": [*turns, *meta[key]]})
-    return TextEncoder(tokenizer(), "conversation", 200).encode(parts)
+    return encoder.encode(parts)
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +64,23 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return open_plan(root, {"pairs": 1}, **KEYS)
 
 
-def test_a_pair_is_both_conversations_end_to_end() -> None:
-    encoder = TextEncoder(tokenizer(), "conversation", 200, pairs=True)
+@pytest.mark.parametrize("format_", ["conversation", "chat"])
+def test_a_pair_is_both_conversations_end_to_end(format_: TextFormat) -> None:
+    tok = copy.deepcopy(tokenizer())
+    tok.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tok.chat_template = CHATML
+    encoder, single = (TextEncoder(tok, format_, 400, pairs=pairs) for pairs in (True, False))
     for number in range(6):
         meta = make_meta(number)
         pair = encode_pair(encoder, make_parts(meta), None)
-        (ids, labels), (other, others) = (encode_answer(meta, k) for k in ("chosen", "rejected"))
+        (ids, labels), (other, others) = (
+            encode_answer(single, meta, k) for k in ("chosen", "rejected")
+        )
         assert (pair.ids, pair.labels) == (ids + other, labels + others)
         assert pair.chosen_tokens == len(ids)
-
-
-def test_the_format_chat_has_pairs_too() -> None:
-    tok = tokenizer()
-    if tok.chat_template is None:
-        pytest.skip("the toy tokenizer has no chat template")
-    pair = encode_pair(TextEncoder(tok, "chat", 200, pairs=True), make_parts(make_meta(1)), None)
-    assert pair.labels[: pair.chosen_tokens].count(IGNORE) < pair.chosen_tokens
+        supervised = [x for x in labels if x != IGNORE]
+        assert make_answer(meta, "chosen") in tok.decode(supervised)
+        assert 0 < len(supervised) < len(ids) / 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -185,3 +199,40 @@ def test_a_pair_that_fits_in_no_micro_batch_is_refused_before_the_first_step(pla
     with pytest.raises(UsageError, match="either text of a pair"):
         check_corpus(corpus, positions=60)
     assert torch.is_tensor(Reader(corpus).read(plan.step(0, 1).ranks[0][0]).labels)
+
+
+def test_counts_of_pairs_are_opened_only_where_the_recipe_leaves_it_open(
+    plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, before = plan.corpus, plan.corpus.config
+    read: list[int] = []
+    get = TokenCounts.get_texts
+
+    def count(self: TokenCounts, dataset: int, shard: int) -> Any:
+        read.append(shard)
+        return get(self, dataset, shard)
+
+    monkeypatch.setattr(TokenCounts, "get_texts", count)
+    monkeypatch.setattr("onellm_dist.data.length_check.CENSUS_SHARDS", 1)
+    shards = list(range(len(corpus.shards[0])))
+    assert len(shards) > 1
+    try:
+        for budget, positions, opened in (
+            (UNLIMITED, None, []),
+            (TokenBudget(464, 4096), 232, []),
+            (TokenBudget(463, 4096), 232, shards),
+            (TokenBudget(464, 4096), 231, shards),
+        ):
+            corpus.config = set_budget(before, budget)
+            read.clear()
+            check_corpus(corpus, positions=positions)
+            assert read == [*opened, 0], (budget, positions)
+        corpus.config = before
+        with pytest.raises(UsageError, match=r"lower data\.max_text_tokens to 38 "):
+            check_corpus(corpus, positions=70)
+        refs = plan.step(0, 1).samples
+        bound = int(min(refs.text_tokens.max() - 1, 200))
+        with pytest.raises(UsageError, match=rf"{bound} text tokens\) needs {bound + 32} tokens"):
+            check_batch(corpus, refs, positions=70)
+    finally:
+        corpus.config = before

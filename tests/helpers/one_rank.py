@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,8 +47,10 @@ class OneRankEngine:
     def __init__(self, model: Any) -> None:
         self._state = {name: p.detach() for name, p in model.named_parameters()}
 
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._state.items()
+    def full_weights(
+        self, wants: Callable[[str], bool] = lambda _: True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ((name, value) for name, value in self._state.items() if wants(name))
 
     def full_weight_shapes(self) -> list[tuple[str, torch.Size, torch.dtype]]:
         return [(name, p.shape, p.dtype) for name, p in self._state.items()]

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 from plain_counts import write_recipe
 
+from onellm_dist.config.train_sections import DpoSection
+from onellm_dist.model.preference import list_llms, prepare_preference
 from onellm_dist.planner.command import PlanOptions, make_planner
+from onellm_dist.planner.counting import list_units
 from onellm_dist.planner.module_labels import HEAD, LLM
 from onellm_dist.planner.pack_shapes import measure_sizes
 from onellm_dist.planner.run_plan import Planner, build_model, load_model_config
+from onellm_dist.train.engine.fsdp.units import find_units
 from onellm_dist.train.recipe_summary.parameters import format_parameters
 
 H100 = PlanOptions(gpu="h100", gpus_per_node=2)
@@ -38,6 +42,20 @@ def test_the_copy_stands_in_the_table_of_a_start(tmp_path: Path) -> None:
     row = next(line for line in lines if line.split()[0] == "reference")
     llm = next(line for line in lines if line.split()[0] == "llm")
     assert row.split()[1:3] == [llm.split()[1], "frozen"]
+
+
+def test_embedding_and_head_of_the_copy_are_gathered_alone(tmp_path: Path) -> None:
+    """Else they would be gathered with the root, and held for the length of every pass."""
+    config = plan(tmp_path, *PAIRS, *COPY).config
+    model = build_model(load_model_config(config))
+    prepare_preference(model, DpoSection(reference="copy"))
+    ends = [end for llm in list_llms(model) for end in (llm.get_input_embeddings(), llm.lm_head)]
+    assert len({id(end.weight) for end in ends}) == 4
+    for units in (find_units(model), list_units(model)):
+        assert {id(end) for end in ends} <= {id(unit) for unit in units}
+        inside = {id(p) for unit in units for p in unit.parameters()}
+        rows = {p.shape[0] for p in model.parameters() if id(p) not in inside}
+        assert ends[0].weight.shape[0] not in rows
 
 
 def count_llm(planner: Planner) -> float:

@@ -1,4 +1,4 @@
-"""The source preferences: rows of six forms become the same samples."""
+"""The source preferences: rows of all forms become the same samples."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from shard_worlds import write_tree
 from source_checks import build_source, make_photo, make_turns, read_samples
 
 from onellm_dist.modalities import Part
+from onellm_dist.shards.sources.base import BadSampleError
 from onellm_dist.shards.sources.readers.preference_rows import split_row
 from onellm_dist.shards.tools.preview_samples import format_text
 
@@ -46,12 +47,28 @@ FORMS: dict[str, dict[str, Any]] = {
         "rejected_messages": [ASKED, message("assistant", "so")],
     },
     "llava_rlhf": {
-        "conversations": [QUESTION],
-        "output_1": BAD,
-        "output_2": GOOD,
+        "conversations": [QUESTION, {"from": "gpt", "value": "an answer that neither is"}],
+        "output_1": {"from": "llava", "value": "so"},
+        "output_2": {"from": "llava", "value": "because"},
         "preference": 2,
     },
+    "llava_rlhf_first": {
+        "conversations": [QUESTION],
+        "output_1": {"from": "llava", "value": "because"},
+        "output_2": {"from": "llava", "value": "so"},
+        "preference": 1,
+    },
     "rlaif_v": {"question": "Why?", "chosen": "because", "rejected": "so"},
+    "rlhf_v": {"text": json.dumps({"question": "Why?", "chosen": "because", "rejected": "so"})},
+    "alpaca": {"instruction": "Why?", "input": "", "chosen": "because", "rejected": "so"},
+    "ultrafeedback": {
+        "prompt": "Why?",
+        "messages": [ASKED, message("assistant", "because")],
+        "chosen": [{**ASKED, "name": None}, message("assistant", "because")],
+        "rejected": [QUESTION, BAD],
+        "score_chosen": 8.0,
+    },
+    "white_space": {"question": " Why?\n", "chosen": " because", "rejected": "so "},
 }
 
 
@@ -112,9 +129,74 @@ def test_a_row_with_media_is_no_text(tmp_path: Path) -> None:
 def test_a_row_is_split(name: str) -> None:
     shared, chosen, rejected = split_row(FORMS[name])
     texts = [
-        [t.get("value", t.get("content")) for t in turns] for turns in (shared, chosen, rejected)
+        [str(t.get("value", t.get("content"))) for t in turns]
+        for turns in (shared, chosen, rejected)
     ]
-    assert texts == [["Why?"], ["because"], ["so"]]
+    assert [[text.strip() for text in one] for one in texts] == [["Why?"], ["because"], ["so"]]
+
+
+SYSTEM = message("system", "Be brief.")
+
+
+@pytest.mark.parametrize("name", ["ours", "trl_implicit", "ms_swift", "llava_rlhf", "alpaca"])
+def test_the_column_system_is_the_system_turn(name: str) -> None:
+    shared, *_ = split_row({**FORMS[name], "system": "Be brief."})
+    assert shared[0] == SYSTEM and len(shared) == 2
+    shared, *_ = split_row({**FORMS[name], "system": " "})
+    assert len(shared) == 1
+
+
+def test_a_system_turn_of_the_prompt_stays() -> None:
+    row = {**FORMS["ours"], "conversations": [SYSTEM, QUESTION], "system": "Be long."}
+    assert split_row(row)[0] == [SYSTEM, QUESTION]
+
+
+def test_input_and_history_are_of_the_prompt() -> None:
+    row = {**FORMS["alpaca"], "input": "The sky.", "history": [["Who?", "me"]]}
+    shared, *_ = split_row(row)
+    assert [turn["content"] for turn in shared] == ["Who?", "me", "Why?\nThe sky."]
+    with pytest.raises(BadSampleError, match="history is not a list"):
+        split_row({**row, "history": ["Who?"]})
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "media": (
+        {**FORMS["ms_swift"], "images": ["1.jpg"], "rejected_images": ["2.jpg"]},
+        "media of the rejected answer alone",
+    ),
+    "alike": (
+        {"chosen": [ASKED, GOOD], "rejected": [QUESTION, message("assistant", "because ")]},
+        "chosen and rejected are the same",
+    ),
+    "alike_response": ({**FORMS["ms_swift"], "rejected_response": "because"}, "are the same"),
+    "output": ({**FORMS["llava_rlhf"], "output_1": 3}, "output_1 is 3"),
+    "no_answers": ({"text": "Why?"}, "no chosen and rejected answer"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rows_that_are_no_pair_are_refused(name: str) -> None:
+    row, message = REFUSED[name]
+    with pytest.raises(BadSampleError, match=message):
+        split_row(row)
+
+
+def test_the_same_media_of_the_rejected_answer_are_no_others() -> None:
+    media = {"images": ["1.jpg"], "rejected_images": ["1.jpg"]}
+    assert split_row({**FORMS["ms_swift_messages"], **media})[0] == [ASKED]
+
+
+def test_weights_are_kept_and_white_space_makes_no_pair(tmp_path: Path) -> None:
+    later = [GOOD, QUESTION, {**GOOD, "weight": 0}]
+    rows = [
+        {**FORMS["ours"], "chosen": later},
+        {**FORMS["rlaif_v"], "rejected": "because "},
+    ]
+    inputs = write_tree(tmp_path / "in", {"rows.json": json.dumps(rows)})
+    report, dataset = build_source("preferences", inputs, tmp_path / "out", max_failures=0.9)
+    (sample,) = read_samples(dataset).values()
+    assert sample["json"]["chosen"] == later and sample["json"]["rejected"] == [BAD]
+    assert [q.reason for q in report.quarantined] == ["answers: chosen and rejected are the same"]
 
 
 def test_a_preview_shows_both_answers() -> None:

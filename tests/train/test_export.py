@@ -91,8 +91,8 @@ def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(
     from onellm_dist.train import export
 
     class Broken(OneRankEngine):
-        def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-            yield next(super().full_weights())
+        def full_weights(self, *wants: Any) -> Iterator[tuple[str, torch.Tensor]]:
+            yield next(super().full_weights(*wants))
             raise RuntimeError("out of memory while gathering")
 
     class Listening(OneRank):

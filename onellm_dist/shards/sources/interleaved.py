@@ -41,7 +41,7 @@ from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
 _ROWS = 1000
-KEPT = ("id", "source", "data_source", "sample_id", "dataset", "metadata")
+_KEPT = ("id", "source", "data_source", "sample_id", "dataset", "metadata")
 """Values of a row that the `.json` keeps."""
 
 
@@ -116,7 +116,7 @@ def _read_row(
     row, key = item.value, make_row_key(context.description, item)
     if not modalities:
         return [_read_text(row, key)]
-    meta: dict[str, Any] = {k: row[k] for k in KEPT if isinstance(row.get(k), (str, int, dict))}
+    meta: dict[str, Any] = {k: row[k] for k in _KEPT if isinstance(row.get(k), (str, int, dict))}
     return [read_media_row(context, row, key, modalities, meta)]
 
 

@@ -249,11 +249,16 @@ class Engine(ABC):
         """Return name, shape and dtype of each of `full_weights`, in its order."""
 
     @abstractmethod
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_weights(
+        self, wants: Callable[[str], bool] = lambda _: True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Gather each weight and persistent buffer in turn.
 
         They come in the dtype that the model computes in, tied weights once. Every rank must run
         the iterator to its end.
+
+        Args:
+            wants: whether a weight is gathered, by its name; the same on every rank.
 
         Yields:
             (name, tensor): on the CPU on rank 0; on the meta device on other ranks.

@@ -24,6 +24,9 @@ SIGMA = 1.4826
 LOSS_FLOOR = 0.02
 """Smallest scatter of a loss, as a share of the median: a window of nearly equal losses must not
 make a spike of every step."""
+PAIR_SCATTER = 0.1 * math.log(2)
+"""Smallest scatter of the loss of preference pairs, which has no floor: once most pairs are
+decided, a batch with one that is not has many times the median loss, and most of the gradient."""
 LOG_NORM_FLOOR = 0.25
 """Smallest scatter of the logarithm of a gradient norm."""
 
@@ -58,6 +61,8 @@ class StabilityMonitor:
         max_skipped_samples: the run stops when more samples than this could not be read.
         skipped_samples: samples that earlier starts could not read.
         state: the `state()` of the checkpoint that this start resumes from.
+        pairs: whether losses are those of preference pairs. Their smallest scatter is PAIR_SCATTER,
+            and no finite gradient is a spike.
     """
 
     def __init__(
@@ -67,11 +72,13 @@ class StabilityMonitor:
         max_skipped_samples: int,
         skipped_samples: int = 0,
         state: Mapping[str, Any] | None = None,
+        pairs: bool = False,
     ) -> None:
         self.policy = config.policy
         self.skipped_samples = skipped_samples
         """Samples of the whole run that could not be read, earlier starts included."""
         self._config = config
+        self._pairs = pairs
         self._max_skipped_samples = max_skipped_samples
         self._losses: deque[float] = deque(maxlen=config.window)
         self._log_norms: deque[float] = deque(maxlen=config.window)
@@ -109,7 +116,7 @@ class StabilityMonitor:
                 "gradient_not_finite", "the gradient is not finite, although every loss is"
             )
         floor = LOSS_FLOOR * abs(median(self._losses)) if self._losses else 0.0
-        z = self._spike(loss, self._losses, floor)
+        z = self._spike(loss, self._losses, max(floor, PAIR_SCATTER) if self._pairs else floor)
         if z is not None:
             return Anomaly(
                 "loss_spike",
@@ -117,7 +124,7 @@ class StabilityMonitor:
                 f"{median(self._losses):.4g}",
             )
         z = self._spike(_log(grad_norm), self._log_norms, LOG_NORM_FLOOR)
-        if z is not None:
+        if z is not None and not self._pairs:
             return Anomaly(
                 "gradient_spike",
                 f"gradient norm {grad_norm:.4g} is {z:.1f} robust standard deviations above the "

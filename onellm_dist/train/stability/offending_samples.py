@@ -30,10 +30,10 @@ class OffendingSample:
     modality: str
     """Its modality combination: `image`, `video+audio`, `text`, as in `loss_by_modality`."""
     nll: float | None
-    """Mean cross-entropy of its supervised tokens; None where that is not finite."""
+    """Mean loss of its supervised tokens, or of the pair; None where that is not finite."""
 
     def __str__(self) -> str:
-        value = "not finite" if self.nll is None else f"cross-entropy {self.nll:.3g}"
+        value = "not finite" if self.nll is None else f"loss {self.nll:.3g}"
         return f"{self.sample} ({self.modality}, rank {self.rank}, {value})"
 
 
@@ -45,9 +45,9 @@ class MicroBatchLosses:
     loss: torch.Tensor
     """[] summed loss."""
     nll: torch.Tensor
-    """[N] cross-entropy of the supervised tokens."""
+    """[N] loss of the supervised tokens, or of the pairs."""
     sample_index: torch.Tensor
-    """[N] the sample of each supervised token."""
+    """[N] the sample of each of them."""
 
 
 def find_offending_samples(

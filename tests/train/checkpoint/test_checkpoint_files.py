@@ -280,7 +280,7 @@ def test_the_best_weights_are_never_without_their_record(
 ) -> None:
     """Killed while the weights of step 8 replace those of step 4, around each of the renames."""
     engine: Any = SimpleNamespace(
-        full_weights=lambda: iter(()), full_weight_shapes=lambda: (), compute_dtype=torch.float32
+        full_weights=lambda *_: iter(()), full_weight_shapes=lambda: (), compute_dtype=torch.float32
     )
     monkeypatch.setattr("onellm_dist.train.export._write_configs", lambda *_: None)
     folder = tmp_path / "best"

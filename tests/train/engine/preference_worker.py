@@ -199,7 +199,8 @@ def train_sharded(dist: Distributed, job: dict[str, Any]) -> dict[str, Any]:
             whole[start : start + len(values)] = values
     full = gather_weights(engine, model, is_rank_zero=dist.is_rank_zero)
     state = {name: t for name, t in full if not t.is_meta}
-    copies = {n: t for n, t in engine.full_weights() if n.startswith("reference.")}
+    copies = dict(engine.full_weights(lambda name: name.startswith("reference.")))
+    assert all(name.startswith("reference.") for name in copies), "others are not gathered"
     return {
         "state": state, "masters": masters, "losses": losses, "margins": margins, "copies": copies
     }  # fmt: skip

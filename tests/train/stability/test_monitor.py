@@ -117,3 +117,26 @@ def test_skipped_samples_of_earlier_starts_count() -> None:
     monitor.count_step(0, applied=True, new_skipped_samples=1)
     with pytest.raises(OneLLMError, match="max_skipped_samples is 5"):
         monitor.count_step(1, applied=True, new_skipped_samples=1)
+
+
+def test_an_undecided_pair_late_in_a_run_is_no_spike() -> None:
+    """The loss of pairs has no floor, and a single pair may have all of the gradient."""
+    generator = random.Random(0)
+    monitors = {
+        pairs: StabilityMonitor(
+            StabilitySection(window=128, threshold=10.0), max_skipped_samples=5, pairs=pairs
+        )
+        for pairs in (False, True)
+    }
+    for _ in range(128):
+        loss = 0.02 + generator.uniform(-0.005, 0.005)
+        for monitor in monitors.values():
+            assert monitor.check(loss, 1.0) is None
+            monitor.accept(loss, 1.0)
+    tokens, pairs = monitors[False], monitors[True]
+    assert (found := tokens.check(0.2, 1.0)) is not None and found.kind == "loss_spike"
+    assert (found := tokens.check(0.02, 20.0)) is not None and found.kind == "gradient_spike"
+    assert pairs.check(0.2, 20.0) is None
+    assert (found := pairs.check(1.0, 1.0)) is not None and found.kind == "loss_spike"
+    assert (found := pairs.check(0.02, float("inf"))) is not None
+    assert found.kind == "gradient_not_finite"

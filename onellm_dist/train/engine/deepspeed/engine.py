@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -192,11 +192,15 @@ class DeepSpeedEngine(Engine):
         ]
 
     @torch.no_grad()
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_weights(
+        self, wants: Callable[[str], bool] = lambda _: True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         import deepspeed
 
         is_rank_zero = self._engine.global_rank == 0
         for name, parameter in self._module.model.named_parameters():
+            if not wants(name):
+                continue
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
                 full = (
                     parameter.detach().to("cpu", copy=True)
@@ -205,6 +209,8 @@ class DeepSpeedEngine(Engine):
                 )
             yield name, full
         for name, buffer in list_persistent_buffers(self._module.model):
+            if not wants(name):
+                continue
             yield (
                 name,
                 buffer.detach().to("cpu", copy=True)

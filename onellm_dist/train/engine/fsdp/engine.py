@@ -10,7 +10,7 @@ they are sharded, or whole on every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -201,14 +201,20 @@ class FsdpEngine(Engine):
         ]
 
     @torch.no_grad()
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_weights(
+        self, wants: Callable[[str], bool] = lambda _: True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         is_rank_zero = dist.get_rank() == 0
         for name, parameter in self._module.model.named_parameters():
+            if not wants(name):
+                continue
             full: Any = parameter.detach().to(self.compute_dtype)
             if isinstance(full, DTensor):
                 full = full.full_tensor()
             yield name, full.cpu() if is_rank_zero else torch.empty_like(full, device="meta")
         for name, buffer in list_persistent_buffers(self._module.model):
+            if not wants(name):
+                continue
             yield (
                 name,
                 buffer.detach().to("cpu", copy=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from onellm_dist.model.preference import list_llms
 from onellm_dist.train.engine.fsdp.joining import join_blocks
 from onellm_dist.train.engine.parameters import list_indivisible
 
@@ -17,8 +18,8 @@ Unit = list[nn.Module]
 def find_units(model: Any, resident: Collection[nn.Parameter] = ()) -> list[nn.Module]:
     """Return the modules that are gathered and freed together, inner ones first.
 
-    These are the modules that the model and its parts call indivisible, and embedding and head if
-    their weights are not tied. The rest is gathered with the root.
+    These are the modules that the model and its parts call indivisible, and embedding and head of
+    the LLM and of its copy (DPO) if their weights are not tied. The rest is gathered with the root.
 
     Args:
         model: the model.
@@ -26,8 +27,8 @@ def find_units(model: Any, resident: Collection[nn.Parameter] = ()) -> list[nn.M
     """
     indivisible = list_indivisible(model)
     found = [module for module in model.modules() if type(module).__name__ in indivisible]
-    if hasattr(model, "get_input_embeddings"):
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for llm in list_llms(model) if hasattr(model, "get_input_embeddings") else ():
+        ends = (llm.get_input_embeddings(), llm.get_output_embeddings())
         if ends[0].weight is not ends[1].weight:
             found += ends
     return [unit for unit in found if any(p not in resident for p in unit.parameters())]
