@@ -56,10 +56,18 @@ MEMORY_TEXTS = (
 )
 """Parts of other errors that mean a lack of memory (torch 2.15)."""
 PARTS = {
-    "data": ("global_batch", "max_text_tokens", "mixture", "spans", "text_format"),
+    "data": (
+        "global_batch",
+        "max_text_tokens",
+        "mixture",
+        "preference_pairs",
+        "spans",
+        "text_format",
+    ),
     "train": (
         "activation_checkpointing",
         "compile",
+        "dpo",
         "encoder",
         "kernels",
         "lora",

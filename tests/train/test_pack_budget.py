@@ -221,6 +221,19 @@ def test_what_was_learned_holds_for_the_same_kernels_and_numbers_alone(key: str)
     assert hash_recipe(own, ["Abacus"]) != hash_recipe(other, ["Abacus"])
 
 
+def test_what_was_learned_holds_for_the_same_reference_of_pairs_alone() -> None:
+    """A copy takes memory; adapters that are off take none."""
+    adapter, copy = (
+        load_config("dpo", ["train.lora={rank: 2}" if name == "adapter" else "train.lora=null",
+                            f"train.dpo.reference={name}"])
+        for name in ("adapter", "copy")
+    )  # fmt: skip
+    copy = copy.model_copy(
+        update={"train": copy.train.model_copy(update={"lora": adapter.train.lora})}
+    )
+    assert hash_recipe(adapter, ["Abacus"]) != hash_recipe(copy, ["Abacus"])
+
+
 def test_every_key_of_train_counts_for_budgets_or_is_known_not_to() -> None:
     without = {"callbacks", "early_stopping", "epochs", "log_every", "steps"}
     assert {*PARTS["train"]} == TrainSection.model_fields.keys() - without
