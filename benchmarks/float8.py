@@ -1,6 +1,6 @@
 """Losses over frozen weights in float8 against plain ones: the real SmolLM2-135M learns a text.
 
-    python benchmarks/float8.py                 # 200 steps of each, some twenty minutes
+    python benchmarks/float8.py                 # 200 steps of each
     python benchmarks/float8.py --steps 20 --json found.json
 
 Both models have adapters on queries and values, as in the LoRA paper, and compute in bf16; AdamW

@@ -1,6 +1,6 @@
 """What the host needs for a micro-batch by engine: CPU time and ATen calls, before and after.
 
-    python benchmarks/host_time.py                   # three processes, about three minutes
+    python benchmarks/host_time.py                   # six processes, about three minutes
     python benchmarks/host_time.py --engines plain fsdp --json found.json
 
 The model has the layers of onellm-7b (24 blocks in the encoder, 3 x 8 in the UPM, 32 in the LLM) at
