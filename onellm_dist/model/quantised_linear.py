@@ -87,8 +87,13 @@ def find_layers(model: Any, format: str) -> dict[str, nn.Linear]:
         name: layer
         for name, layer in found.items()
         if layer.in_features % MULTIPLE == layer.out_features % MULTIPLE == 0
-        and layer.out_features not in experts
+        and not (layer.out_features in experts and _is_in_router(name))
     }
+
+
+def _is_in_router(name: str) -> bool:
+    """Whether a layer is a router or a part of one (transformers 5.23: `gate`, `router.layer`)."""
+    return any(part.endswith(("gate", "router")) for part in name.split("."))
 
 
 def _count_experts(model: Any) -> set[int]:

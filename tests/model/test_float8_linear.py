@@ -12,6 +12,7 @@ import torch
 from packs import make_pack, relative, small_model
 from plain_float8 import round_plainly, use_plain_float8
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import EngineSection
@@ -36,6 +37,7 @@ from onellm_dist.planner.pack_shapes import SampleShape, make_meta_batch, measur
 from onellm_dist.planner.run_plan import get_modalities
 from onellm_dist.planner.time import DeviceClock
 from onellm_dist.train.engine.frozen_weights import check_frozen_weights
+from onellm_dist.train.recipe_summary.parameters import describe_frozen_weights
 
 EXACT = 1e-6
 STEPS, TOY_GAP, TOY_MEAN = 200, 0.05, 0.01
@@ -149,18 +151,53 @@ def hold_in_float8(model: Any, dtype: torch.dtype = torch.float32) -> None:
         setattr(model.get_submodule(parent), own, held)
 
 
+def test_what_is_rounded_is_said_as_a_share_of_the_llms_frozen_weights() -> None:
+    """Of a mixture of experts it is attention alone: its experts are no linear layers."""
+    config = MixtralConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=16,
+    )
+    with torch.device("meta"):
+        llm: Any = MixtralForCausalLM(config)
+    model: Any = nn.ModuleDict({"llm": llm.requires_grad_(False)})
+    model.get_output_embeddings = llm.get_output_embeddings
+    layers = find_layers(model, "fp8")
+    assert {name.split(".")[-2] for name in layers} == {"self_attn"} and len(layers) == 4
+    attention = 2 * 64 * 64 + 2 * 64 * 32
+    others = 64 * 16 + 16 * 3 * 64 * 48 + 3 * 64 + 2 * 512 * 64  # router, experts, norms, ends
+    recipe: Any = SimpleNamespace(
+        engine=EngineSection(frozen_weights="fp8"), train=SimpleNamespace(precision="fp32")
+    )
+    (line,) = describe_frozen_weights(recipe, model.requires_grad_(False))
+    share = attention / (attention + others)
+    assert 0.03 < share < 0.1 and f"4 linear layers of the LLM ({share:.1%} of its frozen" in line
+
+
 def test_what_gpus_do_not_multiply_and_routers_stay_out() -> None:
     model = make_adapted()
     chosen, all_layers = find_layers(model, "fp8"), find_layers(model, "int8")
     left_out = all_layers.keys() - chosen.keys()  # 2 of 4 heads: 24 rows
     assert {name.split(".")[-1] for name in left_out} == {"k_proj", "v_proj"}
     assert len(chosen) == 2 * 5 and "llm.model.layers.0.self_attn.q_proj.base_layer" in chosen
-    layers = nn.ModuleDict({"gate": nn.Linear(32, 64), "other": nn.Linear(32, 48)})
+    layers = nn.ModuleDict(
+        {
+            "gate": nn.Linear(32, 64),
+            "router": nn.ModuleDict({"layer": nn.Linear(32, 64)}),
+            "gate_proj": nn.Linear(32, 64),  # as wide as there are experts, and no router
+            "other": nn.Linear(32, 48),
+        }
+    )
     other: Any = nn.ModuleDict({"llm": layers.requires_grad_(False)})
     other.get_output_embeddings = lambda: None
     other.config = SimpleNamespace(text_config=SimpleNamespace(num_experts=64))
-    assert list(find_layers(other, "fp8")) == ["llm.other"]
-    del layers["other"]
+    assert list(find_layers(other, "fp8")) == ["llm.gate_proj", "llm.other"]
+    del layers["other"], layers["gate_proj"]
     with pytest.raises(UsageError, match="no frozen linear layer with sizes that divide by 16"):
         plan_layers(other, "fp8")
 

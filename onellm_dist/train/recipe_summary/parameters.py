@@ -58,8 +58,13 @@ def describe_frozen_weights(config: RunConfig, model: Any) -> list[str]:
     format = config.engine.frozen_weights
     if format == "plain":
         return []
-    count = len(choose_layers(model, format))
-    line = f"engine.frozen_weights={format}: {count} linear layers of the LLM, rounded at the start"
+    layers = choose_layers(model, format).values()
+    frozen = sum(p.numel() for p in model.llm.parameters() if not p.requires_grad)
+    share = sum(layer.weight.numel() for layer in layers) / frozen
+    line = (
+        f"engine.frozen_weights={format}: {len(layers)} linear layers of the LLM "
+        f"({share:.1%} of its frozen weights), rounded at the start"
+    )
     if format != FLOAT8_FORMAT:
         return [line]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
