@@ -216,10 +216,10 @@ class EngineSection(Section):
     frozen_weights: Literal["plain", "fp8", "int8", "nf4"] = "plain"
     """What the frozen linear layers of the LLM, but for its head, are held in. `plain`:
     `train.precision`. `fp8`: float8 (e4m3) and a scale for each row; inputs are rounded likewise,
-    and GPUs of compute capability 8.9 multiply in float8. `int8`: 8 bits and a scale for each row.
-    `nf4`: 4 bits and a scale for each 64 weights (QLoRA, arXiv 2305.14314). The last two need
-    torchao, and are expanded wherever they are used. Weights that are not plain are whole on every
-    rank under any engine, and checkpoints do not hold them."""
+    and GPUs of compute capability 8.9 and above multiply in float8. `int8`: 8 bits and a scale for
+    each row. `nf4`: 4 bits and a scale for each 64 weights (QLoRA, arXiv 2305.14314). The last two
+    need torchao, and are expanded wherever they are used. Weights that are not plain are whole on
+    every rank under any engine, and checkpoints do not hold them."""
     shard_ranks: PositiveInt | None = None
     """`fsdp` only: number of neighbouring ranks (usually those of a node) that share one copy of
     the model; each such group holds a complete copy. Default: all ranks share one copy."""

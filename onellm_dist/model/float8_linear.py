@@ -2,8 +2,9 @@
 
 Weights have a scale for each output, inputs one for each row, found anew in every use. Scales are
 powers of two: a float8 value times its scale is exact in bf16, so that GPUs that multiply float8
-and all others differ by no more than the order of a sum. Gradients pass through the rounded weight
-in the precision of the run, as if inputs were not rounded.
+and all others differ by the rounding of sums alone. (Tensor cores of Hopper keep some 14 bits of a
+sum within a block, and torch adds these blocks in fp32: arXiv 2412.19437, section 3.3.2.) Gradients
+pass through the rounded weight in the precision of the run, as if inputs were not rounded.
 
 An element is rounded by at most 2^-4 of itself, or 2^-17 of the largest of its row if it is tiny.
 """
@@ -172,7 +173,7 @@ def multiply_rows(
     right: tuple[torch.Tensor, torch.Tensor],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`left @ right.T` in float8, summed in fp32.
+    """`left @ right.T` in float8, with sums of blocks added in fp32.
 
     Args:
         left: values [N, D] and scales [N, 1] of `round_rows`.
