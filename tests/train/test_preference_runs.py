@@ -162,6 +162,36 @@ def test_a_killed_run_ends_as_one_that_was_not(runs: Runs, kind: str, engine: st
     assert gap < 1e-3
 
 
+@pytest.mark.soak
+def test_a_copy_is_made_again_from_the_model_that_the_run_started_from(runs: Runs) -> None:
+    """And from no other: its weights are changed between a kill and the resume."""
+    base = runs.root / "base"
+
+    def save(seed: int) -> None:
+        model, processor = load_model(path=None, preset="toy", seed=seed)
+        model.save_pretrained(base)
+        processor.save_pretrained(base)
+
+    save(3)
+    keys = {**REFERENCES["copy"], **ENGINES["fsdp"], "model__path": base, "launch__ranks": 1}
+    runs.run("whole", 1, **keys)
+    check_run(runs, "whole", "copy")
+    kill(runs, "resumed", 1, keys)
+    save(4)
+    started = get_zygote().start(1, runs.overrides("resumed", **keys), recipe=runs.recipe)
+    assert set(started.wait()) == {2}
+    assert "was trained over other frozen weights" in started.output()
+    save(3)
+    runs.run("resumed", 1, **keys)
+    found, expected = runs.metrics("resumed"), runs.metrics("whole")
+    assert sorted(found) == list(range(STEPS))
+    for step, line in found.items():
+        for field in ("loss", *REWARDS):
+            assert line[field] == expected[step][field], (step, field)
+    there = runs.exported("whole")
+    assert all(torch.equal(v, there[name]) for name, v in runs.exported("resumed").items())
+
+
 def test_a_model_that_moves_is_no_reference(runs: Runs, tmp_path: Path) -> None:
     keys = {**REFERENCES["adapter"], "train__stage": "joint", "train__lora": "{rank: 2}"}
     line = runs.overrides("moves", **{"launch__ranks": 1, **keys, **ENGINES["fsdp"]})

@@ -1,4 +1,4 @@
-"""Which samples a step went wrong over, by the cross-entropy that every rank has of its own."""
+"""Which samples a step went wrong over, by the losses that every rank has of its own."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _list_samples(losses: Sequence[MicroBatchLosses], rank: int) -> list[Offendi
 
 
 def _find_outliers(everyone: Sequence[OffendingSample]) -> list[OffendingSample]:
-    """Samples whose cross-entropy stands out among those of the step."""
+    """Samples whose loss stands out among those of the step."""
     values = [s.nll for s in everyone if s.nll is not None]
     if not values:
         return []
