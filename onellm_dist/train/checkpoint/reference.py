@@ -39,7 +39,7 @@ def check_reference(folder: Path, manifest: dict[str, Any], config: RunConfig) -
             f"checkpoint {folder} was not trained with train.loss={DPO}",
             "the reference would be what that run started from, not what it has learned.",
             f"start another run (run.dir) from its exported model: model.path=<run.dir>/model; "
-            f"`onellm convert run {folder}` exports this checkpoint.",
+            f"`onellm convert run {folder} OUT` exports this checkpoint.",
         )
     if there != here:
         raise UsageError(
