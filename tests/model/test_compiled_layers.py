@@ -17,6 +17,7 @@ from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.model.compiled_blocks import compile_blocks
 from onellm_dist.model.lora import add_adapters
 from onellm_dist.model.model_kernels import set_kernels
+from onellm_dist.model.recompute import enable_activation_checkpointing
 
 pytestmark = pytest.mark.soak
 LAYERS = 10
@@ -35,9 +36,12 @@ def make_model(kernels: str, adapted: bool) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("kernels", "adapted"), [("plain", False), ("fused", True)])
+@pytest.mark.parametrize(
+    ("kernels", "adapted", "recompute"),
+    [("plain", False, "none"), ("fused", True, "none"), ("plain", False, "full")],
+)
 def test_all_layers_share_graphs_in_training_and_validation(
-    monkeypatch: pytest.MonkeyPatch, kernels: str, adapted: bool
+    monkeypatch: pytest.MonkeyPatch, kernels: str, adapted: bool, recompute: str
 ) -> None:
     from torch._dynamo import config
     from torch._dynamo.utils import counters
@@ -47,6 +51,8 @@ def test_all_layers_share_graphs_in_training_and_validation(
     torch._dynamo.reset()
     found = compile_blocks(compiled, "cpu")
     assert found == {"EncoderBlock": 2, "UPMBlock": 6, "LlamaDecoderLayer": LAYERS}
+    for model in (plain, compiled):
+        enable_activation_checkpointing(model, recompute)
     counters.clear()
     graphs = []
     with config.patch(fail_on_recompile_limit_hit=True):
@@ -56,6 +62,6 @@ def test_all_layers_share_graphs_in_training_and_validation(
                 check_loss(compiled.eval()(packed=pack).loss, plain.eval()(packed=pack).loss)
             graphs.append(counters["stats"]["unique_graphs"])
 
-    print(f"{kernels}, adapters {adapted}: {graphs[-1]} graphs")
+    print(f"{kernels}, adapters {adapted}, recomputation {recompute}: {graphs[-1]} graphs")
     assert 0 < graphs[-1] <= MOST_OF_LAYERS
     assert graphs[-1] == graphs[SETTLED], "a later pack was compiled again"
