@@ -67,7 +67,7 @@ class Trial:
     def __init__(self, state: dict[str, torch.Tensor], config: Any, *, rounded: bool) -> None:
         from transformers import AutoModelForCausalLM
 
-        llm = AutoModelForCausalLM.from_config(config)
+        llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         llm.load_state_dict(state)
         self.model = LanguageModel(llm).requires_grad_(False)
         torch.manual_seed(0)
@@ -131,7 +131,9 @@ def load_llm(folder: Path) -> tuple[dict[str, torch.Tensor], Any, Any]:
     from transformers import AutoTokenizer
 
     gguf = find_smollm2_gguf()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     return load_smollm2_weights(), build_config("smollm2-135m").text_config, tokenizer
 
 
