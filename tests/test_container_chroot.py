@@ -20,7 +20,8 @@ pytestmark = pytest.mark.soak
 SUITES = {"debian:12-slim": "bookworm"}
 MIRROR = "http://deb.debian.org/debian"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
-HOST_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/root/.config/pip/pip.conf")
+PIP_OF_USER = str(Path.home() / ".config" / "pip" / "pip.conf")
+HOST_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", PIP_OF_USER)
 """How this machine reaches the registries: a daemon's builds have it too."""
 IN_CHROOT = """
 mount --bind /dev "$1/dev" && mount -t proc proc "$1/proc" && shift && exec chroot "$@"
@@ -77,7 +78,7 @@ class Image:
         self.workdir = "/"
         self.environment = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            "HOME": "/root",
+            "HOME": str(Path.home()),
             **{n: v for n, v in os.environ.items() if n.startswith("PIP_")},
         }
 
