@@ -46,6 +46,11 @@ class ParameterCounts:
         """All of them."""
         return self.frozen + self.trainable + self.quantised
 
+    def to_json(self) -> dict[str, int]:
+        """The numbers, without the sizes of single blocks."""
+        numbers = {k: v for k, v in vars(self).items() if k != "stacks"}
+        return {**numbers, "total": self.total}
+
 
 def count_parameters(model: Any) -> ParameterCounts:
     """Count the parameters of a model that is prepared for its stage; tied ones count once."""

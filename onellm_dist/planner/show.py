@@ -37,7 +37,7 @@ def make_json(
         },
         "engine": plan.engine,
         "recompute": config.train.activation_checkpointing,
-        "parameters": {**vars(plan.parameters), "total": plan.parameters.total},
+        "parameters": plan.parameters.to_json(),
         "memory": plan.memory.to_json(),
         "micro_batches": plan.micro_batches,
         "largest_micro_batch": describe_pack(plan),
