@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 from shard_worlds import write_tree
 from source_checks import build_source, make_photo, make_turns, read_samples
 
+from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.shards.sources.base import BadSampleError
 from onellm_dist.shards.sources.readers.preference_rows import split_row
@@ -83,6 +86,49 @@ def test_rows_of_all_forms_give_the_same_sample(tmp_path: Path) -> None:
         assert (found["conversations"], found["chosen"], found["rejected"]) == STORED
 
 
+def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    return path
+
+
+def test_tables_of_the_hub_are_read_with_their_media(tmp_path: Path) -> None:
+    """The columns of RLAIF-V, and of TRL's pairs with images in content parts."""
+    image = {"bytes": make_photo(seed=1), "path": "1.jpg"}
+    rlaif = {"ds_name": "RLAIF-V", "image": image, **FORMS["rlaif_v"], "origin_dataset": "COCO"}
+    write_table(tmp_path / "a/part_000.parquet", [{**rlaif, "idx": i} for i in range(3)])
+    asked = [{"type": "image", "text": None}, {"type": "text", "text": "Why?"}]
+    trl = {**FORMS["trl"], "prompt": [{"role": "user", "content": asked}], "images": [image]}
+    write_table(tmp_path / "b/train-0.parquet", [trl])
+    for folder, count, question in (("a", 3, "Why?"), ("b", 1, "<image>Why?")):
+        report, dataset = build_source(
+            "preferences", tmp_path / folder, tmp_path / f"out_{folder}", modality="image"
+        )
+        samples = read_samples(dataset)
+        assert len(samples) == count and not report.quarantined
+        for sample in samples.values():
+            found = sample["json"]
+            assert sample["0.jpg"] == make_photo(seed=1) and found["media"] == ["image"]
+            assert found["conversations"][0]["value"] == question
+            assert (found["chosen"], found["rejected"]) == STORED[1:]
+
+
+def test_tables_of_text_keep_their_splits_and_mix_with_no_json(tmp_path: Path) -> None:
+    rows = [{**FORMS["trl_implicit"], "prompt": "Why?", "score_chosen": 8.0}] * 3
+    for split in ("train", "test"):
+        write_table(tmp_path / f"in/{split}_prefs-00000-of-00001.parquet", rows)
+    _, dataset = build_source("preferences", tmp_path / "in", tmp_path / "out")
+    for split in ("train", "test"):
+        found = read_samples(dataset, split)
+        assert list(found)[2] == f"{split}_prefs-00000-of-00001-0000002" and len(found) == 3
+        for sample in found.values():
+            texts = [[t["value"] for t in sample["json"][k]] for k in ("chosen", "rejected")]
+            assert texts == [["because"], ["so"]]
+    write_tree(tmp_path / "in", {"rows.jsonl": json.dumps(FORMS["ours"])})
+    with pytest.raises(UsageError, match="has tables"):
+        build_source("preferences", tmp_path / "in", tmp_path / "again")
+
+
 def test_media_stand_where_the_prompt_says(tmp_path: Path) -> None:
     turns = make_turns("Which? <image>", "this", "Why?", "because")
     rows = [
@@ -151,14 +197,57 @@ def test_a_system_turn_of_the_prompt_stays() -> None:
     assert split_row(row)[0] == [SYSTEM, QUESTION]
 
 
+ANSWER = message("assistant", "me")
+EARLIER = [SYSTEM, message("user", "Who?"), ANSWER]
+WHOLE = FORMS["trl_implicit"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ({}, [ASKED]),
+        ({"prompt": "  "}, [ASKED]),
+        ({"prompt": "Why? "}, [ASKED]),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]}, [ASKED]),
+        ({"prompt": [SYSTEM, ASKED]}, [SYSTEM, ASKED]),
+        ({"conversations": EARLIER}, [*EARLIER, ASKED]),
+        ({"conversations": [*EARLIER, QUESTION]}, [*EARLIER, ASKED]),
+        ({"messages": [SYSTEM]}, [SYSTEM, ASKED]),
+        ({"messages": [*EARLIER, ASKED, GOOD], "prompt": "Why?"}, [*EARLIER, ASKED]),
+        ({"prompt": [SYSTEM, ASKED], "messages": [ASKED, BAD]}, [SYSTEM, ASKED]),
+    ],
+)
+def test_nothing_of_the_prompt_beside_whole_conversations_is_lost(
+    prompt: dict[str, Any], expected: list[dict[str, str]]
+) -> None:
+    shared, *answers = split_row({**WHOLE, **prompt})
+    assert [(t.get("role", "user"), t.get("content", "Why?")) for t in shared] == [
+        (t["role"], t["content"]) for t in expected
+    ]
+    assert [turns[0]["content"] for turns in answers] == ["because", "so"]
+
+
+def test_the_prompt_may_be_any_part_of_longer_shared_turns() -> None:
+    shared = [*EARLIER, ASKED]
+    whole = {key: [*shared, *WHOLE[key][1:]] for key in ("chosen", "rejected")}
+    for prompt in ("Who?", "Why?", shared[:2], shared[2:]):
+        assert split_row({**whole, "prompt": prompt})[0] == shared
+
+
 def test_input_and_history_are_of_the_prompt() -> None:
     row = {**FORMS["alpaca"], "input": "The sky.", "history": [["Who?", "me"]]}
     shared, *_ = split_row(row)
     assert [turn["content"] for turn in shared] == ["Who?", "me", "Why?\nThe sky."]
+    shared, *_ = split_row({**FORMS["alpaca"], "instruction": "", "input": "The sky."})
+    assert shared == [message("user", "The sky.")]
     with pytest.raises(BadSampleError, match="history is not a list"):
         split_row({**row, "history": ["Who?"]})
 
 
+CALLS = [
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": name}}]}
+    for name in "ab"
+]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "media": (
         {**FORMS["ms_swift"], "images": ["1.jpg"], "rejected_images": ["2.jpg"]},
@@ -171,6 +260,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alike_response": ({**FORMS["ms_swift"], "rejected_response": "because"}, "are the same"),
     "output": ({**FORMS["llava_rlhf"], "output_1": 3}, "output_1 is 3"),
     "no_answers": ({"text": "Why?"}, "no chosen and rejected answer"),
+    "prompt": (
+        {**WHOLE, "prompt": "Who?"},
+        "prompt: prompt ends with user: 'Who\\?', and .* begin with user: 'Why\\?'",
+    ),
+    "answered": ({**WHOLE, "messages": [ASKED, ANSWER]}, "messages ends with assistant: 'me'"),
+    "beginnings": (
+        {"chosen": WHOLE["chosen"], "rejected": [message("user", "Who?"), BAD]},
+        "chosen and rejected begin with different turns",
+    ),
+    "no_prompt": ({"chosen": "because", "rejected": "so"}, "the row has no prompt"),
+    "no_messages": ({"messages": [], "rejected_response": "so"}, "the row has no prompt"),
 }
 
 
@@ -181,9 +281,29 @@ def test_rows_that_are_no_pair_are_refused(name: str) -> None:
         split_row(row)
 
 
-def test_the_same_media_of_the_rejected_answer_are_no_others() -> None:
-    media = {"images": ["1.jpg"], "rejected_images": ["1.jpg"]}
+@pytest.mark.parametrize(
+    "media",
+    [
+        {"images": ["1.jpg"], "rejected_images": ["1.jpg"]},
+        {"image": "1.jpg", "rejected_images": ["1.jpg"]},
+        {"images": ["1.jpg"], "rejected_image": {"path": "1.jpg"}, "videos": ["2.mp4"]},
+    ],
+)
+def test_the_same_media_of_the_rejected_answer_are_not_others(media: dict[str, Any]) -> None:
     assert split_row({**FORMS["ms_swift_messages"], **media})[0] == [ASKED]
+
+
+def test_an_empty_column_of_another_form_hides_no_answer() -> None:
+    empty = {"rejected_messages": [], "rejected_response": "", "output_1": None, "output_2": None}
+    assert split_row({**FORMS["trl"], **empty}) == split_row(FORMS["trl"])
+
+
+def test_answers_that_call_different_tools_are_not_the_same(tmp_path: Path) -> None:
+    calling = {"chosen": [ASKED, CALLS[0]], "rejected": [ASKED, CALLS[1]]}
+    assert split_row(calling) == ([ASKED], [CALLS[0]], [CALLS[1]])
+    inputs = write_tree(tmp_path / "in", {"a.json": json.dumps([calling, FORMS["ours"]])})
+    report, _ = build_source("preferences", inputs, tmp_path / "out", max_failures=0.9)
+    assert "calls a tool" in report.quarantined[0].reason
 
 
 def test_weights_are_kept_and_white_space_makes_no_pair(tmp_path: Path) -> None:

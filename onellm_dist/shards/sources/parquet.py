@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
@@ -120,7 +120,7 @@ def plan(
                 "stem": stem,
                 "modalities": list(names),
             },
-            split or _find_split(table.relative_to(root)),
+            split or find_split(table.relative_to(root)),
             part.rows,
         )
         for table, stem in zip(tables, stems, strict=True)
@@ -168,7 +168,7 @@ def _read_state(folder: Path) -> frozenset[str] | None:
     return names
 
 
-def _find_split(table: Path) -> str:
+def find_split(table: PurePath) -> str:
     """Find the split in a file's name (`train-00000-of-00001`) or in its folder's."""
     words = re.split(r"[-_.]", table.stem.lower())
     folders = reversed(PurePosixPath(table.as_posix()).parts[:-1])

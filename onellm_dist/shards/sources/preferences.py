@@ -1,27 +1,41 @@
 """`onellm shards build preferences IN OUT`: conversations with a chosen and a rejected answer.
 
-IN is one .json or .jsonl, or a folder of them. Media are as in `interleaved`; the forms of rows
-stand in readers/preference_rows.py. For `train.loss: dpo`.
+IN is one .json, .jsonl, .parquet or .arrow, or a folder of them. Media are named as in
+`interleaved`, or stand in the table (bytes, `{bytes, path}`); the forms of rows are listed in
+readers/preference_rows.py. For `train.loss: dpo`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.format.media import LISTED
 from onellm_dist.shards.sources.base import (
     DatasetDescription,
+    InputSplit,
     Option,
     RawSample,
     Source,
     SplitDescription,
 )
 from onellm_dist.shards.sources.interleaved import make_context, make_row_key, plan
-from onellm_dist.shards.sources.readers.annotations import AnnotatedSample, read_raw_samples
+from onellm_dist.shards.sources.parquet import SUFFIXES, find_split
+from onellm_dist.shards.sources.readers.annotations import (
+    AnnotatedSample,
+    find_media_folders,
+    read_raw_samples,
+)
+from onellm_dist.shards.sources.readers.arrow_files import ArrowPart, list_parts
+from onellm_dist.shards.sources.readers.arrow_files import read_rows as read_table_rows
 from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows
+from onellm_dist.shards.sources.readers.listing import list_files
 from onellm_dist.shards.sources.readers.media_rows import parse_media_modalities
-from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION
+from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 from onellm_dist.shards.sources.readers.preference_rows import read_preference_row
+from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
+from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
 
 def raw_samples(
@@ -39,19 +53,53 @@ def raw_samples(
     def read(item: JsonItem) -> list[AnnotatedSample]:
         return [read_preference_row(context, item.value, make_row_key(description, item), names)]
 
-    for item in read_rows(context.inputs, description):
+    if "part" not in description:
+        for item in read_rows(context.inputs, description):
+            yield from read_raw_samples(read, item, 1, missing)
+        return
+    name, part = description["file"], ArrowPart(*description["part"])
+    for number, row in enumerate(read_table_rows(context.inputs / name, [part]), part.start):
+        item = JsonItem(f"{name}[{number}]", number, "", row.values)
+        if row.problem is not None:
+            yield RawSample(make_row_key(description, item), item.where, problem=row.problem)
+            continue
         yield from read_raw_samples(read, item, 1, missing)
 
 
 def _plan(
     inputs: Path, *, seed: int, modality: str | None, media: Path | None, missing: str
 ) -> DatasetDescription:
-    return plan(inputs, seed=seed, modality=modality, media=media, missing=missing)
+    listed = list_files(inputs).files if inputs.is_dir() else (inputs,)
+    tables = [path.name for path in listed if path.suffix.lower() in SUFFIXES]
+    if not tables:
+        return plan(inputs, seed=seed, modality=modality, media=media, missing=missing)
+    if other := [path.name for path in listed if path.suffix.lower() in JSON_SUFFIXES]:
+        raise UsageError(
+            f"{inputs} has tables ({tables[0]}) and JSON ({other[0]}).",
+            "which of them are the rows is not clear.",
+            "name the file, or a folder of one kind.",
+        )
+    check_missing(missing)
+    root = inputs if inputs.is_dir() else inputs.parent
+    find_media_folders(root, media, ())
+    names = () if modality is None else parse_media_modalities(modality)
+    stems = make_keys_unique(n.rpartition(".")[0].replace(".", "_") for n in tables)
+    splits = (
+        InputSplit(
+            f"{name}:{part.start}",
+            {"file": name, "part": list(part), "stem": stem},
+            find_split(PurePath(name)),
+            part.rows,
+        )
+        for name, stem in zip(tables, stems, strict=True)
+        for part in list_parts(root / name)
+    )
+    return DatasetDescription(names, splits, attributes=dict(LISTED) if names else {})
 
 
 SOURCE = Source(
     "preferences",
-    "conversations with a chosen and a rejected answer, for DPO: JSON or JSONL",
+    "conversations with a chosen and a rejected answer, for DPO: JSON, JSONL or parquet",
     plan=_plan,
     raw_samples=raw_samples,
     options={

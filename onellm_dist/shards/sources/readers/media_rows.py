@@ -29,6 +29,7 @@ from onellm_dist.shards.sources.readers.annotations import (
     AnnotationContext,
     MediaNotFetchedError,
 )
+from onellm_dist.shards.sources.readers.arrow_media import read_item
 from onellm_dist.shards.sources.readers.conversations import (
     Turn,
     clean_turns,
@@ -97,11 +98,14 @@ def read_media_row(
     return AnnotatedSample(key, parts, turns, meta={**meta, "media": listed})
 
 
-def list_row_media(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield modality and name of each medium of a row, in order.
+def list_row_media(row: Mapping[str, Any]) -> Iterator[tuple[str, str | Mapping[str, Any]]]:
+    """Yield each medium of a row, in order.
+
+    Yields:
+        Its modality, and the name of its file; `{bytes, path}` where a table has the content.
 
     Raises:
-        BadSampleError: a medium is not the name of a file.
+        BadSampleError: a medium is neither the name of a file nor its content.
     """
     for name in ("image", "video", "audio", "point", "imu", "fmri"):
         for field in (name, f"{name}s"):
@@ -119,9 +123,16 @@ def list_row_media(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                     yield get_part_modality(kind), _get_path(held, str(kind))
 
 
-def _get_path(item: Any, field: str) -> str:
-    """The name of a file that stands in a field: a text, or an object with `path` or `url`."""
+def _get_path(item: Any, field: str) -> str | Mapping[str, Any]:
+    """The name of a file that stands in a field: a text, or an object with `path` or `url`.
+
+    Bytes are returned as `{bytes, path}`.
+    """
+    if isinstance(item, bytes):
+        item = {"bytes": item}
     if isinstance(item, dict):
+        if isinstance(item.get("bytes"), bytes):
+            return item
         item = item.get("path") or item.get("url")
     if not isinstance(item, str) or not item.strip():
         raise BadSampleError(f"unreadable row: {field} is {item!r:.60}, not the name of a file")
@@ -154,13 +165,23 @@ def check_tags(turns: Iterable[Turn], media: Sequence[str], modalities: Sequence
         raise BadSampleError(f"placeholders: {error.what}") from error
 
 
-def find_medium(context: AnnotationContext, name: str, path: str) -> dict[str, Media]:
+def find_medium(
+    context: AnnotationContext, name: str, path: str | Mapping[str, Any]
+) -> dict[str, Media]:
     """Find a medium by the name that its row gives; Valley's films lack their extension.
+
+    Args:
+        context: where the media lie.
+        name: the modality.
+        path: what `list_row_media` yields.
 
     Raises:
         BadSampleError: it is missing, of another kind, or leads out of the folders.
     """
     accepted = next(iter(get_modality(name).required_parts.values()))
+    if not isinstance(path, str):
+        table = context.inputs / context.description["file"]
+        return dict([read_item(path, accepted, name, table, ())])
     names = [path, *(f"{path}.{e}" for e in accepted)]
     if name == "image":  # OCR-VQA's .gif are .jpg on most users' disks
         names += list_picture_names(path)

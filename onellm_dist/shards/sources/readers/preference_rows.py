@@ -11,8 +11,10 @@
 | RLAIF-V | `question` | `chosen`, `rejected`: text |
 | RLHF-V | `text`: JSON of the three | |
 
-The column `system` is the system turn of a prompt that has none. Both answers are about the same
-media.
+Of whole conversations the row's prompt, where it has one, must be part of what both begin with, or
+precede it. The column `system` is the system turn of a prompt that has none. Both answers are about
+the same media: names of files, or bytes in tables (ultrafeedback_binarized, RLAIF-V and RLHF-V are
+parquet).
 
 A sample's `.json` has `conversations` (the shared turns), `chosen` and `rejected` (turns).
 """
@@ -24,10 +26,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onellm_dist.common.turns import (
+    CONVERSATION_KEYS,
     PAIR_KEYS,
     ConversationTurn,
     Role,
-    find_conversation,
     get_role,
     parse_pair,
 )
@@ -35,6 +37,7 @@ from onellm_dist.modalities import all_modalities
 from onellm_dist.shards.format.media import make_numbered_parts
 from onellm_dist.shards.sources.base import BadSampleError
 from onellm_dist.shards.sources.readers.annotations import AnnotatedSample, AnnotationContext
+from onellm_dist.shards.sources.readers.img2dataset import to_plain_json
 from onellm_dist.shards.sources.readers.media_rows import (
     check_tags,
     find_medium,
@@ -45,7 +48,7 @@ from onellm_dist.shards.sources.readers.media_rows import (
 _KEPT = ("id", "source", "data_source", "sample_id", "dataset", "metadata", "origin_dataset")
 """Values of a row that the `.json` keeps."""
 _ALIKE = "answers: chosen and rejected are the same"
-_MEDIA = tuple(f"{name}{s}" for name in ("image", "video", "audio") for s in ("", "s"))
+_MEDIA = ("image", "video", "audio")
 _STORED = {"system": "system", "user": "human", "assistant": "gpt"}
 """Role to the speaker that shards store."""
 _Turns = list[dict[str, Any]]
@@ -96,10 +99,12 @@ def read_preference_row(
                 turn["weight"] = 0
     for turns in texts if modalities else ():
         check_tags(turns, media, modalities)
-    meta: dict[str, Any] = {k: row[k] for k in _KEPT if isinstance(row.get(k), str | int | dict)}
+    meta: dict[str, Any] = {
+        k: to_plain_json(row[k]) for k in _KEPT if isinstance(row.get(k), str | int | dict)
+    }
     parts: Mapping[str, Any] = {}
     if modalities:
-        found = [(name, find_medium(context, name, path)) for name, path in names]
+        found = [(name, find_medium(context, name, medium)) for name, medium in names]
         parts, meta["media"] = make_numbered_parts(found)
     meta |= {"chosen": texts[0][count:], "rejected": texts[1][count:]}
     return AnnotatedSample(key, parts, texts[0][:count], meta=meta)
@@ -109,18 +114,12 @@ def split_row(row: Mapping[str, Any]) -> tuple[_Turns, _Turns, _Turns]:
     """The turns that both answers of a row follow, and the turns of either; see the module.
 
     Raises:
-        BadSampleError: the row has none of the known forms, its answers are the same, or they are
-            about different media.
+        BadSampleError: the row has none of the known forms, its answers are the same, they are
+            about different media, or its prompt is not what they begin with.
     """
     row = _read_text(row)
-    for name in _MEDIA:
-        other = row.get(f"rejected_{name}")
-        if other and other != row.get(name):
-            raise BadSampleError(
-                f"media of the rejected answer alone: rejected_{name} is not {name}, and both "
-                "answers of a pair are about the same media"
-            )
     shared, chosen, rejected = _split(row)
+    _check_media({**row, "messages": shared})
     system = row.get("system")
     has_own = bool(shared) and _speaks(shared[0]) == "system"
     if isinstance(system, str) and system.strip() and not has_own:
@@ -128,16 +127,39 @@ def split_row(row: Mapping[str, Any]) -> tuple[_Turns, _Turns, _Turns]:
     return shared, chosen, rejected
 
 
+def _check_media(row: Mapping[str, Any]) -> None:
+    """Compare the media of the rejected answer, where the row lists them, with those of the row.
+
+    Raises:
+        BadSampleError: they are others.
+    """
+    both = list(list_row_media(row))
+    for name in _MEDIA:
+        other = {f: row.get(f"rejected_{f}") for f in (name, f"{name}s")}
+        rejected = list(list_row_media(other))
+        if rejected and rejected != [item for item in both if item[0] == name]:
+            key = next(f for f in other if other[f])
+            raise BadSampleError(
+                f"media of the rejected answer alone: rejected_{key} is not {key}, and both "
+                "answers of a pair are about the same media"
+            )
+
+
 def _split(row: Mapping[str, Any]) -> tuple[_Turns, _Turns, _Turns]:
     chosen, rejected = (_make_turns(row.get(key), "assistant") for key in PAIR_KEYS)
+    prompts = _list_prompts(row)
     if all(turns and _speaks(turns[0]) in ("user", "system") for turns in (chosen, rejected)):
-        return _split_common(chosen, rejected)
-    shared = _find_prompt(row)
+        shared, *answers = _split_common(chosen, rejected)
+        for field, prompt in prompts:
+            shared = _join_prompt(field, prompt, shared, answers)
+        return shared, answers[0], answers[1]
+    shared = prompts[0][1] if prompts else []
+    explicit = all(row.get(key) is not None for key in PAIR_KEYS)
     response, messages = row.get("rejected_response"), row.get("rejected_messages")
-    if response is not None or messages is not None:
+    if response or messages or (response is not None and not explicit):
         other = messages or [*shared[:-1], *_make_turns(response, "assistant")]
         return _split_common(shared, _make_turns(other, "assistant"))
-    if "output_1" in row and "output_2" in row:
+    if all(row.get(key) is not None for key in ("output_1", "output_2")):
         better = row.get("preference")
         if better not in (1, 2):
             raise BadSampleError(f"unreadable row: preference is {better!r:.40}, neither 1 nor 2")
@@ -145,9 +167,46 @@ def _split(row: Mapping[str, Any]) -> tuple[_Turns, _Turns, _Turns]:
             shared = shared[:-1]  # the outputs take its place
         outputs = [_make_output(row, f"output_{number}") for number in (better, 3 - better)]
         return shared, outputs[0], outputs[1]
-    if row.get("chosen") is None or row.get("rejected") is None:
+    if not explicit:
         raise BadSampleError("unreadable row: it has no chosen and rejected answer")
     return (shared, chosen, rejected) if shared else _split_common(chosen, rejected)
+
+
+def _join_prompt(field: str, prompt: _Turns, shared: _Turns, answers: Sequence[_Turns]) -> _Turns:
+    """The shared turns of two whole conversations, with the turns of the row before them.
+
+    Args:
+        field: the column of the prompt.
+        prompt: its turns; they may go on to the end of either conversation (ultrafeedback).
+        shared: what both conversations begin with.
+        answers: how they go on.
+
+    Raises:
+        BadSampleError: the prompt is neither part of the shared turns nor what precedes them.
+    """
+    asked, common = _read_turns(prompt), _read_turns(shared)
+    for answer in map(_read_turns, answers):
+        if answer and asked[-len(answer) - 1 :] == [common[-1], *answer]:
+            asked = asked[: -len(answer)]
+    prompt = prompt[: len(asked)]
+    if any(common[at : at + len(asked)] == asked for at in range(len(common))):
+        return shared
+    for count in range(min(len(asked), len(common)), 0, -1):
+        if asked[-count:] == common[:count]:
+            return [*prompt, *shared[count:]]
+    speakers = _speaks(prompt[-1]), _speaks(shared[0])
+    is_answered = asked[-2:-1] == common[-1:]  # by neither of the two
+    if not is_answered and speakers in (("assistant", "user"), ("system", "user")):
+        return [*prompt, *shared]
+    raise BadSampleError(
+        f"prompt: {field} ends with {_quote(prompt[-1])}, and both answers' conversations begin "
+        f"with {_quote(shared[0])}: neither contains or precedes the other"
+    )
+
+
+def _quote(turn: Any) -> str:
+    said = _read_turn(turn)
+    return f"{said[0]}: {said[1]!r:.50}" if isinstance(said, tuple) else f"{said!r:.60}"
 
 
 def _read_text(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -164,11 +223,21 @@ def _read_text(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**row, **{key: said.get(key) for key in ("question", *PAIR_KEYS)}}
 
 
-def _find_prompt(row: Mapping[str, Any]) -> _Turns:
-    found = find_conversation(row) or row.get("prompt") or row.get("question")
-    if found or not row.get("instruction"):
-        return _make_turns(found, "user")
+def _list_prompts(row: Mapping[str, Any]) -> list[tuple[str, _Turns]]:
+    """Each column that says what is asked, with its turns; the one that counts first.
+
+    Raises:
+        BadSampleError: the history of an instruction cannot be read.
+    """
+    found = {key: row.get(key) for key in (*CONVERSATION_KEYS, "prompt", "question")}
+    prompts = [
+        (key, _make_turns(value, "user"))
+        for key, value in found.items()
+        if (value.strip() if isinstance(value, str) else value)
+    ]
     asked = "\n".join(str(x) for k in ("instruction", "input") if (x := row.get(k)))
+    if prompts or not asked.strip():
+        return prompts
     history = row.get("history") or []
     if not isinstance(history, list) or any(
         not isinstance(pair, list) or len(pair) != 2 for pair in history
@@ -179,7 +248,7 @@ def _find_prompt(row: Mapping[str, Any]) -> _Turns:
         for pair in history
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
-    return [*earlier, {"role": "user", "content": asked}]
+    return [("instruction", [*earlier, {"role": "user", "content": asked}])]
 
 
 def _make_output(row: Mapping[str, Any], key: str) -> _Turns:
@@ -195,23 +264,41 @@ def _split_common(chosen: _Turns, rejected: _Turns) -> tuple[_Turns, _Turns, _Tu
     """Take off the turns that two whole conversations begin with.
 
     Raises:
-        BadSampleError: they are the same.
+        BadSampleError: they are the same, or begin with different turns.
     """
-    first, second = ([_read_turn(turn) for turn in turns] for turns in (chosen, rejected))
+    first, second = _read_turns(chosen), _read_turns(rejected)
     if first == second:
         raise BadSampleError(_ALIKE)
     count = 0
     while count < min(len(first), len(second)) and first[count] == second[count]:
         count += 1
+    if not count:
+        alone = all(turns and _speaks(turns[0]) == "assistant" for turns in (chosen, rejected))
+        raise BadSampleError(
+            "unreadable row: the row has no prompt"
+            if alone or not chosen
+            else "unreadable row: chosen and rejected begin with different turns"
+        )
     return chosen[:count], chosen[count:], rejected[count:]
 
 
+def _read_turns(turns: _Turns) -> list[Any]:
+    return [_read_turn(turn) for turn in turns]
+
+
 def _read_turn(turn: Any) -> Any:
-    """Who says what in a turn, however it is written; what is no turn as it is."""
+    """Who says what in a turn, and calls which tool, however it is written.
+
+    What is not a turn is returned as it is.
+    """
     if not isinstance(turn, dict):
         return turn
     said = turn.get("value", turn.get("content"))
-    return _speaks(turn), said.strip() if isinstance(said, str) else said
+    parts: list[Any] = said if isinstance(said, list) else [None]
+    if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        said = "".join(str(part.get("text") or "") for part in parts)
+    said = said.strip() if isinstance(said, str) else said
+    return _speaks(turn), said, [turn.get(key) or None for key in ("tool_calls", "function_call")]
 
 
 def _speaks(turn: Any) -> Role | None:
