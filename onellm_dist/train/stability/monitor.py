@@ -29,6 +29,9 @@ PAIR_SCATTER = 0.1 * math.log(2)
 decided, a batch with one that is not has many times the median loss, and most of the gradient."""
 LOG_NORM_FLOOR = 0.25
 """Smallest scatter of the logarithm of a gradient norm."""
+PAIR_LOG_NORM_FLOOR = 1.25
+"""The same with preference pairs, whose gradients vanish as they are decided. With the default
+threshold a spike is 270,000 times the median, more than one undecided pair makes."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class StabilityMonitor:
         skipped_samples: samples that earlier starts could not read.
         state: the `state()` of the checkpoint that this start resumes from.
         pairs: whether losses are those of preference pairs. Their smallest scatter is PAIR_SCATTER,
-            and no finite gradient is a spike.
+            that of gradient norms PAIR_LOG_NORM_FLOOR.
     """
 
     def __init__(
@@ -123,8 +126,9 @@ class StabilityMonitor:
                 f"loss {loss:.4g} is {z:.1f} robust standard deviations above the median "
                 f"{median(self._losses):.4g}",
             )
-        z = self._spike(_log(grad_norm), self._log_norms, LOG_NORM_FLOOR)
-        if z is not None and not self._pairs:
+        floor = PAIR_LOG_NORM_FLOOR if self._pairs else LOG_NORM_FLOOR
+        z = self._spike(_log(grad_norm), self._log_norms, floor)
+        if z is not None:
             return Anomaly(
                 "gradient_spike",
                 f"gradient norm {grad_norm:.4g} is {z:.1f} robust standard deviations above the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from typing import Any
 
@@ -136,7 +137,17 @@ def test_an_undecided_pair_late_in_a_run_is_no_spike() -> None:
     tokens, pairs = monitors[False], monitors[True]
     assert (found := tokens.check(0.2, 1.0)) is not None and found.kind == "loss_spike"
     assert (found := tokens.check(0.02, 20.0)) is not None and found.kind == "gradient_spike"
-    assert pairs.check(0.2, 20.0) is None
+    assert pairs.check(0.2, 20.0) is None and pairs.check(0.2, 1e4) is None
     assert (found := pairs.check(1.0, 1.0)) is not None and found.kind == "loss_spike"
     assert (found := pairs.check(0.02, float("inf"))) is not None
     assert found.kind == "gradient_not_finite"
+
+
+def test_a_collapse_of_pairs_to_chance_with_a_huge_gradient_is_a_spike() -> None:
+    config = StabilitySection(window=128, threshold=10.0)
+    monitor = StabilityMonitor(config, max_skipped_samples=5, pairs=True)
+    for _ in range(128):
+        monitor.accept(0.02, 1e-3)
+    assert monitor.check(math.log(2), 20.0) is None
+    found = monitor.check(math.log(2), 1e3)
+    assert found is not None and found.kind == "gradient_spike"
