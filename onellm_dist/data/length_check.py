@@ -86,6 +86,9 @@ def check_batch(corpus: Corpus, samples: SampleTable, *, positions: int | None) 
         return
     at = int(lengths.argmax())
     (longest,) = samples.refs(np.array([at]))
+    if corpus.config.preference_pairs:
+        size, fixed = int(lengths[at]), SPAN_TOKENS * int(spans[at])
+        raise _describe_pair(corpus, longest, _CONTEXT, size, positions, fixed)
     longest = longest._replace(text_tokens=int(texts[at]))
     found = TooLong(longest, int((lengths > positions).sum()), len(lengths))
     raise _describe(corpus, found, _limit_positions(positions), SPAN_TOKENS * int(spans[at]))
@@ -99,7 +102,7 @@ class TooLong:
     count: int
     """How many samples are longer than the limit."""
     total: int
-    """Of how many."""
+    """How many samples there are."""
 
 
 def _limit_positions(positions: int) -> Limit:
@@ -198,6 +201,7 @@ def _find_too_large_pairs(
             limits.append((_CONTEXT, _bound_text(corpus, text) + fixed, positions))
         return limits
 
+    largest: dict[str, tuple[int, UsageError]] = {}
     for shard in range(len(corpus.shards[number])):
         rows, counts = corpus.token_counts.get_texts(number, shard)
         text, supervised = counts.astype(np.int64).T
@@ -213,22 +217,23 @@ def _find_too_large_pairs(
         if corpus.media.varied[number]:
             spans = corpus.media.count(table, np.arange(len(rows)))
         for name, sizes, limit in measure(text, spans):
-            if sizes.max() > limit:
-                at = int(sizes.argmax())
+            at = int(sizes.argmax())
+            size = int(sizes[at])
+            if size > max(limit, largest.get(name, (0,))[0]):
                 (ref,) = table.refs(np.array([at]))
                 fixed = SPAN_TOKENS * int(spans[at].sum())
-                yield _describe_pair(corpus, ref, name, int(sizes[at]), limit, fixed)
-                return
+                largest[name] = size, _describe_pair(corpus, ref, name, size, limit, fixed)
+    yield from (problem for _, problem in largest.values())
 
 
 def _describe_pair(
     corpus: Corpus, ref: SampleRef, name: str, size: int, limit: int, fixed: int
 ) -> UsageError:
     """The problem of a pair that needs `size`; `fixed` positions of a text are its media's."""
-    what = f"preference pair {corpus.sample_id(ref)} ({corpus.describe_media(ref)}) may need {size}"
+    what = f"preference pair {corpus.sample_id(ref)} ({corpus.describe_media(ref)})"
     if name.startswith("data."):
         return UsageError(
-            f"{what} tokens; {name} is {limit}",
+            f"{what} needs {size} tokens; {name} is {limit}",
             "both of its texts stand in one micro-batch.",
             f"raise {name} to {size} or more"
             + (", or lower data.max_text_tokens." if name == "data.pack_llm_tokens" else "."),
@@ -239,8 +244,9 @@ def _describe_pair(
         else f"leave out media: their spans alone take {fixed} positions"
     )
     return UsageError(
-        f"{what} tokens; {name} is {limit}",
-        "it knows no later position, and either text of a pair may be so long.",
+        f"{what} may need {size} tokens; {name} is {limit}",
+        "it knows no later position, and either text of a pair may be so long: the token counts "
+        "say how long both are together.",
         f"{shorten}, or use an LLM with more positions.",
     )
 

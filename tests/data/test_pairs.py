@@ -201,6 +201,30 @@ def test_a_pair_that_fits_in_no_micro_batch_is_refused_before_the_first_step(pla
     assert torch.is_tensor(Reader(corpus).read(plan.step(0, 1).ranks[0][0]).labels)
 
 
+def test_the_largest_pair_of_all_shards_says_how_far_to_raise_a_budget(tmp_path: Path) -> None:
+    write_pairs(tmp_path, splits={"train": 28}, noisy=True)
+    corpus = open_plan(tmp_path, {"pairs": 1}, **KEYS).corpus
+    before, needed = corpus.config, []
+    for shard in range(len(corpus.shards[0])):
+        counts = corpus.token_counts.get_texts(0, shard)[1]
+        needed.append(int(counts[:, 0].max()) + 2 * SPAN_TOKENS)
+    assert needed[0] < max(needed)
+    small = min(needed) - 1
+    corpus.config = set_budget(before, TokenBudget(small, 1))
+    with pytest.raises(UsageError, match="2 problems") as refused:
+        check_corpus(corpus)
+    assert f"needs {max(needed)} tokens; data.pack_llm_tokens is {small}" in str(refused.value)
+    assert str(refused.value).count("encoder_tokens is 1") == 1
+    corpus.config = set_budget(before, TokenBudget(max(needed), 4096))
+    check_corpus(corpus)
+    corpus.config = set_budget(before, TokenBudget(max(needed) - 1, 4096))
+    with pytest.raises(UsageError, match=rf"raise data\.pack_llm_tokens to {max(needed)} or"):
+        check_corpus(corpus)
+    corpus.config = before
+    with pytest.raises(UsageError, match=r"may need .* tokens; (.|\n)* say how long both are"):
+        check_corpus(corpus, positions=60)
+
+
 def test_counts_of_pairs_are_opened_only_where_the_recipe_leaves_it_open(
     plan: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +256,7 @@ def test_counts_of_pairs_are_opened_only_where_the_recipe_leaves_it_open(
             check_corpus(corpus, positions=70)
         refs = plan.step(0, 1).samples
         bound = int(min(refs.text_tokens.max() - 1, 200))
-        with pytest.raises(UsageError, match=rf"{bound} text tokens\) needs {bound + 32} tokens"):
+        with pytest.raises(UsageError, match=rf"may need {bound + 32} tokens"):
             check_batch(corpus, refs, positions=70)
     finally:
         corpus.config = before
