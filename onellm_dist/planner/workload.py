@@ -103,6 +103,7 @@ def describe_data(
     assumed = load_assumptions().text[data.text_format]
     answers = data.answers
     tokens = min(text_tokens or answers * assumed.tokens, answers * data.max_text_tokens)
+    tokens = max(tokens, answers)  # each of its texts has a BOS
     targets = max(1, round(tokens * assumed.supervised / assumed.tokens)) if tokens > 1 else 0
     notes = [note for *_, note in found if note]
     if text_tokens is None:

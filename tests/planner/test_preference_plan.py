@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,14 @@ def test_both_texts_and_the_reference_are_work(tmp_path: Path, keys: list[str]) 
     assert count_llm(planner) / count_llm(single) == pytest.approx(expected, rel=0.08)
     assert found.time.total > one.time.total
     assert found.memory.fits
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_the_shortest_pairs_are_two_texts(tmp_path: Path, tokens: int) -> None:
+    options = dataclasses.replace(H100, text_tokens=tokens)
+    keys = ["data.text_format=conversation", *PAIRS, *ADAPTER]
+    planner = make_planner(write_recipe(tmp_path), keys, options)
+    (sample, *_) = planner.data.samples
+    assert sample.text_tokens == max(2, tokens)
+    assert sample.supervised_tokens == max(2, tokens) - 2
+    planner.plan()
