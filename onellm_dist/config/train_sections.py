@@ -52,7 +52,7 @@ class ParameterRule(Section):
     """Schedule of the learning rate. Default: that of an earlier rule, or `optim.schedule`."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Factor between the learning rates of a transformer block and of the one above it, in
-    encoder, UPM and LLM. What stands behind the last block has the full rate (arXiv 2106.08254).
+    encoder, UPM and LLM. What stands after the last block has the full rate (arXiv 2106.08254).
     Default: that of an earlier rule, or 1."""
 
     @model_validator(mode="after")
@@ -156,10 +156,10 @@ class TrainSection(Section):
     torch operation after another. `fused`: in fewer kernels, which keep less for backward, and in
     bf16 round less often. `auto`: `fused` on a CUDA device, else `plain`."""
     compile: Literal["none", "blocks"] = "none"
-    """Whether torch.compile fuses what stands before and behind attention in each block of encoder,
+    """Whether torch.compile fuses what stands before and after attention in each block of encoder,
     UPM and LLM. `blocks`: yes; compiling takes a few minutes in the first steps, and new shapes of
-    packs compile nothing. Not under ZeRO-3, nor with `activation_checkpointing=selective`, nor with
-    rounded weights (`engine.frozen_weights`)."""
+    packs compile nothing. Not under ZeRO-3, nor with `activation_checkpointing=selective`, rounded
+    weights (`engine.frozen_weights`) or `train.loss: dpo`."""
     log_every: PositiveInt = 1
     """Steps between two lines of metrics on the terminal. `metrics.jsonl` has every step."""
     loss: str = "cross_entropy"
@@ -239,7 +239,7 @@ class OptimSection(Section):
     """Step at which the schedule ends. Default: `train.steps`."""
     decay_from: int | None = Field(None, ge=0)
     """`wsd` only: step from which the learning rate falls. A run that is still in its stable part
-    may be resumed with another one. It lies behind the warm-up and before the end of the
+    may be resumed with another one. It lies after the warm-up and before the end of the
     schedule. Default: the last tenth of the steps after the warm-up decays (at least one step)."""
     betas: DecayRates = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
