@@ -45,7 +45,7 @@ class PackedBatch:
         chosen_tokens: of preference pairs, for each sample the text tokens of its first text, with
             the chosen answer; the rest is the text with the rejected one. Each of the two is a
             sequence of its own, and the sample's spans, whose values are there once, stand at the
-            same places in both. 0: a single text that was left out. () if samples are no pairs.
+            same places in both. 0: a single text that was left out. () if samples are not pairs.
     """
 
     input_ids: torch.Tensor
@@ -117,8 +117,8 @@ class PackedOutput:
 
     Attributes:
         loss: [] fp32, the sum over supervised tokens of weight x cross-entropy; training divides
-            it by `loss_count` of the plan. Of pairs, the sum over pairs of weight x loss.
-        nll: [N] fp32, detached cross-entropy of each supervised token, unweighted. Of pairs, the
+            it by `loss_count` of the plan. With pairs, the sum over pairs of weight x loss.
+        nll: [N] fp32, detached cross-entropy of each supervised token, unweighted. With pairs, the
             loss of each.
         sample_index: [N] int64, the sample of each supervised token, or of each pair.
         router_weights: modality -> [Q, E] fp32, detached (they do not depend on the input).

@@ -46,7 +46,7 @@ def expand_path(text: str) -> Path:
     try:
         expanded = Path(text).expanduser() if text.startswith("~") else Path(text)
     except RuntimeError:
-        raise ValueError(f"{Path(text).parts[0]} is no user with a home directory") from None
+        raise ValueError(f"{Path(text).parts[0]} is not a user with a home directory") from None
     if not _can_be_a_path(expanded):
         raise ValueError("longer than a path or a name can be, or not text")
     return expanded

@@ -129,7 +129,7 @@ def _construct_map(loader: _Loader, node: yaml.MappingNode) -> Any:
 
 def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
     raise _make_error(
-        f"!!{node.tag.rpartition(':')[2]} is no kind of value that a recipe has "
+        f"!!{node.tag.rpartition(':')[2]} is not a kind of value that a recipe has "
         "(text, number, list, mapping)",
         node,
     )

@@ -62,7 +62,7 @@ def check_publication(folder: Path, *, load: bool = True) -> list[PublicationFin
         load: whether to load it where this package cannot be imported; takes the model's memory.
 
     Raises:
-        UsageError: it is no onellm directory, or a file was damaged.
+        UsageError: it is not an onellm directory, or a file was damaged.
     """
     check_directory(folder)
     check_folder(folder)

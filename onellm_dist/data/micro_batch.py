@@ -155,7 +155,7 @@ class BatchTotals:
     varied_spans: Mapping[str, int] = field(default_factory=dict)
     """Modality to spans of the samples of varied datasets (see `CorpusMedia`)."""
     pairs: int | None = None
-    """Preference pairs that can be read, by the token counts; None: samples are no pairs."""
+    """Preference pairs that can be read, by the token counts; None: samples are not pairs."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,8 +43,8 @@ def encode_pair(
             behind BOS, and the list of places is empty.
 
     Raises:
-        SampleError: the sample is no pair, an answer is cut away, both texts are the same, or media
-            do not stand at the same places in both.
+        SampleError: the sample is not a pair, an answer is cut away, both texts are the same, or
+            media do not stand at the same places in both.
     """
     chosen, rejected = (
         _encode_one(encoder, turns, media)

@@ -55,7 +55,7 @@ class _Sample:
     reason: str | None = None
     """Why the sample is skipped; None: it was read."""
     chosen_tokens: int = 0
-    """Of a pair, the tokens of its first text."""
+    """Tokens of the first text of a pair."""
 
 
 class _LocatedMedium(NamedTuple):

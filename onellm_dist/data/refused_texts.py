@@ -17,7 +17,7 @@ from onellm_dist.data.token_counts import UNREADABLE, TokenCounts, get_media_nam
 from onellm_dist.shards.format.dataset import Dataset
 
 MOST_SHARDS = 200
-"""Of a dataset with more shards, this many are looked at: a start must not take minutes."""
+"""Shards that are looked at if a dataset has more: a start must not take minutes."""
 
 log = get_logger(__name__)
 

@@ -120,13 +120,13 @@ def read_pair(
         placeholders: as of `read_turns`.
 
     Raises:
-        SampleError: it is no preference sample, or `parse_pair` refuses it.
+        SampleError: it is not a preference sample, or `parse_pair` refuses it.
     """
     meta = read_meta(parts)
     if not has_pair(meta):
         raise SampleError(
-            "no preference sample: its conversation does not end with a question that `chosen` and "
-            "`rejected` (turns, or lists of turns) answer",
+            "not a preference sample: its conversation does not end with a question that `chosen` "
+            "and `rejected` (turns, or lists of turns) answer",
             "train.loss=dpo compares two answers.",
             "build the dataset from preferences (onellm shards build preferences), or use another "
             "train.loss without data.preference_pairs.",

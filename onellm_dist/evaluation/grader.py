@@ -26,7 +26,8 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 KEY_HOST = "api.openai.com"
 """Whose key that is: without being asked to, it is sent nowhere else."""
 TEMPERATURES = (0.0, 0.5, 1.0)
-"""Of the tries: a reply that cannot be read is asked for again, as MM-Vet's program does."""
+"""Temperatures of the tries: a reply that cannot be read is asked for again, as by MM-Vet's
+program."""
 PARALLEL = 8
 """Requests at a time."""
 TIMEOUT_S = 120.0

@@ -99,7 +99,7 @@ def check_launch_ranks(wanted: int | None, ranks: Ranks, *, typed: bool) -> None
     """
     if wanted is None or wanted == ranks.world_size or not ranks.source:
         return
-    if wanted == 1 and "SLURM" in ranks.source:  # our job scripts: a task is no shell
+    if wanted == 1 and "SLURM" in ranks.source:  # our job scripts: a task is not a shell
         return
     if typed or (ranks.source.startswith("RANK") and "LOCAL_RANK" not in os.environ):
         raise UsageError(

@@ -170,7 +170,7 @@ class VideoModality(Modality):
 
 
 def _to_picture(frame: Any) -> Any:
-    """A frame as a picture that is no tensor."""
+    """A frame as a picture that is not a tensor."""
     return frame.numpy() if isinstance(frame, torch.Tensor) else frame
 
 

@@ -51,7 +51,7 @@ def generate_text(
     Raises:
         UsageError: an unknown `decode_offset`, an option that has no meaning here, an LLM that
             cannot continue embeddings, or prompt and new tokens longer than its context.
-        OneLLMError: the LLM was changed after it was opened, or gives logits that are no numbers.
+        OneLLMError: the LLM was changed after it was opened, or gives logits that are not numbers.
     """
     _check_generation(llm, support, inputs, decode_offset, config)
     config.pad_token_id = choose_padding(

@@ -181,7 +181,7 @@ class Reference:
         with torch.no_grad():
             after = self.run(self._change(-1))
         if differ(after[:-1], self.logits[0][:-1]) > TOLERANCE:
-            raise ProbeError("a token sees the tokens behind it (no causal mask)")
+            raise ProbeError("a token sees the tokens after it (no causal mask)")
 
 
 def compute_gradients(llm: Any, loss: Any) -> dict[str, torch.Tensor]:

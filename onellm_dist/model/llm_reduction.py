@@ -94,7 +94,7 @@ def _reduce_value(
 ) -> Any:
     if isinstance(value, dict):
         if key.endswith("_config"):
-            # Towers of a multimodal LLM are no part of what text sees.
+            # Towers of a multimodal LLM are not part of what text sees.
             return reduce_values(value, width=width, depth=depth if key == "text_config" else 1)
         return {k: _reduce_value(k, v, values, 1, width, depth) for k, v in value.items()}
     if isinstance(value, list) and (key.endswith("_heads_per_layer") or _INNER.fullmatch(key)):

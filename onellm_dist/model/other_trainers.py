@@ -39,7 +39,7 @@ def name_values(forward: Forward) -> Forward:
 
 
 def take_options(values: dict[str, Any]) -> int | torch.Tensor | None:
-    """Remove from a forward's further arguments those that are no media.
+    """Remove from a forward's further arguments those that are not media.
 
     Args:
         values: the arguments; `use_cache` and `return_dict` say nothing here.

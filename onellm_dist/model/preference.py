@@ -86,9 +86,9 @@ def prepare_preference(model: Any, section: DpoSection) -> None:
         ).requires_grad_(False)
     elif others := [name for name in trained if not fnmatchcase(name, ADAPTER_PATTERN)]:
         raise UsageError(
-            f"train.dpo.reference=adapter, and {len(others)} weights train that are no adapters: "
+            f"train.dpo.reference=adapter, and {len(others)} weights train that are not adapters: "
             f"{', '.join(others[:3])}",
-            "the model without its adapters would move with them, and is no reference any more.",
+            "the model without its adapters would move with them, and is no longer a reference.",
             "let adapters alone train (train.stage=tune), or remove train.lora and set "
             "train.dpo.reference=copy.",
         )

@@ -162,7 +162,7 @@ def _make_raw(modality: Modality, item: Any, rate: float | None) -> Any:
 
 @contextmanager
 def _translate_item_errors(name: str, item: Any) -> Iterator[None]:
-    """Say that an item is no medium where a modality fails on it in a way of its own."""
+    """Say that an item is not a medium where a modality fails on it in a way of its own."""
     try:
         yield
     except OneLLMError:

@@ -2,7 +2,7 @@
 
 A layer's weight is rounded and held: in int8 and nf4 by torchao 0.18, in float8 by torch. It is
 expanded to the precision of the run whenever the layer is used, forward and backward, and never
-kept in between; float8 may be multiplied as it is. The weight is no parameter of the model any
+kept in between; float8 may be multiplied as it is. The weight is not a parameter of the model any
 more: engines neither shard nor gather it, and every rank holds all of it.
 """
 

@@ -30,7 +30,7 @@ def refuse_overlap(places: Any) -> None:
     """Refuse maps that place a part twice: once with the whole that it belongs to, once alone.
 
     Args:
-        places: part to device, as transformers' `device_map`; anything else is no such map.
+        places: part to device, as transformers' `device_map`; anything else is not such a map.
 
     Raises:
         UsageError: a part is placed twice.

@@ -13,7 +13,7 @@ from onellm_dist.model.sequence_lengths import to_device_tensor
 _LEAST_TEMPERATURE = 1e-30
 """Below it logits would become infinite in fp32, and their softmax NaN; it is greedy already."""
 NO_TOKEN = -1
-"""In place of a token that cannot be chosen: the logits are no numbers."""
+"""In place of a token that cannot be chosen: the logits are not numbers."""
 
 
 class RowSampling(NamedTuple):
@@ -34,7 +34,7 @@ Choose = Callable[[torch.Tensor, Sequence[RowSampling]], list[int]]
 def make_logits_error() -> OneLLMError:
     """The error of an answer that no token can be chosen for."""
     return OneLLMError(
-        "the LLM gave logits that are no numbers",
+        "the LLM gave logits that are not numbers",
         "no token can be chosen by them.",
         "its weights are damaged, or do not fit the 16-bit type; try fp32.",
     )
@@ -48,7 +48,7 @@ def choose_tokens(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int
         rows: how each is chosen.
 
     Returns:
-        Ids; `NO_TOKEN` for a row whose logits are no numbers.
+        Ids; `NO_TOKEN` for a row whose logits are not numbers.
     """
     logits = logits.float()
     best, tokens = logits.max(-1)

@@ -175,7 +175,7 @@ def ask_board(device: torch.device, field: str) -> float | None:
 def find_data_sheet(device: torch.device, base: GpuKind | None) -> GpuKind | None:
     """The constants of a device if their peaks are those of a data sheet; else None.
 
-    Peaks that an earlier calibration measured are no bound of what the next one measures.
+    Peaks that an earlier calibration measured are not a bound of what the next one measures.
     """
     if device.type == "cpu" or base is None or "peak_tflops" in base.measured:
         return None

@@ -41,13 +41,13 @@ class MeasuredSizes:
     """Sizes at which a kind of device is measured."""
 
     rows: int
-    """Of the matrix products."""
+    """Rows of the matrix products."""
     width: int
     """Columns and summed dimension of the large matrix product."""
     sequences: int
-    """Of the pack of attention."""
+    """Sequences in the pack of attention."""
     pictures: int
-    """Of the patch convolution."""
+    """Pictures of the patch convolution."""
     copied: int
     """Bytes of the copy that measures the memory."""
 

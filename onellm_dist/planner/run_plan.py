@@ -65,7 +65,7 @@ class LoadingPlan:
     """What the loader has to keep up with."""
 
     samples_per_second: float
-    """Of a node."""
+    """Samples per second of a node."""
     cores_per_gpu: float
     """Cores that decode for one GPU."""
     read_mb_s: float
@@ -77,7 +77,7 @@ class CheckpointPlan:
     """Checkpoints of the run."""
 
     bytes: float
-    """Of one of them: trainable weights and optimizer state, fp32."""
+    """Size of one of them: trainable weights and optimizer state, fp32."""
     stall: float
     """Seconds that training waits for one: the copy to the host."""
     count: int
@@ -91,15 +91,15 @@ class RunPlan:
     parameters: ParameterCounts
     memory: MemoryPlan
     micro_batches: int
-    """Of each rank, in a step."""
+    """Micro-batches of each rank in a step."""
     largest: PackShape
     """The micro-batch that keeps most activations."""
     time: StepTime
     traffic: StepTraffic
     samples_per_second: float
-    """Of all ranks."""
+    """Samples per second of all ranks."""
     flops: float
-    """Of a step on all ranks, without recomputation."""
+    """FLOPs of a step on all ranks, without recomputation."""
     mfu: float
     """Model FLOP/s over the peak. Attention counts; recomputation does not."""
     loading: LoadingPlan
@@ -107,7 +107,7 @@ class RunPlan:
     hours: float
     gpu_hours: float
     energy_kwh: float | None
-    """Of the boards at the power that they may draw; None where it is not known."""
+    """Energy of the boards at the power that they may draw; None where it is not known."""
     engine: str
     """What the engine calls itself."""
 

@@ -38,7 +38,7 @@ def read_questions(path: Path) -> list[AskedQuestion]:
         path: the file.
 
     Raises:
-        UsageError: it cannot be read, or a line is no such object.
+        UsageError: it cannot be read, or a line is not such an object.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

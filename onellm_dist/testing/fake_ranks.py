@@ -37,7 +37,7 @@ class FakeStep:
     collectives: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """Name of a collective to the bytes that it gave to or took from this rank, whole tensors."""
     frozen_bytes: int = 0
-    """Of the rank's share of weights that do not train."""
+    """Bytes of the rank's share of weights that do not train."""
     trained_elements: int = 0
     """Elements of trained weights of which the rank holds the fp32 weight and the state."""
 

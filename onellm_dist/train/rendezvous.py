@@ -56,7 +56,7 @@ def meet(ranks: Ranks, timeout: timedelta, *, patience_s: float | None = None) -
         waiting.wait_for_port(address)
         store = TCPStore(address, ranks.port, None, False, timeout, wait_for_workers=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    # torchrun's store outlives a start, and nodes that join are no restart: there are just more.
+    # torchrun's store outlives a start, and nodes that join are not a restart: there are just more.
     joined = PrefixStore(f"onellm/{attempt}/{ranks.world_size}", store)
     try:
         waiting.wait_for_ranks(joined)

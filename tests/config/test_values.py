@@ -269,5 +269,5 @@ def test_the_last_of_two_overrides_of_a_key_counts_in_every_place(recipe: Path) 
 @pytest.mark.parametrize("tag", ["set {a, b}", "omap [a: 1]", "pairs [a: 1]", "binary aGk="])
 def test_kinds_of_values_that_no_recipe_has_are_refused(recipe: Path, tag: str) -> None:
     recipe.write_text(recipe.read_text() + f"track: {{options: {{wandb: {{x: !!{tag}}}}}}}\n")
-    with pytest.raises(UsageError, match=rf"!!{tag.split(maxsplit=1)[0]} is no kind of value"):
+    with pytest.raises(UsageError, match=rf"!!{tag.split(maxsplit=1)[0]} is not a kind of value"):
         load_config(recipe)

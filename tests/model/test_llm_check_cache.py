@@ -42,7 +42,7 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def try_copies(values: Any, config_class: Any) -> Any:
         found.append(config_class.model_type)
-        return "a token sees the tokens behind it" if found[-1] == "bert" else LIMITED
+        return "a token sees the tokens after it" if found[-1] == "bert" else LIMITED
 
     monkeypatch.setattr(llm_check, "_try_copies", try_copies)
     return found

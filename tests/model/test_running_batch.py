@@ -114,12 +114,12 @@ def test_a_row_without_a_token_ends_alone_where_its_error_is_taken(
     rows = [AnswerRow(i, p, [], None, None, None, on_error) for i, p in enumerate(prompts)]
     batch.join(rows)
     if not is_taken:
-        with pytest.raises(OneLLMError, match="logits that are no numbers"):
+        with pytest.raises(OneLLMError, match="logits that are not numbers"):
             finish(batch)
         return
     finish(batch)
     ((place, said),) = errors
-    assert place == 1 and "logits that are no numbers" in said
+    assert place == 1 and "logits that are not numbers" in said
     assert [tuple(row.tokens) for row in rows] == [alone[0], alone[1][:3], alone[2]]
     assert [row.ended for row in rows] == ["length", None, "length"]
 

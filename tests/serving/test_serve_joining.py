@@ -129,7 +129,7 @@ def test_logits_that_are_no_numbers_end_the_answer_that_is_drawn_with_them(
     desk.finish(2)
     assert desk.find_ends() == ["drawn", "long"]
     error = desk.get_error("drawn")
-    assert error.status == 500 and "logits that are no numbers" in error.message
+    assert error.status == 500 and "logits that are not numbers" in error.message
     monkeypatch.undo()
     assert desk.get_text("long") == compute_text(LONG)
 

@@ -197,4 +197,4 @@ def test_a_model_that_moves_is_no_reference(runs: Runs, tmp_path: Path) -> None:
     line = runs.overrides("moves", **{"launch__ranks": 1, **keys, **ENGINES["fsdp"]})
     started = get_zygote().start(1, line, recipe=runs.recipe)
     assert set(started.wait()) == {2}
-    assert "weights train that are no adapters" in started.output()
+    assert "weights train that are not adapters" in started.output()

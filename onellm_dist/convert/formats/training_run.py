@@ -288,7 +288,7 @@ def _read_recipe(run: Path) -> dict[str, Any] | None:
         return None
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        reason = "" if isinstance(found, dict) else "it is no mapping"
+        reason = "" if isinstance(found, dict) else "it is not a mapping"
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     if reason:

@@ -86,7 +86,7 @@ def _open_tensor(data: DataFile, start: int, name: str, entry: dict[str, Any]) -
     first, end = entry["data_offsets"]
     if entry["dtype"] not in DTYPES:
         raise make_read_error(
-            data.path, f"{name} is stored as {entry['dtype']}, which is no plain number format"
+            data.path, f"{name} is stored as {entry['dtype']}, which is not a plain number format"
         )
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     if len(shape) > MOST_DIMENSIONS or not all(

@@ -30,7 +30,7 @@ def read_media_of_prompt(given: Sequence[tuple[str, Any]], most: Mapping[str, in
 
     Raises:
         SampleError: one cannot be read.
-        UsageError: one is no medium of its modality.
+        UsageError: one is not a medium of its modality.
     """
     counts = Counter(name for name, _ in given)
     ordered = sorted(given, key=lambda pair: get_modality(pair[0]).order)
@@ -51,7 +51,7 @@ def read_medium(name: str, given: Any, most: int = 1) -> Iterator[Medium]:
 
     Raises:
         SampleError: it cannot be read.
-        UsageError: it is no medium of the modality.
+        UsageError: it is not a medium of the modality.
     """
     modality = get_modality(name)
     values: Sequence[torch.Tensor] | torch.Tensor

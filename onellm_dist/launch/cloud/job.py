@@ -31,7 +31,7 @@ class CloudVolume:
     """A volume that every node mounts."""
 
     name: str
-    """Of a PersistentVolumeClaim, or of a volume of SkyPilot."""
+    """Name of a PersistentVolumeClaim, or of a volume of SkyPilot."""
     path: str
     """Where it is mounted."""
 

@@ -169,7 +169,7 @@ def describe_end(
     if stop_asked:
         reason = "stopped before the ranks could write a checkpoint"
         return replace(started, status="preempted", reason=reason)
-    # A status of 2 alone is no wrong usage: shells and srun use it for a command that is not there.
+    # A status of 2 alone does not mean wrong usage: shells and srun use it for a missing command.
     reason = f"the ranks ended without exit.json; the launcher's exit code is {launcher_status}"
     return replace(started, status="failed", failed_step=started.steps_done, reason=reason)
 

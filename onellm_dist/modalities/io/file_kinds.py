@@ -1,4 +1,4 @@
-"""What a file is that is no medium of the kind that its name says: words for people."""
+"""What a file is that is not a medium of the kind that its name says: words for people."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def read_frames(
 ) -> tuple[list[np.ndarray], list[float]]:
     """Read some frames of a film.
 
-    Pictures that are attached (covers), thumbnails and data streams are no film. Of several films
+    Pictures that are attached (covers), thumbnails and data streams are not films. Of several films
     the one marked as default is read; of several of these the longest, then the largest, then the
     first. A film that is cut short is read as far as it goes, and a frame that cannot be decoded is
     replaced by the one before it, as players show it; both are noted as damage.

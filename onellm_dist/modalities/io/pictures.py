@@ -242,7 +242,7 @@ def make_rgb_picture(item: Any, limits: Limits = LIMITS["image"]) -> Any:
         limits: how large it may be.
 
     Raises:
-        SampleError: the array is no such picture, or it exceeds the limits.
+        SampleError: the array is not such a picture, or it exceeds the limits.
     """
     held = make_upright_picture(item, limits)
     return item if held is None else convert_to_rgb(held.image)
@@ -256,7 +256,7 @@ def make_upright_picture(item: Any, limits: Limits = LIMITS["image"]) -> Upright
         limits: how large it may be.
 
     Returns:
-        The picture in its own mode; None if the item is no picture.
+        The picture in its own mode; None if the item is not a picture.
 
     Raises:
         SampleError: as of `make_rgb_picture`.

@@ -120,7 +120,7 @@ def measure_mp3(data: bytes) -> float | None:
 
 
 def _count_padding(data: bytes, at: int, flags: int, length: int) -> int:
-    """Samples of an MP3 that are no sound: what the encoder put before and behind it.
+    """Samples of an MP3 that are not sound: what the encoder put before and behind it.
 
     Args:
         data: the file.

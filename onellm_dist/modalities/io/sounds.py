@@ -262,7 +262,7 @@ def _read_ffmpeg(
     if lost > 0 and have < seconds + lost:
         _note_missing(name, lost, have, "its packets cannot be decoded, or are not there")
     if sound.junk and have < seconds:
-        note_damage(f"{name}: {sound.junk} bytes at its end are no sound", 0.0)
+        note_damage(f"{name}: {sound.junk} bytes at its end are not sound", 0.0)
     wave = np.concatenate(sound.blocks)[: int(seconds * sound.rate)]
     return wave.astype(np.float32, copy=False), sound.rate
 
@@ -270,7 +270,7 @@ def _read_ffmpeg(
 def choose_audio_stream(container: InputContainer) -> AudioStream:
     """Choose the sound that a player would play.
 
-    The first stream that is marked as the default one, and is no commentary or description for
+    The first stream that is marked as the default one, and is not a commentary or description for
     people who cannot see or hear; if there is none, the first that FFmpeg can decode.
     """
     streams = [s for s in container.streams.audio if s.codec_context is not None and s.rate]
@@ -367,7 +367,7 @@ def make_wave(array: np.ndarray) -> np.ndarray:
         [N] fp32, full scale at 1.
 
     Raises:
-        SampleError: the array is no sound.
+        SampleError: the array is not a sound.
     """
     scale = {"i2": 2.0**15, "i4": 2.0**31}.get(f"{array.dtype.kind}{array.dtype.itemsize}", 1.0)
     if array.ndim not in (1, 2) or not (array.dtype.kind == "f" or scale > 1) or not array.size:

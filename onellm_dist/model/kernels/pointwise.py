@@ -24,7 +24,8 @@ NAMESPACE = (
     if __name__.startswith(PACKAGE)
     else f"onellm_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
 )
-"""Of the operations. A name is taken once: copies of this code in model folders have their own."""
+"""Namespace of the operations. A name is taken once: copies of this code in model folders have
+their own."""
 OPERATIONS: Any = getattr(torch.ops, NAMESPACE)
 COMPILED_DEVICES = {"cuda"}
 """Types of the devices on which the operations are compiled."""

@@ -16,7 +16,7 @@ from onellm_dist.serving.server.schema import read_json
 _FORMS = ("/gradio_api/upload", "/login")
 """Paths that are sent files or fields, and no JSON."""
 _MOST_BYTES = 1 << 20
-"""Of a body of JSON: it names files, and has none."""
+"""Largest body of JSON: it names files, and has none."""
 _POLICY = "connect-src 'self' data: blob:"
 """Scripts of the page send nothing to other machines (Gradio's button to share a picture would)."""
 

@@ -209,7 +209,7 @@ class RemoteEngine:
         try:
             for event in self._ask(job, body):
                 if not isinstance(event, dict) or event.get("error"):
-                    raise ValueError(f"an event that is no answer: {str(event)[:2000]}")
+                    raise ValueError(f"an event that is not an answer: {str(event)[:2000]}")
                 usage = event.get("usage") or {}
                 tokens = usage.get("completion_tokens") or tokens
                 for choice in event.get("choices") or ():

@@ -244,6 +244,6 @@ def run(
             print(message, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn raises the signal again once it has ended; a proper end is no failure.
+        # uvicorn raises the signal again once it has ended; a proper end is not a failure.
         signal.signal(number, lambda *_: None)
     Announcing(make_config(app, settings, grace=grace)).run(sockets=[listening])

@@ -106,7 +106,7 @@ def parse_request(content: Any) -> ChatRequest:
     """Parse the JSON of a request.
 
     Raises:
-        RequestError: it is no such request; the message names the first field that is wrong.
+        RequestError: it is not such a request; the message names the first field that is wrong.
     """
     try:
         return ChatRequest.model_validate(content)

@@ -175,7 +175,7 @@ def _list_texts(parts: Mapping[str, bytes], meta: Mapping[str, Any]) -> list[str
     """The texts that a sample may be read with: each caption, and its conversation."""
     caption = meta.get("caption", meta.get("captions"))
     captions = caption if isinstance(caption, list) else [caption]
-    texts = [text for text in captions if isinstance(text, str)]  # others are no caption anywhere
+    texts = [text for text in captions if isinstance(text, str)]  # others are not captions anywhere
     if "txt" in parts:
         texts = [parts["txt"].decode()]
     conversations = parse_conversations(meta, all_modalities(), placeholders=True)

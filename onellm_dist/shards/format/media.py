@@ -160,7 +160,7 @@ def measure_medium(medium: SampleMedium, parts: Mapping[str, bytes]) -> MediaSiz
 
 
 def parse_meta(data: bytes | None) -> Mapping[str, Any]:
-    """Parse a sample's `.json`; what is no object says nothing."""
+    """Parse a sample's `.json`; what is not an object says nothing."""
     try:
         meta = json.loads(data) if data is not None else {}
     except (ValueError, RecursionError):
@@ -201,7 +201,7 @@ def _check_modality(
 ) -> None:
     if name not in modalities:
         raise SampleError(
-            f"its media name {name!r:.40}, which is no modality of the dataset",
+            f"its media name {name!r:.40}, which is not a modality of the dataset",
             f"the dataset has {', '.join(modalities) or 'none'}.",
             "name one of them, or build the dataset with this modality.",
         )

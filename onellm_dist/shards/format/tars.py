@@ -26,7 +26,7 @@ _LONGEST_HEADER = 1 << 20
 _LONGEST_JSON = 1 << 26
 """Bytes of a `.json` up to which its text is measured; a longer one counts as without text."""
 TAR_FAULTS = (tarfile.TarError, ValueError, OverflowError, EOFError)
-"""What Python's tarfile raises for damaged headers (3.11: also numbers that are no numbers)."""
+"""What Python's tarfile raises for damaged headers (3.11: also numbers that are not numbers)."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 
 

@@ -276,7 +276,7 @@ class Source:
     """Whether the media are the input's bytes. False: reading decodes some of them (a window of a
     recording, a model's map), and is done in worker processes even with `check=false`."""
     official_count: Callable[[str, int], int | None] | None = None
-    """Of a benchmark: (split, questions that were found) -> the official number of questions that
+    """For a benchmark: (split, questions that were found) -> the official number of questions that
     these are, or are a part of; None: it is not known."""
     needs_input: bool = True
     """Whether there is an input; if false, `inputs` is None (generated data)."""

@@ -285,7 +285,7 @@ def write_file(target: StoragePath, data: bytes) -> None:
 
 
 def move_file(source: StoragePath, target: StoragePath) -> None:
-    """Rename a file within one store. Repeating a rename that was done is no error."""
+    """Rename a file within one store. Repeating a rename that was done is not an error."""
     if not source.exists() and target.exists():
         return
     if isinstance(source, Path) and isinstance(target, Path):

@@ -56,7 +56,7 @@ class MediaFingerprint:
     sums: Mapping[str, str]
     """Role of a part -> SHA-256."""
     pictures: Sequence[PictureFingerprint] = ()
-    """Of its pictures; of a video, its frames."""
+    """Fingerprints of its pictures; for a video, of its frames."""
     sounds: Sequence[np.ndarray] = field(default=())
     """[BANDS * STEPS] fp32 of mean 0 and length 1."""
 

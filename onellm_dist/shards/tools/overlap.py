@@ -35,7 +35,7 @@ class ScannedSample:
     """None: its media cannot be read."""
     texts: Sequence[str]
     questions: Sequence[Mapping[str, Any]] = ()
-    """Of a benchmark's sample."""
+    """Questions of a benchmark's sample."""
 
 
 @dataclass

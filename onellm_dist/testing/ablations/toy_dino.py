@@ -49,7 +49,7 @@ class DinoPretraining:
     """Share of them that the student does not see."""
     prototypes: int = 256
     momentum: float = 0.99
-    """Of the teacher."""
+    """Momentum of the teacher."""
     teacher_temperature: float = 0.06
     student_temperature: float = 0.1
     lr: float = 1e-3

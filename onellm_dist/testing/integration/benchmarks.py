@@ -184,7 +184,7 @@ def _write_objaverse(media: Path, out: Path) -> None:
 
 
 def _write_rooms(views: Mapping[str, RgbdView], out: Path) -> None:
-    """Places that are no rooms of NYUv2's nine classes: the right answer is `others`."""
+    """Places that are not rooms of NYUv2's nine classes: the right answer is `others`."""
     rooms = []
     for number, view in enumerate(views.values()):
         room = f"kv1/NYUdata/NYU{number + 1:04}"

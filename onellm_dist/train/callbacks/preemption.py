@@ -64,7 +64,7 @@ class Preemption(Callback):
         self.reason = ""
         """Why this rank was asked to stop; "" where it was not."""
         self._earlier = stamp_file(self._file) if watch_file else None
-        """Of a file from before this start: it meant another one."""
+        """Stamp of a file from before this start: it meant another one."""
         self._listen()
 
     def _listen(self) -> None:

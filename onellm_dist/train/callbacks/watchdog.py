@@ -84,7 +84,7 @@ class HangWatchdog(Callback):
         self._heartbeat = exit_file.heartbeat
         self._end_process = end_process
         self._earlier_alarm = stamp_file(self._folder / ALARM)
-        """Of a hang of an earlier start, which is moved aside when this one has begun."""
+        """The alarm of an earlier start that hung, which is moved aside when this one has begun."""
         self._poll = min(5.0, max(0.05, 60 * config.hang_minutes / 20))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

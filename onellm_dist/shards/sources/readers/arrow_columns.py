@@ -75,7 +75,7 @@ def find_arrow_columns(
         for role, accepted in get_modality_parts(modality).items():
             needed = role in modality.required_parts
             own = media if needed else None
-            # An optional part is in a column of its name: the only column of bytes is no times.
+            # An optional part is in a column of its name: the only column of bytes is not it.
             column = _find_media_column(schema, names, role, accepted, own, named=not needed)
             if column is not None and column not in found:
                 found[column] = accepted

@@ -56,7 +56,7 @@ def read_schema(path: Path) -> pyarrow.Schema:
     """Read the columns of a file.
 
     Raises:
-        OneLLMError: it is no parquet or Arrow file, or is damaged.
+        OneLLMError: it is not a parquet or Arrow file, or is damaged.
     """
     with _open(path) as file:
         if is_parquet(path):
@@ -87,7 +87,7 @@ def list_parts(path: Path) -> list[ArrowPart]:
     """List the parts of a file, in order.
 
     Raises:
-        OneLLMError: it is no parquet or Arrow file, or is damaged.
+        OneLLMError: it is not a parquet or Arrow file, or is damaged.
     """
     with _open(path) as file:
         if not is_parquet(path):

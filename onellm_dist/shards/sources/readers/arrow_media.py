@@ -177,7 +177,7 @@ def _to_npy(values: list[Any], column: str) -> bytes:
     try:
         array = np.asarray(values, dtype=np.float32)
     except (ValueError, TypeError, OverflowError) as error:
-        raise BadSampleError(f"unreadable row: {column} is no array: {error}") from error
+        raise BadSampleError(f"unreadable row: {column} is not an array: {error}") from error
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()

@@ -37,7 +37,7 @@ from onellm_dist.shards.sources.readers.part_selection import select_parts
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
 _LARGEST_META = 1 << 22
-"""Bytes of a `.json` above which it is no sample's."""
+"""Bytes of a `.json` above which it is not a sample's."""
 _OTHER_SOURCES = {
     ".parquet": "tables with media inside: onellm shards build parquet IN OUT",
     ".arrow": "a folder of datasets.save_to_disk: onellm shards build parquet IN OUT",
@@ -65,7 +65,7 @@ class FileGroups:
     """Files that may be tables of captions."""
 
     def get_media(self, stem: str) -> dict[str, Path]:
-        """Return the files of a stem that are no text parts."""
+        """Return the files of a stem that are not text parts."""
         return {e: p for e, p in self.files[stem].items() if e not in TEXT_EXTENSIONS}
 
     def make_notes(self) -> list[str]:

@@ -331,7 +331,7 @@ def _require_words(table: Path, rows: Sequence[TableRow], column: str | None) ->
         shown = ", ".join(list(dict.fromkeys(texts))[:_SHOWN])
         raise UsageError(
             f"{table}: its captions, in column {column!r}, are numbers alone ({shown}).",
-            "numbers of classes are no captions: the model would learn to say them.",
+            "numbers of classes are not captions: the model would learn to say them.",
             "write what they mean into a column `caption`, or use -o caption_column="
             f"{column} if they are meant.",
         )

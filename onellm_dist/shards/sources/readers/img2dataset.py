@@ -295,11 +295,11 @@ class TarMembers(NamedTuple):
     fault: str | None
     """Why the tar cannot be read to its end; None: it can."""
     hidden: list[str]
-    """Names of hidden files (`._cat.jpg` of macOS), which are no samples."""
+    """Names of hidden files (`._cat.jpg` of macOS), which are not samples."""
 
 
 def list_tar_members(tar: Path) -> TarMembers:
-    """List the members of a tar; a leading `./` is no part of a name.
+    """List the members of a tar; a leading `./` is not part of a name.
 
     Only headers are read. A tar of 10,000 samples takes about 10 MB of memory.
     """

@@ -46,7 +46,7 @@ def read_rows(path: Path) -> Iterator[TableRow]:
     """Read the rows of a table, in order.
 
     Raises:
-        UsageError: it is no table of UTF-8 text, or two columns have the same name.
+        UsageError: it is not a table of UTF-8 text, or two columns have the same name.
         OneLLMError: the table cannot be read beyond some row.
     """
     if path.suffix.lower() not in JSON_SUFFIXES:

@@ -184,7 +184,7 @@ class DeepSpeedDescription(EngineDescription):
         leaves = config.get("zero_optimization", {}).get("leaf_module") or {}
         if get_zero_stage(config) < 3 or not leaves.get("classes"):
             return whole
-        # Blocks that train are no leaves (`leaves.name_leaves`).
+        # Blocks that train are not leaves (`leaves.name_leaves`).
         return HostCosts(
             whole.forward_us + frozen_blocks * (HOST_COSTS_LEAVES.forward_us - whole.forward_us),
             whole.backward_us + frozen_blocks * (HOST_COSTS_LEAVES.backward_us - whole.backward_us),
