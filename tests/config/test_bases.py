@@ -119,9 +119,9 @@ def test_home_and_variables_hold_in_a_base_as_in_a_recipe(
 @pytest.mark.parametrize("home", ["~nobody-has-this-name/x", "~nobody-has-this-name"])
 def test_a_home_of_nobody_is_refused(write: Write, home: str) -> None:
     recipe = write("first.yaml", COMPLETE)
-    assert "no user with a home directory" in refuse(recipe, f"run.dir={home}")
+    assert "not a user with a home directory" in refuse(recipe, f"run.dir={home}")
     second = write("second.yaml", f"base: {home}\n")
-    assert "no user with a home directory" in refuse(second)
+    assert "not a user with a home directory" in refuse(second)
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_logits_that_are_no_numbers_are_refused(
     with torch.no_grad():
         head[-1] = torch.nan
     try:
-        with pytest.raises(OneLLMError, match="no numbers"):
+        with pytest.raises(OneLLMError, match="not numbers"):
             model.generate(**batch, **{**GREEDY, **how})
     finally:
         head.data.copy_(before)

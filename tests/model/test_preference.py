@@ -172,7 +172,7 @@ def test_a_reference_that_would_move_is_refused() -> None:
     add_adapters(model, LoraSection(rank=2))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.startswith("upm."))
-    with pytest.raises(UsageError, match="no adapters: upm"):
+    with pytest.raises(UsageError, match="not adapters: upm"):
         prepare_preference(model, DpoSection())
 
 
