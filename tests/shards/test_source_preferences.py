@@ -294,7 +294,12 @@ def test_the_same_media_of_the_rejected_answer_are_not_others(media: dict[str, A
 
 
 def test_an_empty_column_of_another_form_hides_no_answer() -> None:
-    empty = {"rejected_messages": [], "rejected_response": "", "output_1": None, "output_2": None}
+    empty: dict[str, Any] = {
+        "rejected_messages": [],
+        "rejected_response": "",
+        "output_1": None,
+        "output_2": None,
+    }
     assert split_row({**FORMS["trl"], **empty}) == split_row(FORMS["trl"])
 
 

@@ -200,7 +200,7 @@ def _join_prompt(field: str, prompt: _Turns, shared: _Turns, answers: Sequence[_
         return [*prompt, *shared]
     raise BadSampleError(
         f"prompt: {field} ends with {_quote(prompt[-1])}, and both answers' conversations begin "
-        f"with {_quote(shared[0])}: neither contains or precedes the other"
+        f"with {_quote(shared[0])}: the prompt is neither part of them nor what precedes them"
     )
 
 
