@@ -16,6 +16,9 @@ FENCE = re.compile(
 )
 SETUP = re.compile(r"^(?:make |source |git clone |cd |pip install|pre-commit )")
 """What the fixture of the tests, or the person who runs them, has done already."""
+COMMAND = re.compile(
+    r"(?:\$ )?(?:onellm|make|pip|python3?|source|git|srun|sbatch|deepspeed|torchrun|touch) \S"
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,10 @@ class Block:
 
 def pages() -> list[str]:
     """Every page that people read, by path below the checkout."""
-    listed = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "shards/README.md")]
+    listed = [
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "examples/README.md", "shards/README.md")
+    ]
     listed += [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "ds_configs/README.md"]
     return [str(path.relative_to(ROOT)) for path in listed if path.is_file()]
 
@@ -48,6 +54,19 @@ def blocks(page: str) -> list[Block]:
         code = "".join(line[indent:] for line in match["code"].splitlines(keepends=True))
         line = text.count("\n", 0, match.start()) + 1
         found.append(Block(page, line, match["language"], code, match["reason"]))
+    return found
+
+
+def commands_without_language(page: str) -> list[int]:
+    """Lines of a page that hold commands in a block whose fence names no language."""
+    language: str | None = None
+    found = []
+    for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), 1):
+        fence = re.match(r"[ ]*```(\w*)", line)
+        if fence:
+            language = None if language is not None else fence[1]
+        elif language == "" and COMMAND.match(line.strip()):
+            found.append(number)
     return found
 
 

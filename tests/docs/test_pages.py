@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import typer
-from pages import ROOT, Block, blocks, commands, pages, script
+from pages import ROOT, Block, blocks, commands, commands_without_language, pages, script
 
 from onellm_dist.cli import app
 from onellm_dist.cli.generate import add_modality_options
@@ -33,6 +33,12 @@ def test_a_block_that_is_not_run_says_why() -> None:
     every = [block for page in pages() for block in blocks(page)]
     assert every
     assert not [f"{b.page}:{b.line}" for b in every if b.reason is not None and len(b.reason) < 8]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_a_block_of_commands_has_a_language(page: str) -> None:
+    """Without one it would be neither run nor checked."""
+    assert not [f"{page}:{line}" for line in commands_without_language(page)]
 
 
 @pytest.mark.parametrize("page", pages())
