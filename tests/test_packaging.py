@@ -149,3 +149,5 @@ def test_the_sdist_has_every_folder(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert set(wanted.stdout.split()) <= names
+    for_the_clone = {"Makefile", "CONTRIBUTING.md", "mkdocs.yml", "noxfile.py"}
+    assert not names & for_the_clone, "they speak of folders that the sdist does not have"
