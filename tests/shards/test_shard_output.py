@@ -30,6 +30,18 @@ def test_output_is_not_overwritten_unless_asked_for(tmp_path: Path) -> None:
     assert list(contents(open_dataset(tmp_path / "out"))) == ["a", "b"]
 
 
+def test_a_folder_of_datasets_is_named_as_such_and_replaced_if_asked_for(tmp_path: Path) -> None:
+    out, counts = tmp_path / "toy", {"modalities": "image,audio", "train": "2", "test": "1"}
+    build_dataset("toyworld", None, out, options=counts)
+    before = all_bytes(out)
+    with pytest.raises(UsageError, match=r"already holds datasets \(audio, .*(.|\n)*--overwrite"):
+        build_dataset("toyworld", None, out, options=counts)
+    assert all_bytes(out) == before
+    build_dataset("toyworld", None, out, options=counts, seed=1, overwrite=True)
+    assert all_bytes(out).keys() == before.keys()
+    assert all_bytes(out) != before
+
+
 def test_foreign_folders_are_refused_even_with_overwrite(tmp_path: Path) -> None:
     write_tree(tmp_path / "out", {"thesis.tex": "years of work"})
     with pytest.raises(UsageError, match="not empty"):

@@ -15,9 +15,9 @@ from onellm_dist.shards.format.dataset import MANIFEST, SHARD_FOLDER
 from onellm_dist.shards.format.writer import refuse_occupied
 
 QUARANTINE = "quarantine.jsonl"
+"""The list of bad samples in a dataset's folder."""
 DAMAGED = "damaged.jsonl"
 """Samples that are used although some of their media is missing."""
-"""The list of bad samples in a dataset's folder."""
 
 
 def get_failed_quarantine_path(out: Path) -> Path:
@@ -76,8 +76,17 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
     replaced = _get_replaced_folder(out)
     if replaced.exists() and not out.exists():
         replaced.replace(out)  # a builder was killed between its last two renames
-    if not (overwrite and is_built_here(out)):
-        refuse_occupied(out)
+    if overwrite and is_built_here(out):
+        return
+    if is_folder_of_datasets(out):
+        names = sorted(p.name for p in out.iterdir() if p.is_dir())
+        more = ", ..." if len(names) > 3 else ""
+        raise UsageError(
+            f"{out} already holds datasets ({', '.join(names[:3])}{more}).",
+            "they are not overwritten unless asked for.",
+            "choose another output, or give --overwrite.",
+        )
+    refuse_occupied(out)
 
 
 def replace_output(folder: Path, out: Path) -> None:
@@ -99,7 +108,14 @@ def is_built_here(path: Path) -> bool:
     names = {p.name for p in path.iterdir()}
     if MANIFEST in names or names == {SHARD_FOLDER}:
         return SHARD_FOLDER in names
-    folders = names - {QUARANTINE}
+    return is_folder_of_datasets(path)
+
+
+def is_folder_of_datasets(path: Path) -> bool:
+    """Check that `path` holds complete datasets of this program, a folder each, and no more."""
+    if not path.is_dir():
+        return False
+    folders = {p.name for p in path.iterdir()} - {QUARANTINE}
     return bool(folders) and all(_is_dataset(path / name) for name in folders)
 
 
