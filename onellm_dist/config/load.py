@@ -7,7 +7,6 @@ key of 0.1.0 with its name today.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,17 +18,16 @@ from pydantic import ValidationError
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.secrets import MASK
-from onellm_dist.config.keys import find_section, list_key_names
 from onellm_dist.config.layers import LayeredRecipe
 from onellm_dist.config.old_keys import explain_old_key, explain_old_value
 from onellm_dist.config.recipe_files import RecipeFile, find_recipe, read_recipe_files
 from onellm_dist.config.schema import RunConfig, RunSection
-from onellm_dist.config.section import Section
 from onellm_dist.config.train_sections import NO_LENGTH
+from onellm_dist.config.valid_parts import ValidParts, find_meant_key, find_valid_parts
 from onellm_dist.config.values import list_ambiguous
 
-FindProblems = Callable[[Mapping[str, Section]], Sequence[str]]
-"""Finds further problems in the sections that are valid, by their names."""
+FindProblems = Callable[[ValidParts], Sequence[str]]
+"""Finds further problems in what is valid of a recipe."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ def load_recipe(
     if _lacks_length(raw) and NO_LENGTH not in problems:
         problems.append(NO_LENGTH)
     if find_problems is not None:
-        problems += find_problems(_list_valid_sections(raw, config))
+        valid = find_valid_parts(raw) if config is None else ValidParts.from_config(config)
+        problems += find_problems(valid)
     if config is None or problems:
         raise UsageError(
             f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe\n"
@@ -153,19 +152,6 @@ def _find_masked(value: Any, key: str = "") -> list[str]:
     return [problem for name, item in items for problem in _find_masked(item, name)]
 
 
-def _list_valid_sections(raw: Mapping[str, Any], config: RunConfig | None) -> dict[str, Section]:
-    """The sections of a recipe that are valid by themselves."""
-    if config is not None:
-        return {name: getattr(config, name) for name in RunConfig.model_fields}
-    found: dict[str, Section] = {}
-    for name in RunConfig.model_fields:
-        section = find_section([name])
-        assert section is not None
-        with suppress(ValidationError):
-            found[name] = section.model_validate(raw.get(name, {}))
-    return found
-
-
 def _describe_problem(error: Any) -> list[str]:
     """Return one of pydantic's errors as problems for the user."""
     location = [str(part) for part in error["loc"]]
@@ -188,8 +174,6 @@ def _describe_problem(error: Any) -> list[str]:
 
 
 def _describe_unknown(location: list[str]) -> str:
-    section = find_section(location[:-1])
-    names = [] if section is None else list_key_names(section)
-    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-    hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+    near = find_meant_key(location[:-1], location[-1])
+    hint = f"; did you mean {'.'.join([*location[:-1], near])}?" if near else ""
     return f"unknown key {'.'.join(location)}{hint}"

@@ -72,6 +72,14 @@ class MixtureEntry(Section):
     weight: float = Field(1.0, gt=0, allow_inf_nan=True)  # named with its dataset
     """Share of the samples, relative to the weights of the other datasets."""
 
+    def locate(self, root: Path | str) -> Path | str:
+        """Return the dataset's path or URL, where `data.root` is `root`."""
+        if isinstance(self.path, str) or isinstance(root, Path):
+            return self.path if isinstance(self.path, str) else Path(root) / self.path
+        if self.path.is_absolute():
+            return str(self.path)
+        return f"{root.rstrip('/')}/{self.path.as_posix()}"
+
 
 class ValidationSection(Section):
     """`data.validation.*`: a fixed validation set from another split of the mixture's datasets."""
@@ -192,11 +200,7 @@ class DataSection(Section):
 
     def locate(self, entry: MixtureEntry) -> Path | str:
         """Return the path or URL of a dataset of the mixture."""
-        if isinstance(entry.path, str) or isinstance(self.root, Path):
-            return entry.path if isinstance(entry.path, str) else Path(self.root) / entry.path
-        if entry.path.is_absolute():
-            return str(entry.path)
-        return f"{self.root.rstrip('/')}/{entry.path.as_posix()}"
+        return entry.locate(self.root)
 
 
 class EngineSection(Section):

@@ -15,23 +15,18 @@ from typing import Any, cast
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.plugins import find_module
 from onellm_dist.config.load import load_config
-from onellm_dist.config.schema import (
-    CheckpointSection,
-    DataSection,
-    EngineSection,
-    ModelSection,
-    RunConfig,
-    RunSection,
-    TrackSection,
-)
+from onellm_dist.config.schema import EngineSection, MixtureEntry, RunConfig
 from onellm_dist.config.section import Section
 from onellm_dist.config.train_sections import OptimSection, TrainSection
+from onellm_dist.config.valid_parts import ValidParts
 from onellm_dist.data.epochs import resolve_epochs
 from onellm_dist.data.exclusions import read_exclusions
 from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.train.records.applied_resumes import was_applied
 
 Sections = Mapping[str, Section]
+Values = Mapping[str, Any]
+"""The valid values of one section, by key."""
 
 
 def load_checked_config(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -44,21 +39,26 @@ def load_checked_config(recipe: Path | str, overrides: Sequence[str] = ()) -> Ru
     return resolve_epochs(load_config(recipe, overrides, find_problems=find_problems))
 
 
-def find_problems(sections: Sections) -> list[str]:
-    """What is wrong with the parts of a recipe that are valid by themselves, one line each."""
-    return [
-        _format(error)
-        for check in (_check_run, _check_model, _check_data, _check_parts, _check_checkpoint)
-        for error in check(sections)
-    ]
+def find_problems(valid: ValidParts) -> list[str]:
+    """What is wrong with the valid parts of a recipe, one line each."""
+    run, data = valid.values.get("run", {}), valid.values.get("data", {})
+    errors = (
+        *_check_run(run),
+        *_check_model(valid.values.get("model", {})),
+        *_check_data(data),
+        *_check_parts(valid),
+        *_check_checkpoint(valid.values.get("checkpoint", {}), run),
+    )
+    return [_format(error) for error in errors]
 
 
-def find_shape_problems(sections: Sections) -> list[str]:
+def find_shape_problems(valid: ValidParts) -> list[str]:
     """`find_problems` of the parts that decide shapes alone: data and earlier runs may be absent.
 
     A plan is made before there is data, often on another machine.
     """
-    return [_format(error) for check in (_check_model, _check_parts) for error in check(sections)]
+    errors = (*_check_model(valid.values.get("model", {})), *_check_parts(valid))
+    return [_format(error) for error in errors]
 
 
 def _format(error: UsageError) -> str:
@@ -74,50 +74,63 @@ def _collect(check: Callable[..., Any], *arguments: Any, **options: Any) -> Iter
         yield error
 
 
-def _check_run(sections: Sections) -> Iterator[UsageError]:
-    run = cast("RunSection | None", sections.get("run"))
-    if run is None:
+def _check_run(run: Values) -> Iterator[UsageError]:
+    folder: Path | None = run.get("dir")
+    if folder is None:
         return
-    above = (run.dir, *run.dir.absolute().parents)
+    above = (folder, *folder.absolute().parents)
     existing = next((path for path in above if path.exists()), None)
     if existing is not None and not existing.is_dir():
         yield UsageError(
-            f"run.dir={run.dir} cannot be created: {existing} is not a directory",
+            f"run.dir={folder} cannot be created: {existing} is not a directory",
             do="choose another run.dir",
         )
 
 
-def _check_model(sections: Sections) -> Iterator[UsageError]:
-    model = cast("ModelSection | None", sections.get("model"))
-    if model is None or model.path is None:
+def _check_model(model: Values) -> Iterator[UsageError]:
+    path: Path | None = model.get("path")
+    if path is None:
         return
-    if not (model.path / "config.json").is_file():
-        what = "has no config.json" if model.path.is_dir() else "no such folder"
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "no such folder"
         yield UsageError(
-            f"model.path={model.path}: {what}",
+            f"model.path={path}: {what}",
             do="give a directory written by save_pretrained, `onellm convert` or a finished run",
         )
 
 
-def _check_data(sections: Sections) -> Iterator[UsageError]:
-    data = cast("DataSection | None", sections.get("data"))
-    if data is None:
-        return
-    for entry in data.mixture:
-        location = data.locate(entry)
+def _check_data(data: Values) -> Iterator[UsageError]:
+    """The datasets, if it is known where they lie, and the list of excluded samples."""
+    mixture: tuple[MixtureEntry, ...] = data.get("mixture", ())
+    root, follow_links = data.get("root"), data.get("follow_links")
+    for entry in mixture:
+        location = entry.path if root is None else entry.locate(root)
         if not math.isfinite(entry.weight):
             yield UsageError(
                 f"data.mixture: the weight {entry.weight} of {location} is not a finite number",
                 do="use a number above 0",
             )
-        if isinstance(location, Path):
-            yield from _collect(open_dataset, location, follow_links=data.follow_links)
-    if data.exclude is not None:
-        yield from _collect(read_exclusions, data.exclude)
+        if root is not None and follow_links is not None and isinstance(location, Path):
+            yield from _collect(open_dataset, location, follow_links=follow_links)
+    if data.get("exclude") is not None:
+        yield from _collect(read_exclusions, data["exclude"])
 
 
-def _check_parts(sections: Sections) -> Iterator[UsageError]:
+def _check_parts(valid: ValidParts) -> Iterator[UsageError]:
     """The engine, the optimizer, trackers and callbacks."""
+    yield from _check_engine_and_optim(valid.sections)
+    trackers: tuple[str, ...] = valid.values.get("track", {}).get("trackers", ())
+    if trackers:
+        from onellm_dist.train.callbacks.trackers import tracker_class
+
+        for name in trackers:
+            yield from _collect(tracker_class, name)
+    for name in valid.values.get("train", {}).get("callbacks", ()):
+        if ":" in name:
+            yield from _collect(find_module, name, key="train.callbacks")
+
+
+def _check_engine_and_optim(sections: Sections) -> Iterator[UsageError]:
     from onellm_dist.train.engine.compile_check import check_compile
     from onellm_dist.train.engine.frozen_weights import check_frozen_weights
     from onellm_dist.train.engine.select import get_engine
@@ -137,25 +150,14 @@ def _check_parts(sections: Sections) -> Iterator[UsageError]:
     if optim is not None:
         known = () if train is None else (train.parameters, train.steps)
         yield from _collect(check_optim, optim, *known)
-    track = cast("TrackSection | None", sections.get("track"))
-    if track is not None and track.trackers:
-        from onellm_dist.train.callbacks.trackers import tracker_class
-
-        for name in track.trackers:
-            yield from _collect(tracker_class, name)
-    for name in () if train is None else train.callbacks:
-        if ":" in name:
-            yield from _collect(find_module, name, key="train.callbacks")
 
 
-def _check_checkpoint(sections: Sections) -> Iterator[UsageError]:
+def _check_checkpoint(checkpoint: Values, run: Values) -> Iterator[UsageError]:
     """A named checkpoint; a requeued job that has applied it may have removed it since."""
-    checkpoint = cast("CheckpointSection | None", sections.get("checkpoint"))
-    run = cast("RunSection | None", sections.get("run"))
-    resume = None if checkpoint is None else checkpoint.resume
+    resume, folder = checkpoint.get("resume"), run.get("dir")
     if not isinstance(resume, Path) or resume.is_dir():
         return
-    if run is None or not was_applied(run.dir, resume, os.environ):
+    if folder is None or not was_applied(folder, resume, os.environ):
         yield UsageError(
             f"checkpoint.resume={resume}: no complete checkpoint there (no such folder)",
             do="give a step-... folder of a run's checkpoints/, or auto",

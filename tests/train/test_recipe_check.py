@@ -80,3 +80,46 @@ def test_what_cannot_be_compiled_or_rounded_is_refused_before_the_ranks_begin(
         load_checked_config(recipe, [compiled, rounded, "engine.config=zero2"])
     with pytest.raises(UsageError, match=r"int8 with train\.stage=tune and without"):
         load_checked_config(recipe, [rounded, "train.stage=tune"])
+
+
+def test_everything_wrong_is_named_at_once(dataset: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(dataset)
+    wrong = [
+        "train.setps=4",
+        "train.steps=many",
+        "data.workers=-1",
+        'data.mixture=[{path: texts}, {path: lost}, {path: texts, weight: "heavy"}]',
+        f"model.path={tmp_path}/no_model",
+        f"engine.config={tmp_path}/no.json",
+        f"checkpoint.resume={tmp_path}/step-9",
+        "train.callbacks=[no_such_module:Callback]",
+        "engine.ranks_in_a_rack=3",
+        f"run.dir={recipe}",
+    ]
+    with pytest.raises(UsageError) as caught:
+        load_checked_config(recipe, wrong)
+    for named in (
+        "unknown key train.setps; did you mean train.steps?",
+        "train.steps: ",
+        "data.workers: ",
+        "data.mixture.2.weight: ",
+        f"{tmp_path}/lost",
+        f"model.path={tmp_path}/no_model: no such folder",
+        "no.json",
+        "checkpoint.resume=",
+        "no_such_module",
+        "unknown key engine.ranks_in_a_rack",
+        "run.dir=",
+    ):
+        assert named in str(caught.value)
+
+
+def test_what_a_misspelt_key_may_have_meant_is_not_looked_for(dataset: Path) -> None:
+    """Under the default of `data.root` the dataset is missing; that is no fault of the recipe."""
+    recipe = write_recipe(dataset)
+    values = json.loads(recipe.read_text())
+    values["data"]["rot"] = values["data"].pop("root")
+    recipe.write_text(json.dumps(values))
+    with pytest.raises(UsageError, match="1 problem in") as caught:
+        load_checked_config(recipe)
+    assert "did you mean data.root?" in str(caught.value)

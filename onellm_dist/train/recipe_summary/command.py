@@ -12,6 +12,7 @@ from typing import Any
 from onellm_dist.common.errors import EXIT_DONE, EXIT_USAGE, OneLLMError
 from onellm_dist.config.load import LoadedRecipe, load_recipe
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.config.valid_parts import ValidParts
 from onellm_dist.data.epochs import resolve_epochs
 from onellm_dist.train.recipe_check import find_problems
 from onellm_dist.train.recipe_summary.values import format_values
@@ -39,9 +40,7 @@ def show_recipe(
     loaded = load_recipe(recipe, overrides)
     for line in (*_describe_files(loaded), *format_values(loaded)):
         print(line)
-    problems = find_problems(
-        {name: getattr(loaded.config, name) for name in RunConfig.model_fields}
-    )
+    problems = find_problems(ValidParts.from_config(loaded.config))
     lines, refused = _describe_work(loaded.config)
     for line in lines:
         print(line)

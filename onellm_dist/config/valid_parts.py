@@ -1,0 +1,117 @@
+"""What a recipe with wrong keys says all the same: the sections and values that are valid.
+
+What they name can be looked for before the wrong keys are fixed. Nothing is guessed: a value whose
+key may be the one that was misspelt is not taken for its default.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from onellm_dist.config.keys import find_section, list_key_names
+from onellm_dist.config.old_keys import find_new_name
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.config.section import Section
+
+
+class ValidParts(NamedTuple):
+    """The valid parts of a recipe."""
+
+    sections: Mapping[str, Section]
+    """Section by name, if the section is valid but for unknown keys that are like none of its own.
+    """
+    values: Mapping[str, Mapping[str, Any]]
+    """Section's name to its valid values by key, defaults included; of a list, the valid items."""
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> ValidParts:
+        """Return all of a valid recipe."""
+        sections = {name: getattr(config, name) for name in RunConfig.model_fields}
+        return cls(sections, {name: dict(section) for name, section in sections.items()})
+
+
+def find_valid_parts(raw: Mapping[str, Any]) -> ValidParts:
+    """Return what is valid in a recipe that as a whole is not.
+
+    Args:
+        raw: the recipe's values, not validated.
+    """
+    sections: dict[str, Section] = {}
+    values: dict[str, Mapping[str, Any]] = {}
+    for name in RunConfig.model_fields:
+        section, given = find_section([name]), raw.get(name, {})
+        assert section is not None
+        if not isinstance(given, Mapping):
+            continue
+        known = {key: value for key, value in given.items() if key in section.model_fields}
+        meant = {find_meant_key([name], key) for key in given.keys() - known.keys()}
+        if not meant - {None}:
+            with suppress(ValidationError):
+                sections[name] = section.model_validate(known)
+                values[name] = dict(sections[name])
+                continue
+        clear = {key: value for key, value in known.items() if key not in meant}
+        values[name] = _list_valid_values(section, clear, missing=meant)
+    return ValidParts(sections, values)
+
+
+def find_meant_key(section: list[str], key: Any) -> str | None:
+    """Return the key of a section that an unknown key stands for; None if it is like none.
+
+    Args:
+        section: the names of the section and of those around it.
+        key: the unknown key, misspelt or of 0.1.0.
+    """
+    renamed = find_new_name(".".join([*section, str(key)]))
+    if renamed is not None:
+        return renamed.rpartition(".")[2]
+    found = find_section(section)
+    names = [] if found is None else list_key_names(found)
+    return next(iter(difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)), None)
+
+
+def _list_valid_values(
+    section: type[Section], given: Mapping[str, Any], missing: set[str | None]
+) -> dict[str, Any]:
+    """The valid values of a section, and the defaults of keys that are not given."""
+    values: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if name in given:
+            with suppress(ValidationError):
+                values[name] = _validate_field(field, given[name])
+        elif name not in missing and not field.is_required():
+            values[name] = field.get_default(call_default_factory=True)
+    return values
+
+
+def _validate_field(field: FieldInfo, value: Any) -> Any:
+    """The value as the section would have it; a list without its wrong items.
+
+    Raises:
+        ValidationError: it is wrong, or all of its items are.
+    """
+    annotation: Any = field.annotation
+    if field.metadata:
+        annotation = Annotated[(annotation, *field.metadata)]
+    annotated: TypeAdapter[Any] = TypeAdapter(annotation)
+    items = get_args(field.annotation)
+    if get_origin(field.annotation) is not tuple or items[1:] != (...,):
+        return annotated.validate_python(value)
+    try:
+        return annotated.validate_python(value)
+    except ValidationError:
+        if not isinstance(value, list | tuple):
+            raise
+        item: TypeAdapter[Any] = TypeAdapter(items[0])
+        valid = []
+        for each in value:
+            with suppress(ValidationError):
+                item.validate_python(each)
+                valid.append(each)
+        return annotated.validate_python(valid)
