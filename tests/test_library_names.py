@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
-from package_code import modules, nodes
+from package_code import PACKAGE, modules, nodes
 
 from onellm_dist.modalities import all_modalities
 
@@ -47,7 +47,9 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "prometheus_client": ("serving/server/",),
 }
 """Library -> where it may be imported; elsewhere it is reached through what is there."""
-ENGINE_NAMES = re.compile(r"deepspeed|\bds_|_ds_|fsdp|fully_shard|\bZeRO\b", re.IGNORECASE)
+ENGINE_NAMES = re.compile(
+    r"deepspeed|\bds_|_ds_|fsdp|fully_shard|\bZeRO(?:\b|-?[123])", re.IGNORECASE
+)
 ENGINE_ROOM = "train/engine/"
 NAMES_AN_ENGINE: dict[str, str] = {
     "config/schema.py": "`engine.name`: the names that a recipe may give, as data",
@@ -135,6 +137,42 @@ def test_engines_are_named_in_their_room_alone() -> None:
 def test_every_exception_is_still_needed() -> None:
     named = engine_names()
     assert [room for room in NAMES_AN_ENGINE if not any(n.startswith(room) for n in named)] == []
+
+
+LOADED_BY_NAME = {
+    "train/start_planner.py": {"onellm_dist.planner.budgets"},
+}
+"""File -> modules above it that it loads by name, which import-linter does not see."""
+NAMED_NOT_LOADED = {
+    "common/plugins.py": "a group of entry points",
+    "launch/slurm/programs.py": "programs of job scripts, as commands",
+    "testing/": "the command line, as a command",
+}
+"""File or folder that names a module above it -> as what."""
+
+
+def layers() -> list[set[str]]:
+    """The package's folders as import-linter has them, from the top."""
+    text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    first = text[text.index('name = "Arrows point one way"') :]
+    listed = re.findall(r'^    "(.+)",$', first[: first.index("]\n")], re.MULTILINE)
+    return [set(re.findall(r"onellm_dist\.(\w+)", line)) for line in listed]
+
+
+def modules_above(name: str) -> Iterator[str]:
+    """Texts of a module that name one of a folder above its own."""
+    height = {folder: number for number, line in enumerate(layers()) for folder in line}
+    own = height.get(name.partition("/")[0].removesuffix(".py"), -1)
+    for text in strings_of(name):
+        found = re.fullmatch(r"onellm_dist\.(\w+)[.\w]*(?::[.\w]+)?", text)
+        if found and height.get(found[1], own) < own:
+            yield text
+
+
+def test_no_module_loads_one_above_it_by_name_but_the_one_that_is_known() -> None:
+    loading = [name for name in modules() if not name.startswith(tuple(NAMED_NOT_LOADED))]
+    found = {name: set(modules_above(name)) for name in loading}
+    assert {name: above for name, above in found.items() if above} == LOADED_BY_NAME
 
 
 OTHER_MEANINGS = {"launch/cloud/jobset.py": ["image"]}

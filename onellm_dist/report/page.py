@@ -120,7 +120,8 @@ def _format_subtitle(facts: RunFacts, summary: RunSummary) -> str:
         nodes = f", {format_count(last.nodes, 'node')}" if last.nodes else ""
         parts.append(f"{ranks} on {last.device or 'an unknown device'}{nodes}")
     if config.get("engine"):
-        parts.append(f"engine {get('engine', 'name')}/{get('engine', 'config') or 'zero3'}")
+        own = get("engine", "config")
+        parts.append(f"engine {get('engine', 'name')}" + (f"/{own}" if own else ""))
     parts += [str(get("train", "precision") or ""), summary.reason]
     return " · ".join(part for part in parts if part)
 

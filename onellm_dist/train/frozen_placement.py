@@ -6,10 +6,7 @@ are the same with either answer.
 
 from __future__ import annotations
 
-import pkgutil
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
@@ -17,9 +14,8 @@ from onellm_dist.config.schema import EngineSection, RunConfig
 from onellm_dist.data.plan import Plan
 from onellm_dist.train.distributed import Distributed, name_device
 from onellm_dist.train.engine.frozen import list_placements
+from onellm_dist.train.start_planner import load_start_planner
 
-FINDER = "onellm_dist.planner.budgets:find_placement"
-"""The planner knows training, so training knows it by this name alone."""
 log = get_logger(__name__)
 
 
@@ -71,7 +67,7 @@ def _decide(config: RunConfig, plan: Plan, dist: Distributed, names: list[str]) 
 
 def _ask(config: RunConfig, plan: Plan, dist: Distributed, names: list[str]) -> FrozenDecision:
     """Decide by the slowest devices: resident only where it suits all."""
-    find: Callable[..., Any] = pkgutil.resolve_name(FINDER)
+    find = load_start_planner().find_placement
     text = plan.count_mean_text(plan.data_phases[-1].start)
     answers = []
     for name in names:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pkgutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,12 +37,11 @@ from onellm_dist.train.records.budget_file import (
     write_budget_record,
 )
 from onellm_dist.train.records.events import Events
+from onellm_dist.train.start_planner import load_start_planner
 
 if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer
 
-FINDER = "onellm_dist.planner.budgets:find_budget"
-"""The planner knows training, so training knows it by this name alone."""
 LOWER = 0.8
 """Budgets after an out-of-memory over what the fullest micro-batch of the step held."""
 MEMORY_TEXTS = (
@@ -132,10 +130,10 @@ def _find(config: RunConfig, plans: list[Plan], dist: Distributed, names: list[s
     record = read_budget_record(config.run.dir)
     if record is None or record.identity != identity:
         record = BudgetRecord(identity)
-    world = str(dist.world_size)
-    known = world in record.planned
+    ranks = str(dist.world_size)
+    known = ranks in record.planned
     if not known:
-        find: Callable[..., TokenBudget] = pkgutil.resolve_name(FINDER)
+        find = load_start_planner().find_budget
         text = plans[0].count_mean_text(plans[0].data_phases[-1].start)
         budgets = [
             find(
@@ -148,7 +146,7 @@ def _find(config: RunConfig, plans: list[Plan], dist: Distributed, names: list[s
             )
             for name in names
         ]
-        record = replace(record, planned={**record.planned, world: _join(min, budgets)})
+        record = replace(record, planned={**record.planned, ranks: _join(min, budgets)})
     budget = _join(max, [record.get_budget(dist.world_size), smallest])
     return PackBudget(record, budget, smallest, dist.world_size, not known)
 
