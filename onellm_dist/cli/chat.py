@@ -44,13 +44,14 @@ def chat(
     Example: onellm chat runs/tune/model
     """
     from onellm_dist.common.errors import UsageError
+    from onellm_dist.common.extras import get_install_command
 
     missing = [name for name in ("gradio", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise UsageError(
             f"the package {' and '.join(missing)} is not installed",
             "the page of the chat needs it.",
-            "pip install 'onellm-dist[ui]'",
+            get_install_command("ui"),
         )
     from onellm_dist.serving.chat.run import chat as run_chat
     from onellm_dist.serving.server.settings import ServerSettings

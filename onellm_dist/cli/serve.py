@@ -91,6 +91,7 @@ def _start(
 ) -> None:
     """Start the server with the options of the command line."""
     from onellm_dist.common.errors import UsageError
+    from onellm_dist.common.extras import get_install_command
 
     try:
         from onellm_dist.model.adapter_set import parse_adapters
@@ -100,7 +101,7 @@ def _start(
         raise UsageError(
             f"the package {error.name} is not installed",
             "the server needs it.",
-            "pip install 'onellm-dist[serve]'",
+            get_install_command("serve"),
         ) from None
     own = ("model", "name", "adapter", "api_key", "url_host")
     rest = {k: v for k, v in options.items() if k not in own}

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.extras import get_install_command
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.progress import progress
 from onellm_dist.evaluation.answer_folder import read_answers, read_questions, read_settings
@@ -192,7 +193,7 @@ def _open_client(grader: Grader) -> Any:
         raise UsageError(
             "the package openai is not installed",
             "it speaks to the grader.",
-            "pip install onellm-dist[eval]",
+            get_install_command("eval"),
         ) from None
     return OpenAI(base_url=grader.url, api_key=key or "none", timeout=TIMEOUT_S, max_retries=4)
 

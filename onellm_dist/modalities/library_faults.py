@@ -36,8 +36,7 @@ def require_library(error: BaseException) -> None:
         raise OneLLMError(
             f"{library} does not fit: {type(error).__name__}: {error}",
             "it fails alike for every file, and good samples would be called bad.",
-            "`onellm doctor` shows which versions are needed; `pip install -U onellm-dist` gets "
-            "them.",
+            "`onellm doctor` shows which versions are needed and how to get them.",
         ) from error
 
 

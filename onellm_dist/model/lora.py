@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.extras import get_install_command
 from onellm_dist.common.near_names import find_near_names
 from onellm_dist.config.train_sections import LoraSection
 
@@ -96,7 +97,7 @@ def import_peft() -> Any:
         raise UsageError(
             "the package peft is not installed",
             "it makes the adapters of LoRA.",
-            "pip install peft",
+            get_install_command("lora"),
         ) from None
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.extras import get_install_command
 from onellm_dist.model.float8_linear import (
     MULTIPLE,
     Float8Linear,
@@ -56,7 +57,7 @@ def import_torchao() -> Any:
         raise UsageError(
             f"torchao 0.18 or newer cannot be used: {error}",
             "it holds frozen weights in int8 or nf4.",
-            "pip install 'onellm-dist[quantise]', or set engine.frozen_weights=plain.",
+            f"set engine.frozen_weights=plain, or {get_install_command('quantise')}.",
         ) from None
     return module
 

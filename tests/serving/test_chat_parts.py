@@ -283,5 +283,5 @@ def test_without_its_packages_the_command_says_how_to_install_them(
     command = sys.modules["onellm_dist.cli.chat"]  # the function has the module's name
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     options: dict[str, Any] = {"host": "127.0.0.1", "api_key": None}
-    with pytest.raises(UsageError, match=r"pip install 'onellm-dist\[ui\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[ui\]'"):
         chat_command(tmp_path, **options)

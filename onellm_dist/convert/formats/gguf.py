@@ -12,6 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.extras import get_install_command
 from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint
 from onellm_dist.convert.folder_kinds import identify_folder
 from onellm_dist.convert.formats.hf import fit_llm, get_llm_model
@@ -47,7 +48,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     """
     if importlib.util.find_spec("gguf") is None:
         raise UsageError(
-            "the package gguf is not installed", "it reads GGUF files.", "pip install gguf"
+            "the package gguf is not installed", "it reads GGUF files.", get_install_command("gguf")
         )
     if not is_format(path):
         kind = identify_file(path) or identify_folder(path)

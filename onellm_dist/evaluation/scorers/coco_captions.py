@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from onellm_dist.common.extras import get_install_command
 from onellm_dist.evaluation.questions import GivenAnswer
 from onellm_dist.evaluation.scorers.labels import collect_labels
 from onellm_dist.evaluation.scorers.measure import Measure, compute_mean
@@ -40,7 +41,7 @@ def tokenize(texts: Mapping[str, Sequence[str]]) -> Tokens:
         NotComputedError: pycocoevalcap or Java is missing.
     """
     if find_spec("pycocoevalcap") is None:
-        raise NotComputedError("pycocoevalcap is not installed (pip install onellm-dist[eval])")
+        raise NotComputedError(f"pycocoevalcap is not installed: {get_install_command('eval')}")
     java = shutil.which("java")
     if java is None:
         raise NotComputedError("there is no Java, which the PTB tokenizer needs")

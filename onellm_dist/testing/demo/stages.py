@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.extras import get_install_command
 from onellm_dist.common.logging import get_logger
 from onellm_dist.launch.local import find_free_port
 from onellm_dist.shards.sources.toyworld import world
@@ -198,6 +199,6 @@ def find_command(name: str) -> str:
         raise OneLLMError(
             f"there is no command {name}",
             "the demo runs it.",
-            "install the package with its dependencies: pip install -e .",
+            f"install the package with its dependencies: {get_install_command()}",
         )
     return found

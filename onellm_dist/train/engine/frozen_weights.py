@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.extras import get_install_command
 from onellm_dist.config.schema import EngineSection
 from onellm_dist.config.train_sections import TrainSection
 
@@ -50,5 +51,5 @@ def check_frozen_weights(engine: EngineSection, train: TrainSection) -> None:
         raise UsageError(
             f"{key}: the package torchao is not installed",
             "it rounds and holds the weights.",
-            "pip install 'onellm-dist[quantise]', or set engine.frozen_weights=plain.",
+            f"set engine.frozen_weights=plain, or {get_install_command('quantise')}.",
         )
