@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from onellm_dist.convert.assemble import UPMSizes, assemble
 from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint
@@ -131,14 +132,14 @@ def _print_result(out: Path, opened: OpenedCheckpoint, record: Mapping[str, Any]
     parameters = sum(tensor.numel for tensor in opened.tensors.values())
     print(
         f"{out}: {parameters:,} parameters as {record['to']}, {size / 1e9:.2f} GB in "
-        f"{len(files)} file{'s' if len(files) > 1 else ''}"
+        f"{format_count(len(files), 'file')}"
     )
     if opened.ignored:
         print(f"left out, because nothing uses them: {', '.join(opened.ignored)}")
     if opened.initialised:
         print(
-            f"{len(opened.initialised)} tensors come from no file and are initialised "
-            "(conversion.json names them)"
+            f"initialised, because no file has them: "
+            f"{format_count(len(opened.initialised), 'tensor')} (conversion.json names them)"
         )
     if record["to"] == "onellm" and not has_tokenizer(out):
         print(f"{out} has no tokenizer, which onellm generate needs: convert with --tokenizer")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def check_group(size: int, model: Path, adapters: Sequence[NamedAdapter], ranks:
 
     if ranks % size:
         raise UsageError(
-            f"--group {size} with {ranks} rank{'' if ranks == 1 else 's'}",
+            f"--group {size} with {format_count(ranks, 'rank')}",
             "each group holds one model, and every rank is in one.",
             f"start a multiple of {size} ranks (--ranks, or a launcher's number of processes).",
         )

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onellm_dist.common.counts import format_count
+
 if TYPE_CHECKING:
     from onellm_dist.serving.generate import Answer
     from onellm_dist.serving.questions import AskedQuestion
@@ -152,8 +154,8 @@ def _print_ending(answer: Answer) -> None:
     if not answer.text.strip():
         typer.echo(f"(the answer is empty; it was ended by {answer.ended})", err=True)
     if sys.stderr.isatty():
-        ending = f"({answer.tokens} tokens in {answer.seconds:.1f} s, ended by {answer.ended})"
-        typer.echo(ending, err=True)
+        tokens = format_count(answer.tokens, "token")
+        typer.echo(f"({tokens} in {answer.seconds:.1f} s, ended by {answer.ended})", err=True)
 
 
 def _set_options(function: Any, modalities: Sequence[str]) -> None:
@@ -165,7 +167,9 @@ def _set_options(function: Any, modalities: Sequence[str]) -> None:
             default=None,
             annotation=Annotated[
                 list[Path] | None,
-                typer.Option(f"--{name}", help=f"A {name} file; repeatable.", metavar="FILE"),
+                typer.Option(
+                    f"--{name}", help=f"File of the modality {name}; repeatable.", metavar="FILE"
+                ),
             ],
         )
         for name in modalities

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.secrets import MASK
 from onellm_dist.config.layers import LayeredRecipe
@@ -101,7 +102,7 @@ def load_recipe(
         problems += find_problems(valid)
     if config is None or problems:
         raise UsageError(
-            f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe\n"
+            f"{path}: {format_count(len(problems), 'problem')} in the recipe\n"
             + "\n".join(f"  - {p}" for p in problems),
             "nothing was started.",
             "fix the recipe or the key=value on the command line.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.convert.checkpoint import OpenedCheckpoint
 from onellm_dist.model.card import CARD, build_card
 
@@ -28,7 +29,7 @@ def write_card(folder: Path, opened: OpenedCheckpoint) -> None:
     notes = dict(opened.notes)
     if opened.initialised:
         notes["random parts"] = (
-            f"{len(opened.initialised)} tensors are initialised and not trained yet"
+            f"{format_count(len(opened.initialised), 'tensor')} initialised and not trained yet"
         )
     card = build_card(
         opened.config,

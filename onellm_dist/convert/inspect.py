@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.convert.card import count_parameters_by_part
 from onellm_dist.convert.checkpoint import KINDS, OpenedCheckpoint
 
@@ -12,7 +13,8 @@ def describe_checkpoint(opened: OpenedCheckpoint) -> list[str]:
     """Lines with format, parameters by part, dtypes, training state and keys that do not fit."""
     size = sum(path.stat().st_size for path in opened.files)
     lines = [
-        f"format {opened.format}: {KINDS[opened.kind]}, {len(opened.files)} files of "
+        f"format {opened.format}: {KINDS[opened.kind]}, "
+        f"{format_count(len(opened.files), 'file')} of "
         f"{size / 1e9:.3f} GB"
     ]
     lines += [f"{key}: {value}" for key, value in opened.notes.items() if value is not None]
@@ -38,7 +40,7 @@ def describe_checkpoint(opened: OpenedCheckpoint) -> list[str]:
     if opened.ignored:
         dots = " ..." if len(opened.ignored) > 8 else ""
         shown = ", ".join(opened.ignored[:8])
-        lines.append(f"{len(opened.ignored)} keys that nothing uses: {shown}{dots}")
+        lines.append(f"{format_count(len(opened.ignored), 'key')} that nothing uses: {shown}{dots}")
     if opened.problems:
         lines.append(f"{len(opened.problems)} keys do not fit:")
         lines += [f"  - {problem}" for problem in opened.problems]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from onellm_dist.common.checksums import check_folder
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.model.card import CARD, needs_llama_licence
@@ -121,7 +122,9 @@ def _check_files(folder: Path) -> Iterator[PublicationFinding]:
         strange += 1
     tensors, _ = read_folder(folder)
     if not strange:
-        yield PublicationFinding("ok", f"{len(tensors)} tensors, in safetensors files alone")
+        yield PublicationFinding(
+            "ok", f"{format_count(len(tensors), 'tensor')}, in safetensors files alone"
+        )
 
 
 def _check_card(folder: Path) -> Iterator[PublicationFinding]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.convert.checkpoint import KINDS, OpenedCheckpoint
@@ -62,7 +63,9 @@ class CheckpointComparison:
             for name, difference in self.differing.items()
         ]
         shapes = [f"{name}: {list(a)} and {list(b)}" for name, (a, b) in self.shapes.items()]
-        lines = [f"compared as {KINDS[self.kind]}: {self.same} tensors equal bit for bit"]
+        lines = [
+            f"compared as {KINDS[self.kind]}: {format_count(self.same, 'tensor')} equal bit for bit"
+        ]
         for title, found in (
             ("other values", values),
             ("other shapes", shapes),

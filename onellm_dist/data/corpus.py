@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.captions import choose_captions
@@ -216,7 +217,7 @@ def open_datasets(
         raise problems[0]
     if problems:
         raise UsageError(
-            f"{len(problems)} problems in data.mixture\n"
+            f"{format_count(len(problems), 'problem')} in data.mixture\n"
             + "\n".join(f"  - {p.what} {p.do}" for p in problems),
             "nothing was started.",
             "fix data.root and data.mixture in the recipe, or the datasets.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection, ValidationSection
 from onellm_dist.data.plan import Plan
@@ -89,7 +90,8 @@ def _check_dataset_sizes(plan: Plan, wanted: ValidationSection) -> None:
         present = dataset.samples(wanted.split)
         if count > present:
             raise UsageError(
-                f"data.validation.samples={wanted.samples} takes {count} samples of dataset "
+                f"data.validation.samples={wanted.samples} takes {format_count(count, 'sample')} "
+                "of dataset "
                 f"{dataset.name}; its split {wanted.split!r} has {present}",
                 "samples would count twice.",
                 f"set data.validation.samples to {wanted.samples * present // count} or less.",

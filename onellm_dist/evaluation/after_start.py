@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 from onellm_dist.common.refusals import find_refusal
 from onellm_dist.common.run_files import STOP
@@ -137,7 +138,7 @@ def _describe_end(
     """Complete an attempt from the answers, else from what a rank said, else from the exit code."""
     missing = count_missing(out, tasks)
     if end.launcher_status == EXIT_DONE and not missing:
-        return replace(started, status="done", reason=f"{started.steps_done:,} answers")
+        return replace(started, status="done", reason=format_count(started.steps_done, "answer"))
     job = f"{started.job_id}.{started.restart_count}"
     said = find_refusal(out, job, start=name_meeting_point(started, env), since=started.start)
     if said is not None and said.get("status") == "usage":
@@ -158,7 +159,8 @@ def _choose_action(ended: Attempt, earlier: Sequence[Attempt], max_requeues: int
     if ended.status == "usage":
         return NextAction("halt", 0, EXIT_USAGE, f"halted: {ended.reason}")
     if ended.status == "preempted":
-        message = f"preempted after {ended.steps_done:,} answers: requeued, the rest follows"
+        done = format_count(ended.steps_done, "answer")
+        message = f"preempted after {done}: requeued, the rest follows"
         return NextAction("requeue", PREEMPTED_DELAY_S, EXIT_PREEMPTED, message)
     failures = 1 + count_failures_in_a_row(ended, earlier)
     if failures > max_requeues or ended.reason == NO_BAD_NODE:

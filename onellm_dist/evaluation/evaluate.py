@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.logging import get_logger
@@ -187,7 +188,8 @@ def evaluate_folder(
             model, tokenizer, tasks, data, place, options, identity=identity, stop=stop
         )
         said.append(
-            f"rank {options.rank}{f', {name}' if name else ''}: {found.prompts:,} questions "
+            f"rank {options.rank}{f', {name}' if name else ''}: "
+            f"{format_count(found.prompts, 'question')} "
             f"answered, {found.new_tokens:,} tokens, {found.padding_share:.0%} padding"
         )
     return "\n".join(said)

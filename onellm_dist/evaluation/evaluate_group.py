@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.evaluation.evaluate import EvaluationOptions, evaluate_model
 from onellm_dist.evaluation.group_generation import GroupGeneration
 from onellm_dist.evaluation.question_format import QuestionFormat
@@ -63,6 +64,6 @@ def answer_as_group(
         raise
     group.end()
     return (
-        f"{found.prompts:,} questions answered, {found.new_tokens:,} tokens, "
+        f"{format_count(found.prompts, 'question')} answered, {found.new_tokens:,} tokens, "
         f"{found.padding_share:.0%} padding"
     )

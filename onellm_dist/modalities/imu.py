@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_traces
@@ -293,7 +294,7 @@ def _get_seconds(meta: Mapping[str, Any], key: str) -> float:
 
 def _fault_error(what: str, faults: Sequence[ImuFault]) -> SampleError:
     others = len(faults) - 1
-    more = f" (and {others} more fault{'s' if others > 1 else ''})" if others else ""
+    more = f" (and {format_count(others, 'more fault')})" if others else ""
     return SampleError(
         f"{what} has a fault: {faults[0].what}{more}",
         "what the sensor measured there is not known.",

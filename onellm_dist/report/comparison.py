@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.html.charts import draw_line_chart
 from onellm_dist.common.html.page import build_html_page, build_html_table
 from onellm_dist.config.yaml_text import dump_inline
@@ -136,7 +137,7 @@ def build_comparison(folder: Path, runs: Sequence[ComparedRun]) -> str:
     steps = {run.name: run.facts.records.steps for run in runs}
     losses = {name: smooth_points(get_points(lines, "loss")) for name, lines in steps.items()}
     body = [
-        f"<h1>{escape(str(folder))}: {len(runs)} runs</h1>",
+        f"<h1>{escape(str(folder))}: {format_count(len(runs), 'run')}</h1>",
         "<p>The best comes first: the lowest validation loss, or else the lowest training loss. "
         "Columns are the keys that differ.</p>",
         build_html_table(header, rows),

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.html.page import build_html_table
 from onellm_dist.report.entries import to_number
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.incidents import SLOW_FACTOR, Incidents, describe_event
 from onellm_dist.report.starts import get_stall_seconds
-from onellm_dist.report.wording import format_count, format_duration
+from onellm_dist.report.wording import format_duration
 
 SHOWN_ROWS = 12
 """Rows of a table; the files have all of them."""

@@ -7,6 +7,7 @@ from html import escape
 
 import yaml
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.html.page import build_html_page
 from onellm_dist.common.progress import format_seconds
 from onellm_dist.report.benchmark_scores import draw_benchmarks
@@ -18,7 +19,7 @@ from onellm_dist.report.prediction import Prediction, draw_prediction
 from onellm_dist.report.start_tables import draw_starts, draw_startup, draw_time
 from onellm_dist.report.summary import RunSummary
 from onellm_dist.report.timeline import draw_timeline
-from onellm_dist.report.wording import format_count, format_time
+from onellm_dist.report.wording import format_time
 
 STYLE = """
 .badge{color:#fff;border-radius:4px;padding:.1rem .5rem;font-size:.9rem;vertical-align:middle}

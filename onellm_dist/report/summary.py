@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.progress import format_seconds
 from onellm_dist.report.entries import to_number
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.findings.finding import Finding
 from onellm_dist.report.starts import Start, compute_resume_seconds
 from onellm_dist.report.time_account import LABELS, split_seconds
-from onellm_dist.report.wording import format_count
 
 RECENT_STEPS = 20
 """Steps at most from which the current loss and rate are computed; for the loss, at most a tenth of

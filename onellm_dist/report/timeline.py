@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.html.charts import choose_ticks, draw_legend
 from onellm_dist.report.starts import Start
 from onellm_dist.report.time_account import split_seconds
-from onellm_dist.report.wording import format_count
 
 PART_COLOURS = {
     "progress": "#4477aa",

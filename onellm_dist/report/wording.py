@@ -7,11 +7,6 @@ import time
 from onellm_dist.common.progress import format_seconds
 
 
-def format_count(number: int, one: str, many: str | None = None) -> str:
-    """`1 step`, `2 steps`; `many` is the plural where it is more than an added s."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
 def format_duration(seconds: float) -> str:
     """Seconds for people, short ones with their fractions."""
     return f"{seconds:.2g} s" if seconds < 10 else format_seconds(seconds)

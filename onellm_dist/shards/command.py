@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.shards.build.arguments import format_source_help
 from onellm_dist.shards.build.build_dataset import find_inputs, format_summary
@@ -144,14 +145,14 @@ def index_command(
             follow_links=follow_links,
             media=media,
         )
-        tars = f"{done.tars} tar{'s' if done.tars != 1 else ''}"
+        tars = format_count(done.tars, "tar")
         kept = f" ({done.kept} had an index already)" if done.kept else ""
         state = (
             f"it is a dataset now ({done.manifest})"
             if done.manifest
             else "to train from it, index its folder"
         )
-        print(f"{path}: {tars}, {done.samples} samples indexed{kept}; {state}")
+        print(f"{path}: {tars}, {format_count(done.samples, 'sample')} indexed{kept}; {state}")
         for note in done.notes:
             print(f"{path}: {note}")
     return EXIT_DONE

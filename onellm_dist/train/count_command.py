@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.config.load import load_recipe
 from onellm_dist.config.schema import DataSection
@@ -61,7 +62,11 @@ def count_recipe(
         left = find_missing_token_counts(datasets, encoder.fingerprint, split)
         print(
             f"{split}: {counted} of {before} samples counted now; "
-            + (f"{len(left)} shards are left to other tasks" if left else "all are counted")
+            + (
+                f"{format_count(len(left), 'shard')} left to other tasks"
+                if left
+                else "all are counted"
+            )
         )
         corpus = Corpus(datasets, part, encoder, config.run.seed, names, split=split)
         for line in _describe_spans(corpus, share):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import BudgetLoweredError, OneLLMError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.config.schema import RunConfig
@@ -213,7 +214,9 @@ def write_budget(
         lowered=len(record.lowered),
         message=f"token budgets of a micro-batch: {found.budget.llm} in the LLM, "
         f"{found.budget.encoder} in the encoder, {source}"
-        + (f", lowered {len(record.lowered)} times since" if record.lowered else ""),
+        + (
+            f", lowered {format_count(len(record.lowered), 'time')} since" if record.lowered else ""
+        ),
     )
     write_budget_record(run_dir, replace(record, reported=len(record.lowered)))
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.config.train_sections import OptimSection, TrainSection
@@ -57,7 +58,8 @@ def check_steps_left(config: RunConfig, target: ResumeTarget, manifest: Mapping[
     done, steps = get_steps_done(dict(manifest)), config.train.steps
     if steps < done:
         raise UsageError(
-            f"train.steps={steps}, and the checkpoint {target.folder} has {done} steps done",
+            f"train.steps={steps}, and the checkpoint {target.folder} has "
+            f"{format_count(done, 'step')} done",
             f"no step is left to train, and a model of {done} steps is not one of {steps}.",
             f"raise train.steps above {done}; or resume an earlier checkpoint "
             "(checkpoint.resume=.../step-...) in another run.dir; `onellm convert run` writes the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.run_files import EXCLUDE_LIST
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.exclusion_check import find_unused_entries
@@ -46,7 +47,7 @@ def write_exclusions(events: Events, plan: Plan, validation_plan: Plan | None) -
     corpora = [opened.corpus for opened in (plan, validation_plan) if opened is not None]
     unused = find_unused_entries(entries, [(c.datasets, c.shards) for c in corpora])
     count = len(entries)
-    text = f"{count} {'entry' if count == 1 else 'entries'} of excluded samples or shards"
+    text = f"{format_count(count, 'entry', 'entries')} of excluded samples or shards"
     details = unused.describe()
     left = count - sum(unused.other_datasets.values()) - len(unused.unmatched)
     events.write(

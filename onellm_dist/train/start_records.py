@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onellm_dist import __version__
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.run_files import CHECKPOINTS, SAMPLES
 from onellm_dist.common.secrets import mask_text
 from onellm_dist.config.schema import RunConfig
@@ -143,8 +144,9 @@ def write_start(
         nodes=dist.world_size // dist.local_world_size,
         grace_period_seconds=grace_period_seconds(),
         **describe_slurm_job(os.environ),
-        message=f"{config.train.stage}: {trainable:,} trainable parameters, {dist.world_size} "
-        f"ranks on {dist.device.type}, {origin} of {config.train.steps}\n{length}\n{table}\n{mfu}"
+        message=f"{config.train.stage}: {trainable:,} trainable parameters, "
+        f"{format_count(dist.world_size, 'rank')} on {dist.device.type}, {origin} of "
+        f"{config.train.steps}\n{length}\n{table}\n{mfu}"
         f"{placement}",
     )
 

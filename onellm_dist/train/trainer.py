@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.epochs import resolve_epochs
 from onellm_dist.data.micro_batch import StepPlan
@@ -219,12 +220,11 @@ class Trainer:
         return outcome
 
     def _train(self) -> Outcome:
-        """Run every step that is left."""
-        steps = self.config.train.steps
-        while self.state.step < steps and self.early_stopping.reason is None:
+        while self.state.step < self.config.train.steps and self.early_stopping.reason is None:
             if self._end_step(self.train_step()):
                 return self._end("preempted", self._find_stop_reason())
-        return self._end("done", self.early_stopping.reason or f"{steps} steps")
+        steps = format_count(self.state.step, "step")
+        return self._end("done", self.early_stopping.reason or steps)
 
     def _end(self, status: str, reason: str) -> Outcome:
         return Outcome(status, reason, self.state.steps_done, self.config.run.dir)

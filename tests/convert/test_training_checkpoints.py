@@ -288,7 +288,7 @@ def test_a_torch_distributed_checkpoint_of_three_ranks(tmp_path: Path) -> None:
     )
     assert all(torch.equal(found[n], weights[n]) for n in weights)
     (tmp_path / "dcp" / "__1_0.distcp").unlink()
-    with pytest.raises(UsageError, match=r"1 files are missing: __1_0\.distcp"):
+    with pytest.raises(UsageError, match=r"1 file missing: __1_0\.distcp"):
         convert(
             "fsdp",
             tmp_path / "dcp",

@@ -64,7 +64,7 @@ def test_a_run_of_one_step_and_a_start_that_never_trained(
     run.allocate(queue=10)
     run.start(0)
     run.train(1)
-    run.end("done", "1 steps")
+    run.end("done", "1 step")
     facts = load_facts(run.directory, now=run.set_file_times())
     assert [(s.status, s.first_step, s.world_size) for s in facts.starts] == [
         ("usage", None, ranks),

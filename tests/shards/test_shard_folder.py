@@ -342,7 +342,7 @@ def test_the_command_and_a_recipe_build_the_same(
         )
         == 0
     )
-    assert "out: 1 samples" in capsys.readouterr().out
+    assert "out: 1 sample" in capsys.readouterr().out
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         "source: folder\ninputs: in\nout: elsewhere\noptions: {name: x, licence: unknown}\n"

@@ -90,5 +90,5 @@ def test_the_command_prints_urls_as_they_were_typed(
     # The command line makes a Path of each argument, and a Path has one slash.
     paths = [inputs, Path("memory://printed/my set [1]")]
     assert build_command("folder", paths, [], workers=1, seed=0, overwrite=False) == 0
-    assert "memory://printed/my set [1]: 1 samples" in capsys.readouterr().out
+    assert "memory://printed/my set [1]: 1 sample" in capsys.readouterr().out
     fsspec.filesystem("memory").rm("/printed", recursive=True)

@@ -60,7 +60,7 @@ def test_after_counting_a_start_counts_nothing(
         find_missing(recipe)
     assert count_recipe(recipe, [], workers=1, task="1/2") == EXIT_DONE
     said = capsys.readouterr().out
-    assert "12 of 24 samples counted now; 1 shards are left to other tasks" in said
+    assert "12 of 24 samples counted now; 1 shard left to other tasks" in said
     assert count_recipe(recipe, [], workers=1, task="0/2") == EXIT_DONE
     assert "12 of 24 samples counted now; all are counted" in capsys.readouterr().out
     assert find_missing(recipe) == 0

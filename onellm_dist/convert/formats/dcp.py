@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import (
     ArchiveRange,
@@ -79,7 +80,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint 
         ) from None
     if absent := [file.name for file in files if not file.is_file()]:
         raise UsageError(
-            f"{path}: {len(absent)} files are missing: {', '.join(absent)}",
+            f"{path}: {format_count(len(absent), 'file')} missing: {', '.join(absent)}",
             "they hold parts of weights.",
             "copy all of them.",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from onellm_dist import __version__
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_FAILED, EXIT_USAGE
 from onellm_dist.launch.cloud.job import CloudJob
 from onellm_dist.launch.cloud.node_script import PORT, START_AGAIN, render_node_script
@@ -47,9 +48,10 @@ def render_jobset(job: CloudJob) -> str:
 
 
 def _make_comments(job: CloudJob) -> list[str]:
-    nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
+    nodes = format_count(job.nodes, "node")
     lines = [
-        f"Recipe {job.recipe or 'below'} on {nodes} with {job.ranks_per_node} ranks each.",
+        f"Recipe {job.recipe or 'below'} on {nodes} with "
+        f"{format_count(job.ranks_per_node, 'rank')} each.",
         f"Rendered by onellm_dist {__version__}. It is yours: read it, edit it, keep it.",
         "kubectl apply -f FILE (JobSet 0.10 or newer must be installed)",
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from onellm_dist import __version__
+from onellm_dist.common.counts import format_count
 from onellm_dist.launch.cloud.job import CloudJob
 from onellm_dist.launch.cloud.node_script import PORT, START_AGAIN, render_node_script
 from onellm_dist.launch.cloud.yaml_file import format_yaml
@@ -43,9 +44,10 @@ def render_task(job: CloudJob) -> str:
         "volumes": {volume.path: volume.name for volume in job.volumes},
         "run": render_node_script(job, place=PLACE, recipe=_format_recipe(job)),
     }
-    nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
+    nodes = format_count(job.nodes, "node")
     comments = [
-        f"Recipe {job.recipe or 'below'} on {nodes} with {job.ranks_per_node} ranks each.",
+        f"Recipe {job.recipe or 'below'} on {nodes} with "
+        f"{format_count(job.ranks_per_node, 'rank')} each.",
         f"Rendered by onellm_dist {__version__}. It is yours: read it, edit it, keep it.",
         "sky jobs launch FILE (SkyPilot 0.11.2 or newer)",
         *filter(None, [job.command]),

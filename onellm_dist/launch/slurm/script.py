@@ -6,6 +6,7 @@ import shlex
 
 from onellm_dist import __version__
 from onellm_dist.common import run_files
+from onellm_dist.common.counts import format_count
 from onellm_dist.launch.arguments import encode_argument
 from onellm_dist.launch.slurm.job import SlurmJob, SweepTask
 from onellm_dist.launch.slurm.script_text import (
@@ -55,7 +56,7 @@ def render(job: SlurmJob) -> str:
 def _format_header(job: SlurmJob) -> str:
     fewest, most = job.nodes
     nodes = str(fewest) if fewest == most else f"{fewest}-{most}"
-    ranks = f"{job.ranks_per_node} rank{'s' if job.ranks_per_node > 1 else ''}"
+    ranks = format_count(job.ranks_per_node, "rank")
     where = f"{nodes} nodes with {ranks} each" if nodes != "1" else f"1 node with {ranks}"
     what = f"{job.program.subject} {job.recipe}" if job.recipe else "Any recipe"
     if job.sweep:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.progress import format_seconds
 from onellm_dist.report.entries import to_number
 from onellm_dist.report.facts import RunFacts
@@ -13,7 +14,7 @@ from onellm_dist.report.findings.finding import MIN_STEPS, Finding
 from onellm_dist.report.incidents import SLOW_FACTOR
 from onellm_dist.report.starts import compute_resume_seconds
 from onellm_dist.report.time_account import LABELS
-from onellm_dist.report.wording import format_count, format_duration
+from onellm_dist.report.wording import format_duration
 
 STRAGGLERS = {
     "data": "it waits for its loader (disk, network or CPU cores of that node)",

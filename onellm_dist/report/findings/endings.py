@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.progress import format_seconds
 from onellm_dist.launch.slurm.environment import expand_hosts
@@ -12,7 +13,6 @@ from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.findings.finding import Finding
 from onellm_dist.report.lost_work import BROKEN
 from onellm_dist.report.starts import Start
-from onellm_dist.report.wording import format_count
 
 
 def check_latest_start(facts: RunFacts) -> Iterator[Finding]:

@@ -6,10 +6,10 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.report.entries import Entry, to_number
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.findings.finding import Finding
-from onellm_dist.report.wording import format_count
 
 ANOMALY_TEXTS = {
     "loss_not_finite": "the loss was not finite",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.placeholders import place_media
 from onellm_dist.common.turns import ConversationTurn
@@ -92,7 +93,7 @@ class ServedFormat:
         if self.name == "raw":
             if len(turns) > 1:
                 raise UsageError(
-                    f"{len(turns)} messages",
+                    format_count(len(turns), "message"),
                     "this model continues one text (--format raw).",
                     "send one message of role user.",
                 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards.build.builder import build_planned
 from onellm_dist.shards.build.registry import complete_options, get_source
@@ -128,7 +129,7 @@ def find_inputs(source: Source, inputs: Path | str | None) -> StoragePath | None
 
 def format_summary(report: BuildReport, output: Path | str) -> str:
     """Format the lines that a command prints after a build."""
-    first = f"{report.samples} samples" if report.samples else "built"
+    first = format_count(report.samples, "sample") if report.samples else "built"
     lines = [f"{to_storage_path(output)}: {first}", *report.notes]
     if report.quarantined:
         total, listed = max(report.failures, len(report.quarantined)), len(report.quarantined)

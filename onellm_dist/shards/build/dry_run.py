@@ -7,6 +7,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.shards.build.make_plan import make_plan
 from onellm_dist.shards.build.plan import save_plan
 from onellm_dist.shards.build.request import BuildRequest
@@ -50,9 +51,10 @@ def describe_build(request: BuildRequest, *, workers: int) -> str:
     shards = Counter(task.split for task in plan.tasks)
     gigabytes = size / max(1, len(tried)) * plan.total / 1e9
     lines = [
-        f"{request.inputs}: {len(plan.input_splits)} input splits, {plan.total} raw samples "
+        f"{request.inputs}: {format_count(len(plan.input_splits), 'input split')}, {plan.total} "
+        "raw samples "
         f"of {', '.join(plan.modalities) or 'text'}",
-        f"{request.out}: {len(plan.tasks)} shards or more "
+        f"{request.out}: {format_count(len(plan.tasks), 'shard')} or more "
         f"({', '.join(f'{split}: {n}' for split, n in shards.items())})",
         f"tried {len(tried)}: {len(good)} good, about {gigabytes:.3g} GB in all",
         *(f"  {s.where}: {s.reason}" for s in prepared if s.parts is None),

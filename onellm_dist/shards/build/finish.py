@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.files import sync, unique_name
 from onellm_dist.common.progress import progress
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
@@ -122,7 +123,10 @@ def finish_dataset(
     skipped = _count_skipped(records, repeated)
     notes = [f"left out knowingly: {n} x {reason}" for reason, n in skipped.items()]
     if built.damaged_count:
-        notes.append(f"damaged, but used: {built.damaged_count} samples ({DAMAGED} says what)")
+        notes.append(
+            f"damaged, but used: {format_count(built.damaged_count, 'sample')} ({DAMAGED} says "
+            "what)"
+        )
     return FinishedDataset(
         sum(s.samples for s in shards),
         tuple(counts.bad),

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.resources import user_cache
 from onellm_dist.shards.format.index import SUFFIX, ShardIndex
@@ -346,7 +347,7 @@ def explain_missing_dataset(path: Path) -> UsageError:
     below = sorted(p.parent.name for p in path.glob(f"[!.]*/{MANIFEST}"))
     if below:
         return UsageError(
-            f"{path} holds {len(below)} datasets: {', '.join(below)}.",
+            f"{path} holds {format_count(len(below), 'dataset')}: {', '.join(below)}.",
             "a mixture names datasets one by one.",
             f"name one, such as {path / below[0]}.",
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.arrays import read_npy
@@ -77,7 +78,10 @@ def plan(
         InputSplit(t.name, {"tar": f"{name}{s}/{t.name}", "captions": table}, s) for s, t in tars
     )
     return DatasetDescription(
-        ("fmri",), splits, (f"{len(tars)} tars of subject {subject}",), {"subject": subject}
+        ("fmri",),
+        splits,
+        (f"{format_count(len(tars), 'tar')} of subject {subject}",),
+        {"subject": subject},
     )
 
 

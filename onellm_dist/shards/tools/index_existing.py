@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.hidden_files import has_hidden_part
@@ -199,18 +200,18 @@ def _describe_unread(paths: Sequence[str], what: str, why: str) -> tuple[str, ..
     if not paths:
         return ()
     named = ", ".join(paths[:_SHOWN]) + (", ..." if len(paths) > _SHOWN else "")
-    return (f"{len(paths)} {what}{'s' if len(paths) > 1 else ''} not read ({named}): {why}",)
+    return (f"{format_count(len(paths), what)} not read ({named}): {why}",)
 
 
 def _describe_hidden(count: int, where: str) -> tuple[str, ...]:
-    names = f"{count} hidden file{'s' if count > 1 else ''}"
+    names = format_count(count, "hidden file")
     return (f"{names} {where} skipped (names that begin with a dot)",) if count else ()
 
 
 def _describe_skipped(skipped: SkippedMembers, where: str) -> tuple[str, ...]:
     notes = _describe_hidden(skipped.hidden, where)
     if skipped.links:
-        names = f"{skipped.links} link{'s' if skipped.links > 1 else ''}"
+        names = format_count(skipped.links, "link")
         notes += (
             f"{names} {where} skipped: they hold no bytes, so their samples lack these parts "
             "(tar --dereference --hard-dereference stores the files instead)",
@@ -385,7 +386,7 @@ def _check_parts(sets: Mapping[frozenset[str], _ExtensionSet], modalities: Seque
             try:
                 get_modality(modality).match(set(extensions))
             except SampleError as error:
-                such = f"{seen.samples} such sample{'s' if seen.samples > 1 else ''}"
+                such = format_count(seen.samples, "such sample")
                 raise OneLLMError(
                     f"{seen.tar}, key {seen.key}, at offset {seen.offset}: {error.what} ({such}).",
                     f"every sample of a dataset of {', '.join(modalities)} must have its parts.",

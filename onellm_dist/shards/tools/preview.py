@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.common.html.charts import choose_ticks, format_short
 from onellm_dist.common.html.page import build_html_page, build_html_table, write_page
@@ -164,7 +165,7 @@ def _make_lead(dataset: Dataset) -> str:
     joined = " and ".join(dataset.modalities) if dataset.lists_media else ""
     modalities = joined or " + ".join(dataset.modalities) or "text alone"
     modalities += " (each sample lists its media)" if dataset.lists_media else ""
-    what = f"{samples:,} sample{'s' if samples != 1 else ''} of {modalities}, {size}"
+    what = f"{format_count(samples, 'sample')} of {modalities}, {size}"
     texts = " and ".join(f".{t}" for t in manifest.text)
     rows = [
         (
@@ -308,7 +309,7 @@ def build_page(
     html = [f"<h1>{escape(dataset.name)}</h1>", _make_lead(dataset)]
     if previews:
         shown = overview.draw_rows(previews)
-        html.append(f"<h2>{len(shown)} samples drawn at random</h2>")
+        html.append(f"<h2>{format_count(len(shown), 'sample')} drawn at random</h2>")
         html += _explain_previews(dataset.modalities)
         html.append(f'<div class="gallery">{render_samples(dataset, shown)}</div>')
     html += ["<h2>Splits</h2>", _make_splits(dataset)]
@@ -317,7 +318,9 @@ def build_page(
     html += [f"<h2>Length of the texts{part}</h2>", draw_histogram(overview.text_bytes, "bytes")]
     if any(e.rsplit(".", 1)[-1] in TIMED for e in overview.counts):
         durations = overview.measure_durations(_PROBED)
-        html.append(f"<h2>Duration of {len(durations)} samples drawn at random</h2>")
+        html.append(
+            f"<h2>Duration of {format_count(len(durations), 'sample')} drawn at random</h2>"
+        )
         html.append(draw_histogram(durations, "s"))
     html += ["<h2>What was left out</h2>", _make_left_out(root, statistics)]
     if not previews:
@@ -325,7 +328,7 @@ def build_page(
             (f"{s.name}/{dataset.index(s).key(r)}", render_text(dataset, s, r))
             for s, r in overview.draw_rows(_EXAMPLES)
         ]
-        html.append(f"<h2>{len(rows)} texts drawn at random</h2>")
+        html.append(f"<h2>{format_count(len(rows), 'text')} drawn at random</h2>")
         html.append(build_html_table(("sample", "text"), rows, html=(1,)))
     return build_html_page(dataset.name, html, style=_STYLE)
 

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError, UsageError
 from onellm_dist.common.files import sha256_file
 from onellm_dist.common.progress import progress
@@ -188,7 +189,8 @@ def _repair_shard(
     tar = root / shard.path
     if not tar.is_file():
         change.done.append(
-            f"{shard.path}: missing; removed from the manifest ({shard.samples} samples)"
+            f"{shard.path}: missing; removed from the manifest "
+            f"({format_count(shard.samples, 'sample')})"
         )
         return None
     index, trusted = _open_index(tar), _open_trusted_index(tar, shard)
@@ -234,7 +236,8 @@ def _accept_tar(tar: Path, shard: ShardInfo, samples: int, change: RepairTransac
     change.renew_index(tar)
     info = ShardInfo(shard.path, shard.split, samples, tar.stat().st_size, sha256_file(tar))
     change.done.append(
-        f"{shard.path}: accepted as it is now ({info.samples} samples, {shard.samples} before); "
+        f"{shard.path}: accepted as it is now ({format_count(info.samples, 'sample')}, "
+        f"{shard.samples} before); "
         "index and manifest updated"
     )
     return info

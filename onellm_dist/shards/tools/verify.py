@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, SampleError
 from onellm_dist.common.files import STAGED, sha256_file
 from onellm_dist.common.hidden_files import has_hidden_part
@@ -90,7 +91,7 @@ def verify_dataset(
                     count += len(found)
                 finder.add(number, keys)
                 bar.advance()
-                bar.note(f"{count} problems" if count else "")
+                bar.note(format_count(count, "problem") if count else "")
         for number, found in _name_repeated_keys(root, manifest, finder.find_repeats()):
             problems.setdefault(number, []).extend(found)
     listed = [p for number in sorted(problems) for p in problems[number]]
@@ -388,7 +389,7 @@ def verify_command(path: Path | str, *, workers: int = 1, follow_links: bool = F
         for problem in problems:
             print(problem)
         where = str(dataset)
-        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        count = format_count(len(problems), "problem")
         if problems and not is_url(where):
             count += f"; repair what can be repaired: onellm shards repair {shlex.quote(where)}"
         print(f"{where}: {count if problems else 'every byte is as it was written'}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from onellm_dist.common import run_files
+from onellm_dist.common.counts import format_count
 from onellm_dist.data.text_parts import read_meta
 from onellm_dist.evaluation.report import Caption, ModalityResult
 from onellm_dist.modalities import get_modality
@@ -86,7 +87,8 @@ def _collect_facts(
     return {
         "device": device,
         "toy CLIP": (
-            f"{clip['images']:,} images; top-1 {clip['top1_hard_batches']:.2f} on hard batches"
+            f"{format_count(clip['images'], 'image')}; top-1 {clip['top1_hard_batches']:.2f} on "
+            "hard batches"
         ),
         "toy LLM": (
             f"{llm['documents']:,} documents; writes {llm['held_out_from_words']:.2f} of the "

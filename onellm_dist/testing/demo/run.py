@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.progress import format_seconds
@@ -53,9 +54,9 @@ def run_demo(out: Path, full: bool = False) -> int:
     slowdown = measure_slowdown()
     table = Timetable(make_stages(demo, slowdown), journal)
     logger.info(
-        "onellm demo in %s: %d ranks on %s; this machine reaches %.2f of the reference's speed",
+        "onellm demo in %s: %s on %s; this machine reaches %.2f of the reference's speed",
         demo.out,
-        demo.ranks,
+        format_count(demo.ranks, "rank"),
         describe_device(),
         1 / slowdown,
     )
@@ -90,7 +91,7 @@ def make_stages(demo: Demo, slowdown: float) -> list[DemoStage]:
     stages = [DemoStage("towers and shards", (side_by_side + 10) * slowdown)]
     for name, run in zip(RUNS, scale.runs, strict=True):
         starts = 2 if name == RUNS[0] else 1
-        title = f"{name.replace('_', ' ')} ({run.steps} steps)"
+        title = f"{name.replace('_', ' ')} ({format_count(run.steps, 'step')})"
         seconds = run.steps * run.step_seconds + starts * START_UP_S
         stages.append(DemoStage(title, seconds * slowdown))
     seconds = scale.caption_seconds / 2 + 10
@@ -110,7 +111,7 @@ def _write_results(demo: Demo, results: Sequence[ModalityResult], table: Timetab
         runs={name: demo.run_dir(name) for name in RUNS},
         pretrained=demo.pretrained,
         timetable=[(s.name, s.predicted, s.taken or 0.0) for s in table.stages],
-        device=f"{demo.ranks} ranks on {describe_device()}",
+        device=f"{format_count(demo.ranks, 'rank')} on {describe_device()}",
     )
 
 

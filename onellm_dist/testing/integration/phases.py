@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onellm_dist.common import run_files
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.progress import format_seconds
 from onellm_dist.launch.local import find_free_port
@@ -40,7 +41,7 @@ def fetch_media(run: IntegrationRun) -> None:
     run.facts["media"] = written
     run.facts["skipped"] = skipped
     counts = ", ".join(f"{name} {len(keys)}" for name, keys in written.items())
-    run.log(f"{sum(map(len, written.values()))} real samples: {counts}")
+    run.log(f"{format_count(sum(map(len, written.values())), 'real sample')}: {counts}")
     for line in skipped:
         run.log(f"left out: {line}")
     site = run.out / "packages" / "site"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.run_files import VALIDATION
 from onellm_dist.config.train_sections import EarlyStoppingSection
 from onellm_dist.train.callbacks.base import Callback
@@ -49,7 +50,7 @@ class EarlyStopping(Callback):
             return None
         return (
             f"early stopping: {self._worse} validations in a row were no better than the loss "
-            f"{self._best:.4f} after {self._best_steps} steps"
+            f"{self._best:.4f} after {format_count(self._best_steps, 'step')}"
         )
 
     def on_fit_start(self) -> None:

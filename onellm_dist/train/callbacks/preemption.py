@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.files import stamp_file
 from onellm_dist.common.run_files import STOP
 from onellm_dist.train.callbacks.base import Callback
@@ -148,7 +149,8 @@ def warn_about_grace_period(
         steps_done=steps_done,
         seconds=seconds,
         grace_period_seconds=grace_period,
-        message=f"the checkpoint after {steps_done} steps took {seconds:.3g} s, the job's grace "
+        message=f"the checkpoint after {format_count(steps_done, 'step')} took {seconds:.3g} s, "
+        "the job's grace "
         f"period is {grace_period:g} s: a preemption would lose work. Raise it (onellm launch "
         "--grace-period), or use a faster disk.",
         warning=True,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.run_files import CHECKPOINTS, VALIDATION
 from onellm_dist.config.schema import ValidationSection
 from onellm_dist.data.loader import Loader
@@ -127,7 +128,8 @@ class Validation(Callback):
             "validation",
             steps_done=steps_done,
             loss=loss,
-            message=f"validation after {steps_done} steps: loss {loss:.4f} ({losses})",
+            message=f"validation after {format_count(steps_done, 'step')}: loss {loss:.4f} "
+            f"({losses})",
         )
         return loss
 

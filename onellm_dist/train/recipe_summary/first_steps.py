@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.common.text_table import format_table
@@ -47,7 +48,7 @@ def format_first_steps(config: RunConfig, model: Any, tokenizer: Any) -> list[st
     ranks = config.launch.ranks or torch.cuda.device_count() or 1
     lines = [describe_length(config.data, plan.corpus.datasets, config.train.steps)]
     if folder is not None:
-        lines.append(f"after {folder} ({first} steps done)")
+        lines.append(f"after {folder} ({format_count(first, 'step')} done)")
     if not steps:
         lines.append(f"none: all {config.train.steps} steps are done")
     else:
@@ -114,9 +115,9 @@ def _format_steps(
             count = UNKNOWN if finds_budgets else str(len(planned.assigned[0]))
             sizes = f"{planned.totals.llm_tokens:,}", count
             rows[-1] = (*rows[-1][:-2], *sizes)
-    note = f"on {ranks} rank{'s' if ranks > 1 else ''}"
+    note = f"on {format_count(ranks, 'rank')}"
     if missing:
-        shards = f"{len(missing)} shard{'s' if len(missing) > 1 else ''}"
+        shards = format_count(len(missing), "shard")
         note = f"{UNKNOWN}: a start first counts the tokens of {shards}"
     elif finds_budgets:
         note += f"; {UNKNOWN}: a start first finds the token budgets"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.corpus import open_datasets
@@ -62,7 +63,7 @@ def describe_frozen_weights(config: RunConfig, model: Any) -> list[str]:
     frozen = sum(p.numel() for p in model.llm.parameters() if not p.requires_grad)
     share = sum(layer.weight.numel() for layer in layers) / frozen
     line = (
-        f"engine.frozen_weights={format}: {len(layers)} linear layers of the LLM "
+        f"engine.frozen_weights={format}: {format_count(len(layers), 'linear layer')} of the LLM "
         f"({share:.1%} of its frozen weights), rounded at the start"
     )
     if format != FLOAT8_FORMAT:

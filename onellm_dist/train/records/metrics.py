@@ -124,8 +124,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "grad_norm_by_part",
-        "Gradient norm of each modality's own parameters, of the UPM (`upm`) and of the LLM "
-        "(`llm`), as far as they train.",
+        "Gradient norm of each modality's own parameters, of the encoder (`encoder`), of the UPM "
+        "(`upm`) and of the LLM (`llm`), as far as they train.",
         "map",
         charted=True,
     ),

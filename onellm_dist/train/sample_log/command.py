@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.train.sample_log.status import RunStatus, StepStatus
 from onellm_dist.train.sample_log.stream import RunStream, SampleUse
@@ -76,7 +77,7 @@ def describe_step(
     counts = Counter(use.sample.dataset for use in uses)
     shares = ", ".join(f"{n} {name}" for name, n in counts.items())
     text = [
-        f"step {step}: {_format_status(own)}; {len(uses)} samples ({shares})",
+        f"step {step}: {_format_status(own)}; {format_count(len(uses), 'sample')} ({shares})",
         f"sample_digest {answer['sample_digest']}",
     ]
     text += [
@@ -145,10 +146,12 @@ def describe_run(stream: RunStream, status: RunStatus) -> tuple[dict[str, Any], 
         "datasets": stream.names,
     }
     text = [
-        f"{status.steps_done} of {stream.steps} steps done, {status.steps_saved} of them in a "
+        f"{status.steps_done} of {format_count(stream.steps, 'step')} done, {status.steps_saved} "
+        "of them in a "
         "checkpoint",
-        f"{len(status.skipped)} steps skipped, {lost} lost to restarts and repeated, "
-        f"{len(status.left_out)} samples left out",
+        f"{format_count(len(status.skipped), 'step')} skipped, {lost} lost to restarts and "
+        "repeated, "
+        f"{format_count(len(status.left_out), 'sample')} left out",
         f"datasets: {', '.join(stream.names)}",
     ]
     return answer, text
