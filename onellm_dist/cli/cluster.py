@@ -116,7 +116,7 @@ def doctor(
         "onellm launch stage1_image --to kubernetes --nodes 2 --container IMAGE "
         "--volume shared:/data --set run.dir=/data/stage1 --set data.root=/data/shards "
         "--out stage1.yaml",
-        "onellm launch --evaluate --nodes 2 --submit -- runs/tune/model gqa mme --data shards "
+        "onellm launch --evaluate --nodes 2 --submit -- runs/tune/model gqa mme --data data "
         "--out evaluation",
     )
 )

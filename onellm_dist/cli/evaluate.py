@@ -64,8 +64,8 @@ def evaluate(
     tasks: Annotated[list[str], typer.Argument(help="Benchmarks; see --list.")],
     out: Annotated[Path, typer.Option(help="Folder of the answers; an existing one is resumed.")],
     data: Annotated[
-        Path, typer.Option(help="Folder of the datasets: shards/gqa-eval and so on.")
-    ] = Path("shards"),
+        Path, typer.Option(help="Folder of the datasets: data/gqa-eval and so on.")
+    ] = Path("data"),
     split: Annotated[
         str | None, typer.Option(help="The split.", show_default="the task's own")
     ] = None,
@@ -95,7 +95,7 @@ def evaluate(
 ) -> None:
     """Answer benchmarks; the same command again answers what is missing, on any number of ranks.
 
-    Example: onellm evaluate runs/tune/model gqa vqav2 --data shards --out evaluation
+    Example: onellm evaluate runs/tune/model gqa vqav2 --data data --out evaluation
     """
     from onellm_dist.common.logging import configure_logging
     from onellm_dist.evaluation.tasks import get_task

@@ -10,17 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
-
-
-class Mark(Protocol):
-    """A moment of the device."""
-
-    def seconds_until(self, later: Any) -> float:
-        """Seconds from here to a later mark; the device has passed both."""
 
 
 class HostMark:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from toy_captions import parse_caption
 
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.evaluation.captioning import (
@@ -60,7 +61,7 @@ def test_questions_are_laid_out_as_training_does(toy: Path) -> None:
     first = asked[0]
     assert first.prompt.endswith("### Human: Describe the motion.\n### Assistant:")
     assert first.prompt.startswith("A chat between")
-    said = world.parse_caption("imu", first.reference)
+    said = parse_caption("imu", first.reference)
     assert tuple(said.values()) in world.get_held_out("imu")
     assert first.values["imu"].shape == (6, 400)
     assert [q.prompt for q in read_questions(dataset, "test_seen", limit=2, ask=False)] == ["", ""]

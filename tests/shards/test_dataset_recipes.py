@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 
+from onellm_dist.cli.evaluate import evaluate
 from onellm_dist.shards.build.recipe import read_recipe
 from onellm_dist.shards.build.registry import all_sources, complete_options, get_source
 
@@ -24,6 +26,13 @@ def test_a_recipe_can_be_built_as_it_stands(recipe: Path) -> None:
     assert f"onellm shards build shards/{recipe.name}" in recipe.read_text() or source.name in (
         "toyworld",
     )
+
+
+def test_benchmarks_are_built_where_they_are_looked_for() -> None:
+    """`onellm evaluate` without `--data` finds what the recipes build."""
+    default = inspect.signature(evaluate).parameters["data"].default
+    folders = {Path(read_recipe(r)[0]["out"]).parent for r in RECIPES if r.stem.endswith("_eval")}
+    assert folders == {default}
 
 
 def test_every_source_has_a_recipe() -> None:

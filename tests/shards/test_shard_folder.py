@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import webdataset
 from folder_builds import FINE, build
+from recipe_builds import build_recipe
 from shard_worlds import all_bytes, array, contents, picture, sound, write_tree
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.build_dataset import format_summary
-from onellm_dist.shards.build.recipe import build_recipe
 from onellm_dist.shards.build.task import TooManyFailuresError
 from onellm_dist.shards.command import build_command
 from onellm_dist.shards.sources.base import BuildReport

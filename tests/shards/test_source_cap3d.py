@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recipe_builds import build_recipe
 from shard_worlds import write_tree
 from source_checks import (
     build_source,
@@ -24,7 +25,6 @@ from source_checks import (
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.recipe import build_recipe
 from onellm_dist.shards.build.task import TooManyFailuresError
 
 RECIPES = Path(__file__).parents[2] / "shards"

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import webdataset
+from recipe_builds import build_recipe
 from source_checks import build_source, decode_sample, get_reasons, make_photo, read_samples
 from source_trees import write_download
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.prepare import prepare_sample
-from onellm_dist.shards.build.recipe import build_recipe
 from onellm_dist.shards.build.registry import complete_options, get_source
 from onellm_dist.shards.build.task import TooManyFailuresError
 from onellm_dist.shards.sources.readers.img2dataset import choose_alt_text, read_tar_samples

@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from recipe_builds import build_recipe
 from shard_worlds import write_tree
 from source_checks import (
     build_source,
@@ -28,7 +29,6 @@ from source_checks import (
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.recipe import build_recipe
 from onellm_dist.shards.build.task import TooManyFailuresError
 
 RECIPE = Path(__file__).parents[2] / "shards/reference_lists.yaml"

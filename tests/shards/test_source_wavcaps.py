@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from recipe_builds import build_recipe
 from shard_worlds import write_tree
 from source_checks import build_source, decode_sample, get_reasons, make_tone, read_samples
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.recipe import build_recipe
 from onellm_dist.shards.build.task import TooManyFailuresError
 
 RECIPE = Path(__file__).parents[2] / "shards/wavcaps.yaml"

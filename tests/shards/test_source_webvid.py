@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipe_builds import build_recipe
 from shard_worlds import write_tree
 from source_checks import build_source, decode_sample, get_reasons, make_film, read_samples
 from source_trees import write_download
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.recipe import build_recipe
 from onellm_dist.shards.build.task import TooManyFailuresError
 from onellm_dist.shards.sources.webvid import SOURCE, parse_duration
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
@@ -85,9 +85,6 @@ class ChatRequest(BaseModel):
     def most_tokens(self) -> int | None:
         """The most tokens of the answer, as asked for."""
         return self.max_completion_tokens or self.max_tokens
-
-
-FinishReason = Literal["stop", "length"]
 
 
 def read_json(body: bytes) -> Any:

@@ -82,27 +82,6 @@ def _keep_text(values: dict[Any, Any], typed: Any, names: Iterable[str]) -> None
             values[name] = typed[name]
 
 
-def build_recipe(
-    recipe: Path, *, overwrite: bool = False, **overrides: Any
-) -> tuple[Path, BuildReport]:
-    """Build from a dataset recipe. Its `inputs` and `out` are relative to the current folder.
-
-    Args:
-        recipe: the YAML file.
-        overwrite: replace datasets at the output.
-        overrides: they replace the recipe's keys, or its options by name.
-
-    Returns:
-        The output folder, and what was built.
-
-    Raises:
-        UsageError: the recipe cannot be read, or has a key that is not understood.
-        OneLLMError: the build was given up.
-    """
-    values, options = read_recipe(recipe, **overrides)
-    return Path(values["out"]), build_values(values, options, overwrite=overwrite)
-
-
 def build_values(
     values: dict[str, Any],
     options: dict[str, Any],

@@ -266,7 +266,3 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027 (most engines hold nothing)
         """Forget what the engine's library keeps of the process group, which is about to go."""
-
-    def gather_full_state(self) -> dict[str, torch.Tensor]:
-        """Return all of `full_weights` at once on rank 0; {} elsewhere."""
-        return {name: tensor for name, tensor in self.full_weights() if not tensor.is_meta}

@@ -1,7 +1,7 @@
 """The metrics of a step: each name with type, unit, meaning and reduction; and `metrics.jsonl`.
 
-A metric is written down once, in `METRICS` or in the `metrics` of a callback. The schema of the
-file, the charts and the reference page follow from it.
+A metric is written down once, in `METRICS` or in the `metrics` of a callback. The fields of
+the file, the charts and the reference page follow from it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,6 @@ from onellm_dist.train.records.patient_file import PatientFile
 
 MetricType = Literal["integer", "number", "boolean", "text", "map", "map of lists"]
 Reduction = Literal["none", "sum", "mean", "max"]
-_JSON_TYPES: dict[str, dict[str, Any]] = {
-    "integer": {"type": ["integer", "null"]},
-    "number": {"type": ["number", "null"]},
-    "boolean": {"type": ["boolean", "null"]},
-    "text": {"type": ["string", "null"]},
-    "map": {"type": ["object", "null"], "additionalProperties": {"type": ["number", "null"]}},
-    "map of lists": {
-        "type": ["object", "null"],
-        "additionalProperties": {"type": "array", "items": {"type": ["number", "null"]}},
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -225,23 +214,6 @@ class MetricSet:
             else:
                 scalars[f"train/{metric.name}"] = value
         return scalars
-
-    def build_schema(self) -> dict[str, Any]:
-        """JSON schema of a line of `metrics.jsonl`."""
-        return {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            "title": "metrics.jsonl",
-            "type": "object",
-            "required": [metric.name for metric in self],
-            "additionalProperties": False,
-            "properties": {
-                metric.name: {
-                    **_JSON_TYPES[metric.type],
-                    "description": metric.meaning + (f" [{metric.unit}]" if metric.unit else ""),
-                }
-                for metric in self
-            },
-        }
 
 
 def _chart_map(name: str, value: Mapping[str, Any]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_captions import parse_caption
 
 from onellm_dist.modalities import get_modality
 from onellm_dist.model.presets import load_model
@@ -65,7 +66,7 @@ def test_kept_patches_include_everything_that_shows_something(bank: ImageBank) -
 def test_half_of_a_hard_batch_shares_colour_and_size(bank: ImageBank) -> None:
     rows = next(bank.draw_hard_batches(8, np.random.default_rng(0)))
     assert len(rows) == 8
-    captions = [world.parse_caption("image", bank.captions[i]) for i in rows[:4]]
+    captions = [parse_caption("image", bank.captions[i]) for i in rows[:4]]
     assert len({(s["color"], s["size"]) for s in captions}) == 1
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine_states import gather_full_state
 from small_model import SmallModel, pack, sample, supervised
 from stage_setup import make_groups
 
@@ -211,21 +212,21 @@ def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     first = train(engine, dist, range(0, 5))
     save_state(folder, engine, dist, {"steps_done": 5})
     rest = train(engine, dist, range(5, 8))
-    ended = engine.gather_full_state()
+    ended = gather_full_state(engine)
     poisoned = train(engine, dist, range(8, 9), poisoned=8)
     poisoned += train(engine, dist, range(8, 9), poisoned_empty=8)
-    kept = engine.gather_full_state()
+    kept = gather_full_state(engine)
     discarded = train(engine, dist, range(8, 9), discard=8)
-    still, count = engine.gather_full_state(), engine.optimizer_steps
+    still, count = gather_full_state(engine), engine.optimizer_steps
     train(engine, dist, range(8, 10))
-    after = engine.gather_full_state()
+    after = gather_full_state(engine)
 
     resumed = new_engine(dist, new_model(stage), job, bf16)
     load_state(folder, resumed, dist)
     again = train(resumed, dist, range(5, 8))
-    second, steps = resumed.gather_full_state(), resumed.optimizer_steps
+    second, steps = gather_full_state(resumed), resumed.optimizer_steps
     train(resumed, dist, range(8, 10))
-    straight = resumed.gather_full_state()
+    straight = gather_full_state(resumed)
     if not dist.is_rank_zero:
         return {}
     expected, losses, norms = reference(job, range(8))
@@ -266,7 +267,7 @@ def resume(dist: Distributed, job: dict[str, Any]) -> dict[str, Any]:
     load_state(Path(job["from"]), engine, dist)
     steps = engine.optimizer_steps
     losses = [s["loss"] for s in train(engine, dist, range(5, 8))]
-    ended = engine.gather_full_state()
+    ended = gather_full_state(engine)
     if not dist.is_rank_zero:
         return {}
     expected, right, _ = reference(job, range(8))

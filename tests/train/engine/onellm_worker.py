@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine_states import gather_full_state
 from stage_setup import freeze_for_stage, make_groups
 
 from onellm_dist.config.train_sections import OptimSection
@@ -170,7 +171,7 @@ def train_sharded(dist: Distributed, name: str) -> tuple[dict[str, torch.Tensor]
         dist.sum(total)
         assert engine.step(LR)
         losses.append(total.item() / global_valid_tokens(step))
-    return engine.gather_full_state(), losses
+    return gather_full_state(engine), losses
 
 
 def train_plain() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:

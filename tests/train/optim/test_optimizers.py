@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_states import gather_full_state
 from stage_setup import make_groups
 from torch import distributed as dist
 
@@ -207,7 +208,7 @@ def train_and_resume(folder: Path, optim: OptimSection) -> None:
             loss, _, _ = engine.forward(batch, last=True)
             engine.backward(loss, supervised(batch))
             assert engine.step(optim.lr)
-        return engine.gather_full_state()
+        return gather_full_state(engine)
 
     engine = build()
     train(engine, range(2))

@@ -90,10 +90,6 @@ class BenchmarkFiles:
             )
         return found
 
-    def find_optional(self, *names: str) -> Path | None:
-        """Find the first of these files; None if there is none."""
-        return find_first_file([self.inputs], [name.format(split=self.split) for name in names])
-
     def load_json(self, *names: str) -> Any:
         """Load the first of these JSON files.
 

@@ -46,34 +46,6 @@ def require_file(
     return found
 
 
-def require_folder(
-    inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str
-) -> Path:
-    """Find a folder that a source cannot do without; `"."` is the input folder itself.
-
-    Args:
-        inputs: the input folder.
-        path: the user's choice.
-        usual: the usual names, of which the first that exists is taken if there is no choice.
-        what: what the folder is, for the error.
-        option: the option that names it.
-
-    Raises:
-        UsageError: there is no such folder.
-    """
-    names = [str(path)] if path is not None else list(usual)
-    found = next(
-        (f for n in names if (f := inputs if n == "." else resolve_below(inputs, n)).is_dir()), None
-    )
-    if found is None:
-        raise UsageError(
-            f"{inputs}: no folder {' or '.join(names)} there ({what}).",
-            "media are looked for there.",
-            f"name it: -o {option}=FOLDER.",
-        )
-    return found
-
-
 def require_one_file(value: Any, what: str) -> str:
     """Return the name of a row's one file: a text, or a list of one text.
 

@@ -201,26 +201,6 @@ def make_caption(modality: str, attributes: Attributes) -> str:
     return get_scenes(modality).template.format(**attributes)
 
 
-def parse_caption(modality: str, text: str) -> dict[str, str | None]:
-    """Parse what a caption says about each attribute.
-
-    Any text is accepted, because a model wrote it. The word at an attribute's place in the template
-    counts if it is one of its values.
-
-    Returns:
-        Attribute name to value; None if the text does not say it.
-    """
-    words = text.split()
-    values_said: dict[str, str | None] = {}
-    for place, field in enumerate(get_scenes(modality).template.split()):
-        if field.startswith("{"):
-            values = get_scenes(modality).attributes[field[1:-1]]
-            values_said[field[1:-1]] = (
-                words[place] if place < len(words) and words[place] in values else None
-            )
-    return {name: values_said[name] for name in get_scenes(modality).attributes}
-
-
 def make_conversation(modality: str, text: str) -> list[dict[str, str]]:
     """Make a conversation of one question and the caption, in the reference's format."""
     return [{"from": "human", "value": get_scenes(modality).prompt}, {"from": "gpt", "value": text}]
