@@ -176,7 +176,7 @@ def test_no_module_loads_one_above_it_by_name_but_the_one_that_is_known() -> Non
 
 
 OTHER_MEANINGS = {"launch/cloud/jobset.py": ["image"]}
-"""Words that are no modality there: Kubernetes' key of a container's image."""
+"""Words that are not a modality there: Kubernetes' key of a container's image."""
 
 
 def test_modalities_are_named_in_their_rooms_alone() -> None:

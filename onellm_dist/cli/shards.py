@@ -47,9 +47,7 @@ LinksOption = Annotated[
 ]
 RestartOption = Annotated[
     bool,
-    typer.Option(
-        "--restart", help="First throw away an unfinished build of OUT (one process alone)."
-    ),
+    typer.Option("--restart", help="First discard an unfinished build of OUT (one process alone)."),
 ]
 
 

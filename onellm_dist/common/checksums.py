@@ -29,7 +29,7 @@ USED = (".json", ".safetensors", ".bin", ".pth", ".pt")
 MOST_BYTES = 64 << 20
 """Bytes of a larger record, which is none."""
 
-SETTLED_NS = 2_000_000_000
+STABLE_AGE_NS = 2_000_000_000
 """Age of a file whose times tell whether it was written again."""
 
 SEAL = "content_sha256"
@@ -176,7 +176,7 @@ def remember_hash(path: Path, digest: str) -> None:
 
 def _keep_hash(path: Path, stamp: tuple[int, ...], digest: str) -> None:
     """Keep a checksum, unless a write right after it could leave the same times (ticks of 4 ms)."""
-    if time.time_ns() - max(stamp[-2:]) > SETTLED_NS:
+    if time.time_ns() - max(stamp[-2:]) > STABLE_AGE_NS:
         _HASHED[path.absolute()] = stamp, digest
 
 

@@ -15,17 +15,17 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.convert.checkpoint import OpenedCheckpoint
 from onellm_dist.convert.tensors.lazy import from_tensor
 
-_SPEC = re.compile(
+_TOWER_NAME = re.compile(
     r"(?P<library>timm|open-clip):(?P<name>[^?@]+)(\?img_size=(?P<size>\d+))?(@(?P<weights>.+))?"
 )
 
 
-def is_tower(spec: str) -> bool:
+def is_tower(tower_name: str) -> bool:
     """Whether an `--encoder` names a tower rather than a path."""
-    return spec.startswith(("timm:", "open-clip:"))
+    return tower_name.startswith(("timm:", "open-clip:"))
 
 
-def open_tower(spec: str) -> OpenedCheckpoint:
+def open_tower(tower_name: str) -> OpenedCheckpoint:
     """Load a tower as an encoder, in memory.
 
     Raises:
@@ -34,17 +34,17 @@ def open_tower(spec: str) -> OpenedCheckpoint:
     """
     from onellm_dist.model.towers import convert_tower
 
-    match = _SPEC.fullmatch(spec)
+    match = _TOWER_NAME.fullmatch(tower_name)
     if match is None:
         raise UsageError(
-            f"--encoder {spec}",
+            f"--encoder {tower_name}",
             "it does not name a tower.",
             "write timm:NAME, timm:NAME?img_size=224, timm:NAME@FILE or open-clip:NAME@TAG.",
         )
     weights = match["weights"]
     if match["library"] == "timm" and weights is not None and not Path(weights).is_file():
         raise UsageError(
-            f"--encoder {spec}: no file {weights}",
+            f"--encoder {tower_name}: no file {weights}",
             "there are no weights to read.",
             "check the path.",
         )
@@ -53,17 +53,18 @@ def open_tower(spec: str) -> OpenedCheckpoint:
         tower = load(match["name"], int(match["size"]) if match["size"] else None, weights)
         config, state = convert_tower(tower)
     except OneLLMError as error:
-        raise UsageError(f"--encoder {spec}: {error.what}", error.why, error.do) from None
+        raise UsageError(f"--encoder {tower_name}: {error.what}", error.why, error.do) from None
     except Exception as error:  # whatever the library or its download raises
         raise UsageError(
-            f"--encoder {spec}: {type(error).__name__}: {error}",
+            f"--encoder {tower_name}: {type(error).__name__}: {error}",
             "the tower cannot be loaded.",
-            f"check the name; without a network give the weights: {spec.partition('@')[0]}@FILE.",
+            "check the name; without a network give the weights: "
+            f"{tower_name.partition('@')[0]}@FILE.",
         ) from error
     files = (Path(weights),) if weights is not None and Path(weights).is_file() else ()
     tensors = {name: from_tensor(value.detach()) for name, value in state.items()}
     return OpenedCheckpoint(
-        match["library"], "encoder", config, tensors, files, Path(), notes={"tower": spec}
+        match["library"], "encoder", config, tensors, files, Path(), notes={"tower": tower_name}
     )
 
 

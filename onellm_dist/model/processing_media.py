@@ -84,7 +84,8 @@ def read_medium(name: str, item: Any, rate: float | None = None) -> torch.Tensor
         rate: samples per second, where an item is an array of them.
 
     Raises:
-        UsageError: there is no such file, a URL would have to be fetched, or the item is no medium.
+        UsageError: there is no such file, a URL would have to be fetched, or the item is not a
+            medium.
         SampleError: the file is not readable media of its modality.
     """
     modality = get_modality(name)

@@ -161,7 +161,7 @@ def plan_layers(model: Any, format: str, *, in_float8: bool = False) -> None:
 
     def hold(name: str, layer: nn.Linear) -> QuantisedLinear:
         if format != FLOAT8_FORMAT:
-            return _stand_in(name, layer)
+            return _hold_plain(name, layer)
         weight = layer.weight.data
         planned = make_plan_weight(weight, weight.dtype)
         return Float8Linear(layer, planned, lambda: weight, in_float8)
@@ -169,7 +169,7 @@ def plan_layers(model: Any, format: str, *, in_float8: bool = False) -> None:
     _replace_layers(model, format, hold)
 
 
-def _stand_in(_: str, layer: nn.Linear) -> QuantisedLinear:
+def _hold_plain(_: str, layer: nn.Linear) -> QuantisedLinear:
     values = layer.weight.data
     return QuantisedLinear(layer, values, lambda: values)
 

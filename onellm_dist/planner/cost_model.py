@@ -130,17 +130,19 @@ class PackCostModel:
         )
 
 
-def make_trial_packs(kinds: Sequence[tuple[str, ...]], *, answers: int = 1) -> list[PackShape]:
-    """Micro-batches whose sums are independent, with every kind of sample in each.
+def make_trial_packs(
+    combinations: Sequence[tuple[str, ...]], *, answers: int = 1
+) -> list[PackShape]:
+    """Micro-batches whose sums are independent, with every combination in each.
 
     Args:
-        kinds: modality combinations of the mixture.
+        combinations: modality combinations of the mixture.
         answers: texts of a sample (`SampleShape`).
     """
     packs = []
     for run in range(RUNS):
         samples = []
-        for number, spans in enumerate(kinds):
+        for number, spans in enumerate(combinations):
             count = (2, 5, 3, 7)[(run + number * number) % RUNS] + (run * number) % 3
             text = (24, 24, 40, 33)[run] + 2 * number
             targets = text - (1, 9, 5, 17)[run]
@@ -151,16 +153,16 @@ def make_trial_packs(kinds: Sequence[tuple[str, ...]], *, answers: int = 1) -> l
 
 
 def build_cost_model(
-    model: Any, kinds: Sequence[tuple[str, ...]], modalities: Mapping[str, Modality]
+    model: Any, combinations: Sequence[tuple[str, ...]], modalities: Mapping[str, Modality]
 ) -> PackCostModel:
     """Count a few small micro-batches, and find how their work depends on their sizes.
 
     Args:
         model: a OneLLM on the meta device, prepared for its stage.
-        kinds: modality combinations of the mixture.
+        combinations: modality combinations of the mixture.
         modalities: the model's, with the token counts of its encoder.
     """
-    packs = make_trial_packs(kinds, answers=2 if model.preference is not None else 1)
+    packs = make_trial_packs(combinations, answers=2 if model.preference is not None else 1)
     counts = [count_pack(model, make_meta_batch(pack, list(modalities.values()))) for pack in packs]
     sizes = [measure_sizes(pack, modalities) for pack in packs]
     kept = {

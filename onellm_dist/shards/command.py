@@ -44,7 +44,7 @@ def build_command(
         workers: processes.
         seed: for sources that draw or shuffle.
         overwrite: replace datasets at the output.
-        restart: throw an unfinished build away first.
+        restart: first discard an unfinished build.
         task: this process's share, INDEX/COUNT.
         dry_run: describe the build instead.
 

@@ -81,12 +81,14 @@ class StepTotals:
         self._modalities = sorted({name for c in combinations for name in c or ("text",)})
         self._first_unreadable = FIXED + 2 * len(combinations)
         self._first_metric = self._first_unreadable + len(self._modalities)
-        self._first_rank = self._first_metric + sum(self._slots(metric) for metric in metrics)
+        self._first_rank = self._first_metric + sum(
+            self._count_elements(metric) for metric in metrics
+        )
         self._first_reward = self._first_rank + len(RANK_SECONDS) * dist.world_size
         size = self._first_reward + len(REWARDS) + 1  # and the number of pairs
         self._sums = torch.zeros(size, dtype=torch.float64, device=dist.device)
 
-    def _slots(self, metric: Metric) -> int:
+    def _count_elements(self, metric: Metric) -> int:
         """Elements that a metric takes: a maximum needs one per rank, so that a sum can give it."""
         return {"sum": 1, "mean": 2, "max": 2 * self._dist.world_size}[metric.reduction]
 
@@ -165,7 +167,7 @@ class StepTotals:
                 self._sums[at] = value
                 if metric.reduction != "sum":
                     self._sums[at + 1] = 1.0
-            place += self._slots(metric)
+            place += self._count_elements(metric)
         for i, kind in enumerate(RANK_SECONDS):
             at = self._first_rank + i * self._dist.world_size + self._dist.rank
             self._sums[at] = (rank_seconds or {}).get(kind, 0.0)
@@ -216,8 +218,8 @@ class StepTotals:
         found: dict[str, float] = {}
         place = self._first_metric
         for metric in self._metrics:
-            own = values[place : place + self._slots(metric)]
-            place += self._slots(metric)
+            own = values[place : place + self._count_elements(metric)]
+            place += self._count_elements(metric)
             if metric.reduction == "sum":
                 found[metric.name] = own[0]
             elif metric.reduction == "mean" and own[1]:

@@ -230,7 +230,7 @@ def test_a_file_is_read_once_until_it_is_written_again(
     for _ in range(20):  # within a tick of the file system's clock
         path.write_bytes(rng.randbytes(8))
         assert hash_once(path) == hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(checksums, "SETTLED_NS", -1)
+    monkeypatch.setattr(checksums, "STABLE_AGE_NS", -1)
     read.clear()
     assert hash_once(path) == hash_once(path) and len(read) == 1
     os.utime(path)

@@ -17,5 +17,5 @@ from onellm_dist.common.error_text import LONGEST, get_first_line
         ("x" * 300, "x" * LONGEST),
     ],
 )
-def test_an_error_is_told_in_one_line(message: str, line: str) -> None:
+def test_an_error_is_formatted_in_one_line(message: str, line: str) -> None:
     assert get_first_line(ValueError(message)) == line

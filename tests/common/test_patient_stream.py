@@ -157,7 +157,7 @@ def test_calls_are_made_in_order_and_waited_for() -> None:
 
 
 @pytest.mark.parametrize("how", ["raises", "blocks", "blocks_at_the_end"])
-def test_a_call_that_fails_or_blocks_is_the_last_and_is_told_once(how: str) -> None:
+def test_a_call_that_fails_or_blocks_is_the_last_and_is_logged_once(how: str) -> None:
     failures: list[tuple[str, str]] = []
     hold, seen = threading.Event(), list[int]()
     calls = BackgroundCalls("t", lambda *found: failures.append(found), patience=0.2)

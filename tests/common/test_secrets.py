@@ -1,4 +1,4 @@
-"""Secrets do not leave a run; what is no secret stays readable."""
+"""Secrets do not leave a run; what is not a secret stays readable."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_a_worker_does_not_free_the_garbage_of_its_parent() -> None:
 
 
 def test_slow_is_not_hanging() -> None:
-    """Samples of a batch each have their own time, and waiting for the trainer is no time."""
+    """Samples of a batch each have their own time, and waiting for the trainer does not count."""
 
     def slow(task: range) -> None:
         time.sleep(2 * LIMIT_S)  # a disk: not the sample's time

@@ -79,7 +79,7 @@ def write(
             rng = np.random.default_rng([number, len(name)])
             parts = {k: v for m in modalities for k, v in media(m, rng).items()}
             if number in broken:
-                parts = dict.fromkeys(parts, b"these are no media")
+                parts = dict.fromkeys(parts, b"this is not media.")
             talk = [
                 {"from": "human", "value": "<image>\nwhat is it"},
                 {"from": "gpt", "value": caption(number)},

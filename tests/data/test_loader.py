@@ -274,7 +274,7 @@ def test_batches_are_copied_ahead_on_a_stream_of_their_own(root: Path) -> None:
 
 
 def test_loaders_share_the_stream_that_copies_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that was freed for one stream is no other's: each validation makes a loader."""
+    """Memory that was freed for one stream is not another's: each validation makes a loader."""
     made: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "Stream", made.append)

@@ -206,7 +206,7 @@ def test_of_several_captions_one_is_chosen() -> None:
     assert encoder.encode(several) == variants[0]
     assert encoder.encode(several, lambda count: count - 1) == variants[2]
     assert encoder.encode(caption_parts("a red cube"), lambda count: 1 // 0) == variants[0], (
-        "one caption is no choice"
+        "one caption is not a choice"
     )
 
 

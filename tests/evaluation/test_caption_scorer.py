@@ -80,7 +80,7 @@ def test_derangement_moves_every_place(n: int) -> None:
         draw_derangement(1, 0)
 
 
-def test_control_tells_reading_from_guessing() -> None:
+def test_control_separates_reading_from_guessing() -> None:
     references = [f"{a} {b}" for a in "xyz" for b in "uvw"] * 12
     reads, guesses = (
         score_captions(references, references),

@@ -159,7 +159,7 @@ def test_a_curve_marks_the_resume() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_pretraining_teaches_the_llm_to_write_what_it_is_told() -> None:
+def test_a_short_pretraining_teaches_the_llm_to_write_what_it_is_asked_for() -> None:
     model, processor = load_model(path=None, preset="toy", seed=0)
     before = score_composition(model.llm, processor.tokenizer, samples=40)
     losses = pretrain_llm(

@@ -130,7 +130,7 @@ def test_the_same_step_twice_halts_and_names_the_offending_samples(history: Hist
 def test_an_out_of_memory_that_lowered_the_budgets_is_requeued_and_not_counted(
     history: History,
 ) -> None:
-    """It comes at the same step each time, with other budgets: that is no crash loop."""
+    """It comes at the same step each time, with other budgets: that is not a crash loop."""
     found = {
         "status": "failed",
         "steps_done": 10,

@@ -87,7 +87,7 @@ def ended(tmp_path: Path) -> Ended:
 
 
 def test_what_is_missing_is_requeued_until_it_is_there(ended: Ended, tmp_path: Path) -> None:
-    assert ended(0) == ("failed", "requeue", 1)  # exit code 0 alone is no evaluation
+    assert ended(0) == ("failed", "requeue", 1)  # exit code 0 alone is not an evaluation
     assert count_missing(tmp_path, TASKS) == {"mme": None, "gqa": None}
     assert ended(1, do=lambda: answer(tmp_path, "mme", 0, 3), stop=1.0)[0] == "preempted"
     assert count_missing(tmp_path, TASKS) == {"mme": 1, "gqa": None}

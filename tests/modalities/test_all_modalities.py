@@ -117,7 +117,7 @@ def test_the_most_specific_part_of_a_role_is_chosen(name: str) -> None:
         modality.match({"txt", "json"})
 
 
-def test_a_sample_of_all_modalities_can_be_told_apart() -> None:
+def test_a_sample_of_all_modalities_can_be_distinguished() -> None:
     extensions = {
         "jpg",
         "mp4",

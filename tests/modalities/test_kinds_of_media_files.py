@@ -1,4 +1,4 @@
-"""A file that is no medium is called what it is, by every decoder and without numbers of errors."""
+"""A file that is not a medium is called what it is, by every decoder without error numbers."""
 
 from __future__ import annotations
 

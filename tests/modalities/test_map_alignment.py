@@ -86,7 +86,7 @@ def test_a_float_map_is_turned_too() -> None:
         ((160, 90), 8, (64, 64)),
     ],
 )
-def test_where_nothing_tells_the_sample_is_refused_with_both_names(
+def test_where_nothing_decides_the_sample_is_refused_with_both_names(
     size: tuple[int, int], orientation: int, chart: tuple[int, int]
 ) -> None:
     photograph = picture(halves(*size), "JPEG", "jpg", exif=tag(orientation))

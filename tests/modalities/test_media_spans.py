@@ -168,7 +168,7 @@ def test_a_broken_header_has_no_size() -> None:
         modality = get_modality(name)
         role = next(iter(modality.required_parts))
         with pytest.raises(SampleError):
-            modality.measure({role: Part("x", b"these are no media")})
+            modality.measure({role: Part("x", b"this is not media.")})
 
 
 def test_media_of_a_modality_share_its_spans() -> None:

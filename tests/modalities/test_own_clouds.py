@@ -91,7 +91,7 @@ def test_impossible_points_are_left_out_and_noted(bad: int, value: float, form: 
     points, damage = read(part)
     good = np.setdiff1d(np.arange(400), rows)
     np.testing.assert_allclose(points, table()[good], atol=1e-6)
-    if form != "pcd" or abs(value) < 1e39:  # in a PCD these are no return of the scanner
+    if form != "pcd" or abs(value) < 1e39:  # in a PCD these are not a return of the scanner
         assert len(damage) == 1 and f"{bad} of 400 points" in damage[0]
     value_of_model = POINT.make_value(points, train=False, rng=RNG)
     assert torch.isfinite(value_of_model).all() and value_of_model[:, :3].abs().mean() > 0.05

@@ -18,7 +18,7 @@ from onellm_dist.model.compiled_blocks import GRAPHS_OF_ONE_CODE, compile_blocks
 from onellm_dist.packed import PackedBatch
 
 NAMES = ("image", "imu", "fmri")
-PACKS, SETTLED, MOST_GRAPHS = 50, 12, 48
+PACKS, WARMED_UP, MOST_GRAPHS = 50, 12, 48
 """New shapes; after how many nothing is compiled; graphs in all. Of those, 42 were seen: parts of
 three kinds of blocks, with and without gradients of their inputs, and for empty packs."""
 BOUND = 1e-6
@@ -71,7 +71,7 @@ def test_new_packs_compile_nothing_new_and_give_the_same_numbers() -> None:
         graphs.append(counters["stats"]["unique_graphs"])
 
     assert 0 < graphs[-1] <= MOST_GRAPHS
-    assert graphs[-1] == graphs[SETTLED], "a later pack was compiled again"
+    assert graphs[-1] == graphs[WARMED_UP], "a later pack was compiled again"
 
 
 class _Block(nn.Module):
@@ -114,7 +114,9 @@ def test_a_piece_has_more_graphs_than_torchs_limit_in_every_thread(
     assert counters["stats"]["unique_graphs"] == len(kinds)
 
 
-def test_a_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_compile_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It has a compiler for processors; the meta device stands for a GPU without Triton."""
     from torch._dynamo import config
 

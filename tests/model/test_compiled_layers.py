@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from packs import small_model
-from test_compiled_blocks import NAMES, SETTLED, check_loss, check_step, draw_packs
+from test_compiled_blocks import NAMES, WARMED_UP, check_loss, check_step, draw_packs
 
 from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.model.compiled_blocks import compile_blocks
@@ -56,7 +56,7 @@ def test_all_layers_share_graphs_in_training_and_validation(
     counters.clear()
     graphs = []
     with config.patch(fail_on_recompile_limit_hit=True):
-        for pack in draw_packs()[: SETTLED + 4]:
+        for pack in draw_packs()[: WARMED_UP + 4]:
             check_step(compiled.train(), plain.train(), pack)
             with torch.no_grad():
                 check_loss(compiled.eval()(packed=pack).loss, plain.eval()(packed=pack).loss)
@@ -64,4 +64,4 @@ def test_all_layers_share_graphs_in_training_and_validation(
 
     print(f"{kernels}, adapters {adapted}, recomputation {recompute}: {graphs[-1]} graphs")
     assert 0 < graphs[-1] <= MOST_OF_LAYERS
-    assert graphs[-1] == graphs[SETTLED], "a later pack was compiled again"
+    assert graphs[-1] == graphs[WARMED_UP], "a later pack was compiled again"

@@ -152,7 +152,7 @@ def hold_in_float8(model: Any, dtype: torch.dtype = torch.float32) -> None:
 
 
 def test_what_is_rounded_is_said_as_a_share_of_the_llms_frozen_weights() -> None:
-    """Of a mixture of experts it is attention alone: its experts are no linear layers."""
+    """Of a mixture of experts it is attention alone: its experts are not linear layers."""
     config = MixtralConfig(
         vocab_size=512,
         hidden_size=64,
@@ -316,7 +316,7 @@ def test_the_planner_knows_float8_products_and_their_rate() -> None:
     products = [key for key in counts[True].operations if key.name == FLOAT8_PRODUCT]
     assert len(products) == 2 * 5 and {key.phase for key in products} == {"forward"}
     assert not any(key.name == FLOAT8_PRODUCT for key in counts[False].operations)
-    # Held weights are no activations, and nothing more is kept for backward.
+    # Held weights are not activations, and nothing more is kept for backward.
     assert sum(counts[True].kept.values()) <= sum(counts[None].kept.values())
     seconds = {}
     costs = build_cost_model(models[True], [("image",)], modalities)

@@ -85,7 +85,7 @@ def test_frozen_linear_layers_of_the_llm_are_chosen_but_for_its_head() -> None:
         plan_layers(model, "nf4")
 
 
-def test_a_layer_with_a_stand_in_computes_and_gives_gradients_as_before() -> None:
+def test_a_quantised_layer_computes_and_gives_gradients_as_before() -> None:
     linear = nn.Linear(6, 4)
     model = nn.Module()
     x = torch.randn(3, 6, requires_grad=True)

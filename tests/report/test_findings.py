@@ -123,7 +123,7 @@ def test_findings_of_a_slow_or_sick_run(fields: dict[str, Any], words: str, tmp_
     assert words in get_text(load_facts(run.directory, now=run.set_file_times()))
 
 
-def test_an_out_of_memory_that_lowered_the_budgets_is_told(tmp_path: Path) -> None:
+def test_an_out_of_memory_that_lowered_the_budgets_is_reported(tmp_path: Path) -> None:
     run = RecordedRun(tmp_path / "run")
     run.allocate()
     run.start(0)

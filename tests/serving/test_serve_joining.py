@@ -217,7 +217,7 @@ def test_requests_join_past_one_for_which_there_is_no_room() -> None:
 def test_the_queue_goes_on_where_the_only_client_leaves_while_others_are_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jobs_module, "LINGER", 0.3)
+    monkeypatch.setattr(jobs_module, "JOIN_WAIT_S", 0.3)
     queue = JobQueue(9)
     jobs = [Job(SHORT, (), None, time.monotonic() + 60, print) for _ in range(2)]
     with ThreadPoolExecutor(1) as pool:

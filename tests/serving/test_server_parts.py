@@ -300,7 +300,7 @@ def test_fuzzed_bodies_are_refused(address: str, content: bytes) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_told_to_end_answers_what_it_accepted(tmp_path: Path) -> None:
+def test_a_server_that_is_asked_to_end_answers_what_it_accepted(tmp_path: Path) -> None:
     model = served.make_model()
     model.save_pretrained(tmp_path / "toy")
     OneLLMProcessor(load_toy_tokenizer()).save_pretrained(tmp_path / "toy")

@@ -260,7 +260,7 @@ def test_tars_of_one_picture_a_sample_stay_what_they_are(
 
 
 def test_parts_that_several_modalities_read_are_named(tmp_path: Path) -> None:
-    """Features beside pictures are no point clouds, recordings and responses."""
+    """Features beside pictures are not point clouds, recordings and responses."""
     folder = tmp_path / "foreign"
     write_tar(folder / "00.tar", {"a.jpg": picture(), "a.npy": b"x", "a.txt": b"t", "b.txt": b"t"})
     with pytest.raises(UsageError, match=r"\.npy there may be point or imu or fmri"):

@@ -116,7 +116,7 @@ def test_a_sample_that_fails_once_is_built(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setitem(FAULTS, "once", (crash_once, ""))
     inputs = write_inputs(tmp_path / "in", "image", ("once",))
-    assert list(build(inputs, tmp_path / "out")) == ["000-once"]  # it is no picture, but was read
+    assert list(build(inputs, tmp_path / "out")) == ["000-once"]  # no picture, but read
     assert mark.exists()
     (bad,) = map(json.loads, (tmp_path / "out/quarantine.jsonl").read_text().splitlines())
     assert bad["reason"].startswith("unreadable image")

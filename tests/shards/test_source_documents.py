@@ -40,7 +40,7 @@ def test_finevision_with_several_pictures(tmp_path: Path) -> None:
 
 
 def test_parts_of_two_columns_stay_with_their_medium(tmp_path: Path) -> None:
-    """The times of recordings are an optional part: they are no pictures."""
+    """The times of recordings are an optional part: they are not pictures."""
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(0)
 

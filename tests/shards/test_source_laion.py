@@ -104,7 +104,7 @@ def test_without_parquet_the_json_in_the_tar_says_the_same(tmp_path: Path) -> No
         assert sample["json"] == after[key]["json"]
 
 
-def test_a_caption_may_stand_in_laions_own_column_or_in_the_tar_alone(tmp_path: Path) -> None:
+def test_a_caption_may_be_in_laions_own_column_or_in_the_tar_alone(tmp_path: Path) -> None:
     rows = laion_rows(0, 2)
     named = [
         {**{k: v for k, v in r.items() if k != "caption"}, "TEXT": f"named {i}"}
@@ -130,7 +130,7 @@ def test_keys_of_several_download_runs_do_not_clash(tmp_path: Path) -> None:
     assert list(read_samples(dataset)) == ["part0/0000000", "part1/0000000"]
 
 
-def test_unfinished_tars_are_named_and_refused_unless_told_otherwise(tmp_path: Path) -> None:
+def test_unfinished_tars_are_named_and_refused_unless_asked_for(tmp_path: Path) -> None:
     laion(tmp_path / "in")
     cut = write_download(tmp_path / "in", 2, laion_rows(5, 3), finished=False)
     cut.write_bytes(cut.read_bytes()[: places_in(cut)["0000202.jpg"] + 50])

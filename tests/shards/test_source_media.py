@@ -83,7 +83,7 @@ def test_every_form_of_conversations_with_media(folder: Path) -> None:
 
 
 def test_sharegpt_with_lists_of_media(folder: Path) -> None:
-    """With a modality as `interleaved`; without one, a row that has media is no text alone."""
+    """With a modality as `interleaved`; without one, a row that has media is not a text alone."""
     rows: list[Any] = [
         {
             "id": "a",

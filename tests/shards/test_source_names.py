@@ -155,7 +155,7 @@ def test_a_missing_file_that_differs_in_case_is_named(tmp_path: Path) -> None:
     assert f"(looked for in {tmp_path / 'in'}; A.JPG lies there" in report.quarantined[0].reason
 
 
-def test_names_that_differ_in_dots_are_told_apart(tmp_path: Path) -> None:
+def test_names_that_differ_in_dots_are_distinguished(tmp_path: Path) -> None:
     names = ["22.05", "22_05", "a.b.c", "a.b_c", "a_b_c", "22_05-2"]
     files: dict[str, bytes | str] = {}
     for i, name in enumerate(names):
@@ -173,7 +173,7 @@ def test_made_up_keys_are_unique() -> None:
     assert make_keys_unique(["a", "a"], [False, True]) == ["a-2", "a"]
 
 
-def test_lists_of_one_stem_are_told_apart(tmp_path: Path) -> None:
+def test_lists_of_one_stem_are_distinguished(tmp_path: Path) -> None:
     row = json.dumps(
         {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}
     )

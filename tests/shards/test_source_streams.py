@@ -58,7 +58,7 @@ def test_rows_of_a_csv_are_those_of_the_csv_module(tmp_path: Path, ending: str) 
         assert all_rows(tmp_path / "t.csv", CSV, ["a", "b", "c"], size) == expected
 
 
-def test_a_quote_that_is_never_closed_spoils_its_own_row_alone(tmp_path: Path) -> None:
+def test_a_quote_that_is_never_closed_loses_its_own_row_alone(tmp_path: Path) -> None:
     lines = ["a,b", '1,"open', *(f"{i},text" for i in range(2, 100)), '100,"closed"']
     (tmp_path / "t.csv").write_text("\n".join(lines))
     _, start = read_header(tmp_path / "t.csv", CSV)

@@ -198,7 +198,7 @@ def test_an_archive_of_one_volume_and_unpacked_files_together(tmp_path: Path) ->
     check(tmp_path / "out", tmp_path / "in")
 
 
-def test_the_blacklist_is_left_out_and_its_absence_is_told(tmp_path: Path) -> None:
+def test_the_blacklist_is_left_out_and_its_absence_is_noted(tmp_path: Path) -> None:
     unpacked(tmp_path / "in")
     listed = "json_files/blacklist/blacklist_exclude_all_ac.json"
     report, dataset = build_source("wavcaps", tmp_path / "in", tmp_path / "out", blacklist=listed)
@@ -317,7 +317,7 @@ def test_a_missing_volume_is_named(tmp_path: Path) -> None:
 
 
 @needs_zip
-def test_a_damaged_volume_spoils_its_own_members_alone(tmp_path: Path) -> None:
+def test_a_damaged_volume_loses_its_own_members_alone(tmp_path: Path) -> None:
     archives(tmp_path / "in")
     volume = tmp_path / "in/Zip_files/FreeSound/FreeSound.z01"
     data = volume.read_bytes()

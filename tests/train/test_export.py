@@ -68,7 +68,7 @@ def test_an_exported_model_has_a_card_and_checksums(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_in_the_words_of_safetensors_is_no_wait_for_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its errors are no OSError: rank 0 says it failed, whatever the class."""
+    """Its errors are not OSError: rank 0 says it failed, whatever the class."""
     from onellm_dist.model.presets import load_model
     from onellm_dist.train import export
 

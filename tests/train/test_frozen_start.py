@@ -50,7 +50,7 @@ class FrozenRuns(Runs):
 def test_a_run_keeps_frozen_weights_where_its_planner_says(tmp_path: Path) -> None:
     """Then on devices without constants, and then where the recipe says it.
 
-    What each start decides for itself is no change of the recipe.
+    What each start decides for itself is not a change of the recipe.
     """
     runs = FrozenRuns(tmp_path, ("image",), 8)
     known, unknown = tmp_path / "known", tmp_path / "unknown"

@@ -115,7 +115,7 @@ def test_everything_wrong_is_named_at_once(dataset: Path, tmp_path: Path) -> Non
 
 
 def test_what_a_misspelt_key_may_have_meant_is_not_looked_for(dataset: Path) -> None:
-    """Under the default of `data.root` the dataset is missing; that is no fault of the recipe."""
+    """Under the default of `data.root` the dataset is missing, which is not a fault."""
     recipe = write_recipe(dataset)
     values = json.loads(recipe.read_text())
     values["data"]["rot"] = values["data"].pop("root")

@@ -226,7 +226,7 @@ def test_a_run_of_which_nothing_can_be_read_fails_at_its_first_step(runs: Runs) 
     assert runs.steps_done("unreadable") == 0 and not (runs.out / "unreadable" / "model").exists()
 
 
-def test_a_modality_of_which_nothing_can_be_read_blames_the_library(runs: Runs) -> None:
+def test_a_modality_of_which_nothing_can_be_read_is_a_fault_of_the_library(runs: Runs) -> None:
     keys = {**DONE, "data__mixture": "[{path: imu}, {path: fmri}]", "train__steps": 20}
     start = runs.start("one_modality", 2, {"unreadable": "imu"}, **keys)
     assert start.wait() == [1, 1]

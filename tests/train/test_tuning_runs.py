@@ -97,7 +97,7 @@ def test_a_run_that_was_stopped_ends_by_validation_where_it_would_have(runs: Run
     runs.run("undisturbed", 1, **EARLY)
     folder = runs.run("stopped", 1, stop=1, **EARLY)
     assert [line["steps_done"] for line in read_lines(folder / "validation.jsonl")] == [1]
-    # The scores of the kept checkpoint on benchmarks are no validation.
+    # The scores of the kept checkpoint on benchmarks are not validation.
     kept = max(path.name for path in (folder / "checkpoints").glob("step-*"))
     append_entry(folder, build_entry(f"{kept}-1a2b3c4d", int(kept[5:]), [], 1.0), alone=True)
     assert read_lines(folder / "validation.jsonl")[-1]["steps_done"] == 2

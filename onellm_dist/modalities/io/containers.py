@@ -36,7 +36,7 @@ def open_media(part: Part, kind: str) -> Iterator[InputContainer]:
 
     Raises:
         SampleError: the bytes are not such media.
-        OneLLMError: the installed PyAV lacks what is used of it, which is no fault of the bytes.
+        OneLLMError: the installed PyAV lacks what is used of it, which is not a fault of the bytes.
     """
     try:
         with av.open(

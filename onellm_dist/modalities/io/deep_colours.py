@@ -36,7 +36,7 @@ def note_white_level(picture: Image.Image, data: bytes) -> None:
     """Put what a file says of its white into `picture.info`, if it says anything.
 
     A PNG has its number of significant bits (sBIT), a TIFF its largest sample (SMaxSampleValue)
-    and its bits per sample, where these are no 8 or 16; a PGM its maximum, which Pillow scales by.
+    and its bits per sample, where these are not 8 or 16; a PGM its maximum, which Pillow scales by.
 
     Args:
         picture: an opened picture, loaded or not.

@@ -101,7 +101,7 @@ def make_late_error() -> RequestError:
 
 
 def describe_error(error: Exception) -> RequestError:
-    """What a client gets for an error; if it is no OneLLMError, the log has its traceback."""
+    """What a client gets for an error; if it is not an OneLLMError, the log has its traceback."""
     if isinstance(error, OneLLMError):
         return RequestError.from_error(error)
     _log.error("a request failed", exc_info=error)

@@ -11,7 +11,7 @@ from onellm_dist.common.logging import get_logger
 from onellm_dist.model.batched_generation import Prompt
 
 _log = get_logger(__name__)
-LINGER = 0.005
+JOIN_WAIT_S = 0.005
 """Seconds that a first request waits for others to be answered with it."""
 
 
@@ -224,7 +224,7 @@ class JobQueue:
                 self._change.wait_for(self._can_take)
                 if self.count_ready() < most and not self._closed:
                     self._change.wait_for(
-                        lambda: self.count_ready() >= most or self._closed, timeout=LINGER
+                        lambda: self.count_ready() >= most or self._closed, timeout=JOIN_WAIT_S
                     )
                 taken = self._take(most, fits)
                 if taken or (self._closed and not self._waiting):

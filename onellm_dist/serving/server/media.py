@@ -119,10 +119,10 @@ class MediaReader:
     def _open(self) -> ProcessPoolExecutor:
         # Not forked: this process has threads, and a model.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_settle)
+        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_begin_worker)
 
 
-def _settle() -> None:
+def _begin_worker() -> None:
     """Outlive the signals that end the server, but not the server (in a worker)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

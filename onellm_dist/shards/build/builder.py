@@ -70,7 +70,7 @@ def build_planned(
         workers: processes.
         overwrite: replace a dataset at the output, or an unfinished build of something else.
         task: this process's share.
-        restart: first throw away an unfinished build, also of the same request. Only for a process
+        restart: first discard an unfinished build, also of the same request. Only for a process
             that builds alone (others would lose their work).
 
     Raises:
@@ -80,7 +80,7 @@ def build_planned(
     if restart and _is_one_of_several(task):
         raise UsageError(
             "--restart is given to one of several processes.",
-            "each would throw away what the others have built.",
+            "each would discard what the others have built.",
             "give it to one process, and start the others without it when that one builds.",
         )
     out = request.out
@@ -117,7 +117,7 @@ def _build_local(request: BuildRequest, out: Path, mode: BuildMode) -> BuildRepo
             if not try_lock(descriptor, shared=False):
                 raise UsageError(
                     f"{out} is being built by another process.",
-                    "its work would be thrown away.",
+                    "its work would be lost.",
                     "wait for it, or end it first.",
                 )
             empty_folder(base)

@@ -377,7 +377,7 @@ def _check_media(medium: SampleMedium, parts: Mapping[str, bytes], meta: Mapping
     except SampleError as error:
         raise BadSampleError(f"unreadable {name}: {error.what}") from error
     except (OneLLMError, MemoryError):
-        raise  # a library that does not fit, or too little memory, is no fault of the file
+        raise  # a library that does not fit, or too little memory, is not a fault of the file
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from error

@@ -144,7 +144,7 @@ def _write_database(root: StoragePath, shards: Sequence[ShardInfo], scratch: Pat
     """Write index.sqlite (made locally, SQLite cannot write to stores) and the `.idx` files."""
     local = scratch / f"{unique_name()}.sqlite"
     with closing(sqlite3.connect(local)) as database:
-        # After a crash the file is thrown away, so nothing needs a journal.
+        # After a crash the file is discarded, so nothing needs a journal.
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("PRAGMA synchronous = OFF")
         database.executescript(_TABLES)

@@ -50,7 +50,7 @@ def find_checkpoint(config: RunConfig, checkpoints: Path, dist: Distributed) -> 
         UsageError: the checkpoint that the recipe names is not complete or damaged, or a checkpoint
             was trained over other frozen weights or against another reference.
         OneLLMError: there are checkpoints, and all of them are damaged: starting from nothing would
-            throw the run away.
+            lose the run.
     """
     wanted = config.checkpoint.resume
 

@@ -92,7 +92,7 @@ def test_parts_are_the_modality_and_the_text(modality: str) -> None:
     assert tuple(sample.attributes.values()) in world.get_held_out(modality)
 
 
-def test_the_picture_does_not_tell_what_the_map_is_for() -> None:
+def test_the_picture_does_not_show_what_the_map_is_for() -> None:
     """Apparent size is drawn by lot: it does not go with the distance."""
     sizes: dict[str, list[int]] = {}
     for index in range(45):
@@ -115,7 +115,7 @@ def test_crops_of_a_video_differ() -> None:
     assert not np.array_equal(center, right)
 
 
-def test_point_colors_tell_places_on_the_surface() -> None:
+def test_point_colors_show_places_on_the_surface() -> None:
     """Groups of neighbours in colour lie at different places; else all tokens would be alike."""
     value, _ = readers.value_of("point", "train", 2)
     centers = np.random.default_rng(0).choice(point.POINTS, 40, replace=False)

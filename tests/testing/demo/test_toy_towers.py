@@ -117,7 +117,7 @@ def test_the_assembled_model_has_the_towers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_short_pretraining_tells_images_apart(bank: ImageBank) -> None:
+def test_a_short_pretraining_distinguishes_images(bank: ImageBank) -> None:
     model, processor = load_model(path=None, preset="toy", seed=0)
     untrained = ContrastiveHead(96, len(processor.tokenizer))
     before = measure_top1(model.encoder, untrained, processor.tokenizer, bank, batches=2)

@@ -98,7 +98,7 @@ def test_the_clock_counts_the_model_and_not_the_engine() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["deepspeed", pytest.param("fsdp", marks=pytest.mark.soak)])
-def test_a_slow_rank_and_a_slow_loader_are_named_and_told_apart(
+def test_a_slow_rank_and_a_slow_loader_are_named_and_distinguished(
     tmp_path: Path, engine: str
 ) -> None:
     runs = Runs(tmp_path, ("image", "imu"), 16, train__steps=20, data__global_batch=4)

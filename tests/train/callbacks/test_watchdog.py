@@ -63,7 +63,7 @@ def test_which_ranks_are_held_responsible(
     assert find_responsible_ranks(reports, world_size)[0] == responsible
 
 
-def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
+def test_a_thread_in_a_collective_is_distinguished_from_one_that_is_not() -> None:
     assert not is_in_collective(sys._current_frames(), threading.get_ident())
 
     def frame(path: str, back: Any = None) -> Any:

@@ -149,7 +149,7 @@ def test_what_was_read_is_not_read_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A resume compares the same files with the manifest; checkpoints record them."""
-    monkeypatch.setattr(checksums, "SETTLED_NS", -1)
+    monkeypatch.setattr(checksums, "STABLE_AGE_NS", -1)
     own = config(tmp_path, path=str(folder))
     check_weights(folder, ONE_RANK)
     assert len(reads) == 4

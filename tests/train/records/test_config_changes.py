@@ -108,7 +108,7 @@ def test_another_runs_recipe_is_that_beside_its_checkpoint(tmp_path: Path) -> No
     earlier = read_earlier_recipe(own, link)
     assert earlier is not None and earlier["optim"]["lr"] == 1e-4
     keys = {c.key for c in find_changes(earlier, load(own, "checkpoint.resume=auto"))}
-    assert keys == {"optim.lr"}, "another run.dir is no change of the recipe"
+    assert keys == {"optim.lr"}, "another run.dir is not a change of the recipe"
     (other / "config.yaml").write_text("- not a recipe")
     assert read_earlier_recipe(own, link) is None
 

@@ -92,7 +92,7 @@ def _read_json_list(path: Path) -> Iterator[TableRow]:
 
 
 def _parse_json(text: str | bytes) -> Any:
-    """Parse JSON; NaN and infinities, which are no JSON, become None."""
+    """Parse JSON; NaN and infinities, which are not JSON, become None."""
     return json.loads(text, parse_constant=lambda _: None)
 
 
@@ -131,7 +131,7 @@ def find_dialect(path: Path) -> tuple[delimited.Dialect, delimited.RowRange]:
     character that gives the header the most columns with a known name, then the most columns.
 
     Raises:
-        UsageError: the file is no UTF-8 text.
+        UsageError: the file is not UTF-8 text.
     """
     with path.open("rb") as file:
         head = file.read(1 << 16)

@@ -1,4 +1,4 @@
-"""What is said of a table or list that is no UTF-8 text, and which form a JSON file has."""
+"""What is said of a table or list that is not UTF-8 text, and which form a JSON file has."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def has_json_lines(path: Path) -> bool:
     are. Several objects that each span lines are one document, which ends too early.
 
     Raises:
-        UsageError: it is no UTF-8 text (`check_text`).
+        UsageError: it is not UTF-8 text (`check_text`).
     """
     with path.open("rb") as file:
         check_text(path, file.read(_HEAD))
