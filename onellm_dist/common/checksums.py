@@ -192,7 +192,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 
 @contextmanager
-def renewed_sums(folder: Path) -> Iterator[None]:
+def renew_sums(folder: Path) -> Iterator[None]:
     """Keep what a folder records about its files true while some of them are written anew.
 
     Files that were not written keep their checksums. `conversion.json` is removed where it

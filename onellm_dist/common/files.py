@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 22
 TAIL_BYTES = 1 << 16
 
 
-def staged_path(path: Path) -> Path:
+def get_staged_path(path: Path) -> Path:
     """The name under which `path` is written before it is renamed into place."""
     return path.with_name(path.name + STAGED)
 
@@ -67,7 +67,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk refuses.
     """
-    temporary = staged_path(path.with_name(f"{path.name}.{unique_name()}"))
+    temporary = get_staged_path(path.with_name(f"{path.name}.{unique_name()}"))
     try:
         yield temporary
         sync(temporary)

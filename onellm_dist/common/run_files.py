@@ -22,13 +22,13 @@ CHECKPOINT_PREFIX = "step-"
 SAMPLES = "samples"
 """The sample log: which samples were skipped, and what the stream was made of."""
 SKIPPED_PATTERN = "skipped-*.jsonl"
-"""In `samples/`: samples that could not be read, one file per rank (see `skipped_name`)."""
+"""In `samples/`: samples that could not be read, one file per rank (see `make_skipped_name`)."""
 SKIPPED_INHERITED = "skipped-inherited.jsonl"
 """In `samples/`: skipped samples of the run whose checkpoint this run continued."""
 EXCLUDE_LIST = "exclude.txt"
 """Samples that `onellm samples exclude` leaves out of the run, one a line."""
 LISTED_PATTERN = "listed-*.jsonl"
-"""In `samples/`: uses of samples that a list left out, one file per rank (see `listed_name`)."""
+"""In `samples/`: uses of samples that a list left out, one file per rank (`make_listed_name`)."""
 LISTED_INHERITED = "listed-inherited.jsonl"
 """In `samples/`: the same of the run whose checkpoint this run continued."""
 EXCLUDED = "excluded.jsonl"
@@ -87,11 +87,11 @@ PROFILE = "profile"
 """A file of this name asks for a trace of the next two steps."""
 
 
-def skipped_name(rank: int) -> str:
+def make_skipped_name(rank: int) -> str:
     """File in `samples/` of the samples that `rank` could not read."""
     return f"skipped-rank{rank:05d}.jsonl"
 
 
-def listed_name(rank: int) -> str:
+def make_listed_name(rank: int) -> str:
     """File in `samples/` of the uses of samples of `rank` that a list left out."""
     return f"listed-rank{rank:05d}.jsonl"

@@ -48,7 +48,9 @@ _DEEPEST = 20
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}")
 _SHAPES = re.compile(
     r"(?<!/)\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
-    r"|(?:AKIA|ASIA)[0-9A-Z]{16}|sk-(?=[\w-]{0,300}[A-Za-z0-9]{16})(?=[\w-]{0,300}[0-9])[\w-]{20,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}"
+    r"|sk-(?=[\w-]{0,300}[A-Za-z0-9]{16})(?=[\w-]{0,300}[0-9])[\w-]{20,}"
+    r"|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}"
     r"|eyJ[\w-]{8,2000}\.eyJ[\w-]{8,}\.[\w-]+)"
 )
 """Tokens that show what they are: Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack, Google, JWT.

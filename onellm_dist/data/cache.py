@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.files import STAGED, staged_path
+from onellm_dist.common.files import STAGED, get_staged_path
 
 CHUNK = 4 << 20
 """Bytes of a chunk; the last chunk of a tar is shorter."""
@@ -84,7 +84,7 @@ class ChunkCache:
                     self._write(path, data)
         except OSError:
             with contextlib.suppress(OSError):
-                staged_path(path).unlink(missing_ok=True)
+                get_staged_path(path).unlink(missing_ok=True)
             return False
         return True
 
@@ -107,7 +107,7 @@ class ChunkCache:
             used = self._evict(len(data))
         self._used.write_text("")  # unknown until rewritten: after a kill the next writer recounts
         path.parent.mkdir(exist_ok=True)
-        staged = staged_path(path)
+        staged = get_staged_path(path)
         staged.write_bytes(data)
         staged.replace(path)
         self._used.write_text(str(used + len(data)))

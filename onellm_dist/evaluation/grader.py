@@ -238,7 +238,7 @@ def _ask_once(
         raise OneLLMError(
             f"{grader.url}: no chat completion came back ({type(error).__name__}: {why})",
             left,
-            "check the address: it is the base of an OpenAI-compatible API, mostly https://HOST/v1.",
+            "check the address: it is the base of an OpenAI-compatible API, often https://HOST/v1.",
         ) from None
     return content or ""
 

@@ -207,7 +207,11 @@ class OneLLMConfig(KeepsSums, PretrainedConfig):
     model_type = "onellm"
     code_map = CONFIG_MAP
     # transformers declares a plain dict, not a ClassVar.
-    sub_configs = {"text_config": AutoConfig, "vision": OneLLMVisionConfig, "upm": OneLLMUPMConfig}  # noqa: RUF012
+    sub_configs = {  # noqa: RUF012
+        "text_config": AutoConfig,
+        "vision": OneLLMVisionConfig,
+        "upm": OneLLMUPMConfig,
+    }
 
     def __init__(
         self,

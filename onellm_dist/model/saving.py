@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from onellm_dist.common.checksums import check_folder, renewed_sums
+from onellm_dist.common.checksums import check_folder, renew_sums
 from onellm_dist.common.files import FileStamp, stamp_file
 from onellm_dist.model.folder_code.files import write_code
 
@@ -44,7 +44,7 @@ class KeepsSums:
         if not kwargs.get("is_main_process", True):
             return parent.save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
-        with renewed_sums(folder):
+        with renew_sums(folder):
             if self.code_map:
                 given = dict(self.code_map) if self.can_give_code() else None
                 vars(self)["auto_map"] = given

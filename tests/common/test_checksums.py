@@ -21,7 +21,7 @@ from onellm_dist.common.checksums import (
     check_folder,
     hash_once,
     read_sums,
-    renewed_sums,
+    renew_sums,
     write_sums,
 )
 from onellm_dist.common.errors import UsageError
@@ -162,7 +162,7 @@ def make_folder(folder: Path) -> Path:
 
 def test_records_of_files_that_were_written_anew_are_renewed(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
-    with renewed_sums(folder):
+    with renew_sums(folder):
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").unlink()
         (folder / "model-00001-of-00001.safetensors").write_text("new")
@@ -182,7 +182,7 @@ def test_renewal_blesses_no_damage(tmp_path: Path) -> None:
     """Weights that rotted before the config was saved again are still found."""
     folder = make_folder(tmp_path / "model")
     (folder / "model.safetensors").write_text("Model.safetensors")
-    with renewed_sums(folder):
+    with renew_sums(folder):
         (folder / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"model\.safetensors is damaged"):
         check_folder(folder)
@@ -192,7 +192,7 @@ def test_what_was_written_in_part_is_refused(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
 
     def write_half() -> None:
-        with renewed_sums(folder):
+        with renew_sums(folder):
             (folder / "model.safetensors").write_text("half")
             raise OSError("the disk is full")
 
@@ -203,13 +203,13 @@ def test_what_was_written_in_part_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders_without_records_stay_without(tmp_path: Path) -> None:
-    with renewed_sums(tmp_path / "new"):
+    with renew_sums(tmp_path / "new"):
         (tmp_path / "new").mkdir()
         (tmp_path / "new" / "config.json").write_text("{}")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.json"]
     folder = make_folder(tmp_path / "model")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with renewed_sums(folder):
+    with renew_sums(folder):
         (folder / "notes.txt").write_text("not recorded")
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert after == {**before, "notes.txt": b"not recorded"}

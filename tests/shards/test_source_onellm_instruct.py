@@ -42,16 +42,17 @@ def tensor(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def instruction_tuning(root: Path) -> Path:
-    """The tree of csuhan/OneLLM_InstructionTuning, paths as in its rows."""
-    base = "InstructionTuning"
-    motion = np.stack([np.sin((i + 1) * np.arange(2400) / 200) for i in range(6)])
-    files: dict[str, bytes | str] = {
-        f"{base}/audio/audiocap_train.json": to_json(
-            [row(0, f"{base}/audio/audiocap/train/a.wav", "Caption <audio>", "a bell")]
+BASE = "InstructionTuning"
+
+
+def make_audio_and_depth_files() -> dict[str, bytes | str]:
+    """Sounds, and pictures with depth or normals."""
+    return {
+        f"{BASE}/audio/audiocap_train.json": to_json(
+            [row(0, f"{BASE}/audio/audiocap/train/a.wav", "Caption <audio>", "a bell")]
         ),
-        f"{base}/audio/audiocap/train/a.wav": make_tone("WAV"),
-        f"{base}/audio/audio_conversation.json": to_json(
+        f"{BASE}/audio/audiocap/train/a.wav": make_tone("WAV"),
+        f"{BASE}/audio/audio_conversation.json": to_json(
             [
                 row(
                     0,
@@ -63,86 +64,104 @@ def instruction_tuning(root: Path) -> Path:
                 )
             ]
         ),
-        f"{base}/audio/b.flac": make_tone(),
-        f"{base}/depth_normal/llava_instruct_50k_depth.json": to_json(
+        f"{BASE}/audio/b.flac": make_tone(),
+        f"{BASE}/depth_normal/llava_instruct_50k_depth.json": to_json(
             [
                 row(
                     0,
-                    f"{base}/depth_normal/rgb/1.jpg",
+                    f"{BASE}/depth_normal/rgb/1.jpg",
                     "Describe <image>",
                     "near",
-                    depth_image=f"{base}/depth_normal/depth/1.png",
+                    depth_image=f"{BASE}/depth_normal/depth/1.png",
                 )
             ]
         ),
-        f"{base}/depth_normal/llava_instruct_50k_normal.json": to_json(
+        f"{BASE}/depth_normal/llava_instruct_50k_normal.json": to_json(
             [
                 row(
                     0,
-                    f"{base}/depth_normal/rgb/1.jpg",
+                    f"{BASE}/depth_normal/rgb/1.jpg",
                     "Describe",
                     "flat",
-                    normal_image=f"{base}/depth_normal/normal/1.jpg",
+                    normal_image=f"{BASE}/depth_normal/normal/1.jpg",
                 )
             ]
         ),
-        f"{base}/depth_normal/rgb/1.jpg": make_photo(),
-        f"{base}/depth_normal/depth/1.png": make_photo(seed=1, kind="PNG"),
-        f"{base}/depth_normal/normal/1.jpg": make_photo(seed=2),
-        f"{base}/fmri/fmri_fixed_train.json": to_json(
-            [row(0, f"{base}/fmri/1.npy", "Describe the scene based on fMRI data.", "a cat")]
+        f"{BASE}/depth_normal/rgb/1.jpg": make_photo(),
+        f"{BASE}/depth_normal/depth/1.png": make_photo(seed=1, kind="PNG"),
+        f"{BASE}/depth_normal/normal/1.jpg": make_photo(seed=2),
+    }
+
+
+def make_fmri_and_image_files() -> dict[str, bytes | str]:
+    """Responses, pictures and a text."""
+    return {
+        f"{BASE}/fmri/fmri_fixed_train.json": to_json(
+            [row(0, f"{BASE}/fmri/1.npy", "Describe the scene based on fMRI data.", "a cat")]
         ),
-        f"{base}/fmri/1.npy": make_npy(
+        f"{BASE}/fmri/1.npy": make_npy(
             (np.arange(3 * 15724) / 128).reshape(3, 15724).astype(np.float32)
         ),
-        f"{base}/image/cococap_train.json": to_json(
-            [row(0, f"{base}/image/coco/train2017/1.jpg", "<image>\nCaption", "a dog")]
+        f"{BASE}/image/cococap_train.json": to_json(
+            [row(0, f"{BASE}/image/coco/train2017/1.jpg", "<image>\nCaption", "a dog")]
         ),
-        f"{base}/image/llava_v1_5_mix665k_image.json": to_json(
-            [row(0, f"{base}/image/coco/train2017/1.jpg", "Q\n<image>", "A", "Q2", "A2")]
+        f"{BASE}/image/llava_v1_5_mix665k_image.json": to_json(
+            [row(0, f"{BASE}/image/coco/train2017/1.jpg", "Q\n<image>", "A", "Q2", "A2")]
         ),
-        f"{base}/image/coco/train2017/1.jpg": make_photo(seed=3),
-        f"{base}/image/llava_v1_5_mix665k_text.json": to_json(
+        f"{BASE}/image/coco/train2017/1.jpg": make_photo(seed=3),
+        f"{BASE}/image/llava_v1_5_mix665k_text.json": to_json(
             [row(0, None, "write <video> in HTML", "<video></video>")]
         ),
-        f"{base}/imu/imu_fixed_50k.json": to_json(
+    }
+
+
+def make_motion_point_and_video_files() -> dict[str, bytes | str]:
+    """Recordings, clouds and films."""
+    motion = np.stack([np.sin((i + 1) * np.arange(2400) / 200) for i in range(6)])
+    return {
+        f"{BASE}/imu/imu_fixed_50k.json": to_json(
             [
                 row(
                     0,
                     None,
                     "Describe the motion.",
                     "walks",
-                    imu_path=f"{base}/imu/processed",
+                    imu_path=f"{BASE}/imu/processed",
                     video_uid="v",
                     window_start=3.0,
                     window_end=5.0,
                 )
             ]
         ),
-        f"{base}/imu/processed/v.npy": make_npy(motion),
-        f"{base}/imu/processed/v_timestamps.npy": make_npy(np.arange(2400) * 5.0),
-        f"{base}/point/pointllm_70k.json": to_json(
+        f"{BASE}/imu/processed/v.npy": make_npy(motion),
+        f"{BASE}/imu/processed/v_timestamps.npy": make_npy(np.arange(2400) * 5.0),
+        f"{BASE}/point/pointllm_70k.json": to_json(
             [
-                row(0, f"{base}/point/8192_npy/aa_8192.npy", "<point>\nWhat?", "a cup"),
-                row(1, f"{base}/point/pt/bb.pt", "What?", "a pot"),
-                row(2, f"{base}/point/pt/cc.pt", "What?", "a fork"),
+                row(0, f"{BASE}/point/8192_npy/aa_8192.npy", "<point>\nWhat?", "a cup"),
+                row(1, f"{BASE}/point/pt/bb.pt", "What?", "a pot"),
+                row(2, f"{BASE}/point/pt/cc.pt", "What?", "a fork"),
             ]
         ),
-        f"{base}/point/8192_npy/aa_8192.npy": make_npy(make_cloud(seed=1)),
-        f"{base}/point/pt/bb.pt": tensor(make_cloud(seed=2).T),
-        f"{base}/point/8192_npy/cc_8192.npy": make_npy(make_cloud(seed=3)),
-        f"{base}/video/msrvtt_cap_trainval.json": to_json(
-            [row(0, f"{base}/video/msrvtt/video0.mp4", "Caption", "a ball moves")]
+        f"{BASE}/point/8192_npy/aa_8192.npy": make_npy(make_cloud(seed=1)),
+        f"{BASE}/point/pt/bb.pt": tensor(make_cloud(seed=2).T),
+        f"{BASE}/point/8192_npy/cc_8192.npy": make_npy(make_cloud(seed=3)),
+        f"{BASE}/video/msrvtt_cap_trainval.json": to_json(
+            [row(0, f"{BASE}/video/msrvtt/video0.mp4", "Caption", "a ball moves")]
         ),
-        f"{base}/video/msrvtt_vqa_train.json": to_json(
-            [row(0, f"{base}/video/msrvtt/video0", "what moves?", "ball")]
+        f"{BASE}/video/msrvtt_vqa_train.json": to_json(
+            [row(0, f"{BASE}/video/msrvtt/video0", "what moves?", "ball")]
         ),
-        f"{base}/video/msrvtt_vqa_test.json": to_json(
-            [row(0, f"{base}/video/msrvtt/video0.mp4", "TEST", "TEST")]
+        f"{BASE}/video/msrvtt_vqa_test.json": to_json(
+            [row(0, f"{BASE}/video/msrvtt/video0.mp4", "TEST", "TEST")]
         ),
-        f"{base}/video/msrvtt/video0.mp4": make_film(),
+        f"{BASE}/video/msrvtt/video0.mp4": make_film(),
     }
-    return write_tree(root, files)
+
+
+def instruction_tuning(root: Path) -> Path:
+    """The tree of csuhan/OneLLM_InstructionTuning, paths as in its rows."""
+    files = make_audio_and_depth_files() | make_fmri_and_image_files()
+    return write_tree(root, files | make_motion_point_and_video_files())
 
 
 def test_onellms_own_files(tmp_path: Path) -> None:

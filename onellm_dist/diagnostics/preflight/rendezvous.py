@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # not in its __all__
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # not in __all__
 from torch.distributed.distributed_c10d import PrefixStore
 
 from onellm_dist.common.error_text import get_first_line

@@ -1,6 +1,6 @@
 """The shard format: a dataset is a folder with `manifest.json`, tars, and an index beside each tar.
 
-`shards/README.md` (top level) describes the format byte by byte. Opening a dataset reads the
+`docs/reference/shards.md` describes the format byte by byte. Opening a dataset reads the
 manifest and lists the shard folders. An index is opened when a sample of its shard is read, so a
 dataset of 10^8 samples opens in a fraction of a second.
 

@@ -1,8 +1,8 @@
 """The index beside each tar (`x.tar.index`): where every part of every sample lies.
 
 With it, one sample is one byte-range read. The index is a columnar binary file that is mapped into
-memory and never parsed; `shards/README.md` describes it byte by byte. Shapes: n samples and P parts
-of one shard.
+memory and never parsed; `docs/reference/shards.md` describes it byte by byte. Shapes: n samples
+and P parts of one shard.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from onellm_dist.common.files import staged_path, sync
+from onellm_dist.common.files import get_staged_path, sync
 from onellm_dist.shards.format.dataset import ShardInfo
 from onellm_dist.shards.format.index import (
     IndexRows,
@@ -95,7 +95,7 @@ class ShardWriter:
         """Bytes of all parts so far."""
         self._media_of = media_of
         self._rows = IndexRows(media=None if media_of is None else [])
-        self._file = staged_path(target).open("wb", buffering=0)
+        self._file = get_staged_path(target).open("wb", buffering=0)
         self._digest = hashlib.sha256()
         self._pieces: list[bytes] = []
         self._gathered = 0
@@ -159,11 +159,11 @@ class ShardWriter:
             end=end,
         )
         write_index(self.target, index)
-        staged_path(self.target).replace(self.target)
+        get_staged_path(self.target).replace(self.target)
         sync(self.target.parent)
         return ShardInfo(self.path, self.split, self.samples, self._offset, digest)
 
     def abandon(self) -> None:
         """Remove what was written."""
         self._file.close()
-        staged_path(self.target).unlink(missing_ok=True)
+        get_staged_path(self.target).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar, cast
 from urllib.parse import quote
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.files import staged_path
+from onellm_dist.common.files import get_staged_path
 
 T = TypeVar("T")
 
@@ -138,7 +138,7 @@ def write_cached(target: Path, data: bytes) -> None:
     opened and can be fetched again, so it needs no sync (`write_atomic` would force one a file).
     """
     name = f".{target.name}.{os.getpid()}.{threading.get_ident()}"
-    temporary = staged_path(target.with_name(name))
+    temporary = get_staged_path(target.with_name(name))
     try:
         temporary.write_bytes(data)
         temporary.replace(target)

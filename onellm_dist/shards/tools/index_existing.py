@@ -48,7 +48,8 @@ SOURCE_NAME = "index"
 """The `source` of a manifest that was made for existing tars."""
 _SPLITS = re.compile(r"(?:^|[/_.-])(train|val|validation|test)(?=[/_.-])")
 _ARCHIVE = re.compile(
-    r"\.(?:zip|rar|7z|tar|tar\.(?:part|partial|tmp|temp|download|crdownload|aria2|[0-9]+|gz\.[^/]*))$",
+    r"\.(?:zip|rar|7z|tar"
+    r"|tar\.(?:part|partial|tmp|temp|download|crdownload|aria2|[0-9]+|gz\.[^/]*))$",
     re.IGNORECASE,
 )
 """Names of other archives, and of tars that are incomplete, cut into pieces or in capitals."""

@@ -22,7 +22,7 @@ from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
 
 
-class ShardPipeline(wds.DataPipeline, FluidInterface):  # type: ignore[misc]  # webdataset is untyped
+class ShardPipeline(wds.DataPipeline, FluidInterface):  # type: ignore[misc]  # it is untyped
     """A `webdataset` pipeline with the usual methods (`decode`, `map`, `to_tuple`, ...)."""
 
 

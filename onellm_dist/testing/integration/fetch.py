@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from onellm_dist.common.files import staged_path
+from onellm_dist.common.files import get_staged_path
 
 FETCH_S = 600
 
@@ -153,7 +153,7 @@ def _run(command: list[str], what: str, cwd: Path | None = None) -> None:
 
 def _unpack_deb(deb: Path, target: Path) -> None:
     """Unpack a `.deb` into `target`, which appears when it is complete."""
-    staged = staged_path(target)
+    staged = get_staged_path(target)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     # dpkg-deb unpacks by itself: the safe filter of tarfile is missing in Python before 3.11.4.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.files import staged_path
+from onellm_dist.common.files import get_staged_path
 from onellm_dist.config.load import load_config
 
 TOY_RECIPE = Path("toy/align_image")
@@ -79,7 +79,7 @@ def build_toy_data(recipe: Path, overrides: Sequence[str], folder: Path) -> None
     if config.data.root != folder.resolve() or folder.is_dir():
         return
     names = ",".join(str(entry.path) for entry in config.data.mixture)
-    staged = staged_path(folder)  # an interrupted build must not be mistaken for a complete one
+    staged = get_staged_path(folder)  # an interrupted build must not be mistaken for a complete one
     shutil.rmtree(staged, ignore_errors=True)
     command = [sys.executable, "-m", "onellm_dist.cli", "shards", "build", "toyworld", str(staged)]
     command += ["-o", f"train={SAMPLES}", "-o", "test=1", "-o", f"modalities={names}"]

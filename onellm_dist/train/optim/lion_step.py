@@ -20,7 +20,9 @@ class LionOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """Step every parameter that has a gradient.
 
         Args:

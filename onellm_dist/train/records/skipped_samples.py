@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onellm_dist.common.files import repair_last_line
-from onellm_dist.common.run_files import LISTED_PATTERN, SKIPPED_PATTERN, listed_name, skipped_name
+from onellm_dist.common.run_files import (
+    LISTED_PATTERN,
+    SKIPPED_PATTERN,
+    make_listed_name,
+    make_skipped_name,
+)
 from onellm_dist.train.records.json_lines import append_lines
 from onellm_dist.train.records.left_out import read_left_out
 
@@ -31,7 +36,7 @@ class SkippedSamples:
 
     def __init__(self, folder: Path, *, rank: int, listed: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / (listed_name(rank) if listed else skipped_name(rank))
+        self._path = folder / (make_listed_name(rank) if listed else make_skipped_name(rank))
         repair_last_line(self._path)
         self.known: dict[str, str] = read_skipped_samples(
             folder, LISTED_PATTERN if listed else SKIPPED_PATTERN
