@@ -270,7 +270,7 @@ def _require_token_counts(
         dataset, shard = missing[0]
         raise UsageError(
             f"{get_token_count_path(dataset, shard, text_encoder.fingerprint)}: no such file "
-            f"({len(missing)} shards have no token counts)",
+            f"({format_count(len(missing), 'shard')} without token counts)",
             "plans are computed from them.",
             "let rank 0 count first, on a disk that all ranks share (set ONELLM_CACHE if the "
             "dataset is read-only).",

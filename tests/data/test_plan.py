@@ -293,7 +293,7 @@ def test_a_dataset_without_a_training_split_is_refused(tmp_path: Path) -> None:
 def test_ranks_that_do_not_count_refuse_missing_token_counts(tmp_path: Path) -> None:
     dataset = write(tmp_path, "talk", [], 9)
     config = section(tmp_path, {"talk": 1})
-    with pytest.raises(UsageError, match="2 shards have no token counts"):
+    with pytest.raises(UsageError, match="2 shards without token counts"):
         Plan.open(config, tokenizer(), 0, ["image"], build_counts=False)
     first = Plan.open(config, tokenizer(), 0, ["image"], show=False)
     assert Plan.open(config, tokenizer(), 0, ["image"], build_counts=False).digest(

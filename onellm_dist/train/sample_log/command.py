@@ -122,7 +122,8 @@ def describe_sample(
     }
     done = sum(use.step < status.steps_done for use in uses)
     text = [
-        f"{sample.name} ({_format_modalities(modalities)}): seen {done} times, "
+        f"{sample.name} ({_format_modalities(modalities)}): seen "
+        f"{format_count(done, 'time')}, "
         f"{len(uses) - done} still to come (of {stream.steps} steps)"
     ]
     text += [
