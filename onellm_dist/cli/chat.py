@@ -43,16 +43,7 @@ def chat(
 
     Example: onellm chat runs/tune/model
     """
-    from onellm_dist.common.errors import UsageError
-    from onellm_dist.common.extras import get_install_command
-
-    missing = [name for name in ("gradio", "prometheus_client") if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"the package {' and '.join(missing)} is not installed",
-            "the page of the chat needs it.",
-            get_install_command("ui"),
-        )
+    _check_packages()
     from onellm_dist.serving.chat.run import chat as run_chat
     from onellm_dist.serving.server.settings import ServerSettings
 
@@ -70,3 +61,21 @@ def chat(
         readers=readers,
     )
     run_chat(model, settings)
+
+
+def _check_packages() -> None:
+    """Refuse a page whose packages are missing.
+
+    Raises:
+        UsageError: one is not installed.
+    """
+    from onellm_dist.common.errors import UsageError
+    from onellm_dist.common.extras import get_install_command
+
+    missing = [name for name in ("gradio", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"the package {' and '.join(missing)} is not installed",
+            "the page of the chat needs it.",
+            get_install_command("ui"),
+        )

@@ -138,7 +138,9 @@ def _describe_end(
     """Complete an attempt from the answers, else from what a rank said, else from the exit code."""
     missing = count_missing(out, tasks)
     if end.launcher_status == EXIT_DONE and not missing:
-        return replace(started, status="done", reason=format_count(started.steps_done, "answer"))
+        return replace(
+            started, status="done", reason=format_count(started.steps_done or 0, "answer")
+        )
     job = f"{started.job_id}.{started.restart_count}"
     said = find_refusal(out, job, start=name_meeting_point(started, env), since=started.start)
     if said is not None and said.get("status") == "usage":
@@ -159,7 +161,7 @@ def _choose_action(ended: Attempt, earlier: Sequence[Attempt], max_requeues: int
     if ended.status == "usage":
         return NextAction("halt", 0, EXIT_USAGE, f"halted: {ended.reason}")
     if ended.status == "preempted":
-        done = format_count(ended.steps_done, "answer")
+        done = format_count(ended.steps_done or 0, "answer")
         message = f"preempted after {done}: requeued, the rest follows"
         return NextAction("requeue", PREEMPTED_DELAY_S, EXIT_PREEMPTED, message)
     failures = 1 + count_failures_in_a_row(ended, earlier)

@@ -17,7 +17,7 @@ from onellm_dist.data.packing import TokenBudget
 PLANNER = "onellm_dist.planner.budgets"
 
 
-class Placement(Protocol):
+class PlannedPlacement(Protocol):
     """Where frozen weights lie."""
 
     @property
@@ -52,7 +52,7 @@ class StartPlanner(Protocol):
         nodes: int,
         ranks_per_node: int,
         text_tokens: int,
-    ) -> Placement | None:
+    ) -> PlannedPlacement | None:
         """Decide where frozen weights lie; None: the device is unknown."""
 
 
