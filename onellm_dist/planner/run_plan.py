@@ -155,7 +155,7 @@ class Planner:
             dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
             model: Any = build_model(load_model_config(self.config))
             model.to(dtype)
-            present = {name for kind in self.data.kinds for name in kind}
+            present = {name for names in self.data.combinations for name in names}
             if train.lora is not None:
                 add_adapters(model, train.lora)
                 model.to(dtype)
@@ -181,7 +181,7 @@ class Planner:
         """What micro-batches do with a mode of recomputation."""
         if mode not in self._costs:
             self._costs[mode] = build_cost_model(
-                self.get_model(mode), self.data.kinds, self.modalities
+                self.get_model(mode), self.data.combinations, self.modalities
             )
         return self._costs[mode]
 

@@ -46,7 +46,7 @@ class DataShape:
     """What was assumed."""
 
     @property
-    def kinds(self) -> tuple[tuple[str, ...], ...]:
+    def combinations(self) -> tuple[tuple[str, ...], ...]:
         """The modality combinations, each once."""
         return tuple(dict.fromkeys(sample.spans for sample in self.samples))
 
@@ -111,17 +111,7 @@ def describe_data(
             f"texts of {tokens} tokens, {targets} of them supervised "
             f"({data.text_format}; --text-tokens)"
         )
-    problems = [
-        f"{name} has {', '.join(unknown)}"
-        for name, spans, *_ in found
-        if (unknown := [x for x in spans if x not in modalities])
-    ]
-    if problems:
-        raise UsageError(
-            f"data.mixture: {'; '.join(problems)}; the model has {', '.join(modalities)}",
-            "the model has no tokenizer for it.",
-            "remove the dataset from data.mixture, or use a model with this modality.",
-        )
+    _check_modalities({name: spans for name, spans, *_ in found}, modalities)
     ordered = [
         tuple(x for x in modalities for _ in range(spans.count(x))) for _, spans, *_ in found
     ]
@@ -134,6 +124,27 @@ def describe_data(
         sample_bytes=tuple(size for _, _, size, _ in found),
         notes=tuple(notes),
     )
+
+
+def _check_modalities(
+    datasets: Mapping[str, Sequence[str]], modalities: Mapping[str, Modality]
+) -> None:
+    """Refuse a mixture with a modality that the model does not have.
+
+    Raises:
+        UsageError: the message names each such dataset.
+    """
+    problems = [
+        f"{name} has {', '.join(unknown)}"
+        for name, spans in datasets.items()
+        if (unknown := [x for x in spans if x not in modalities])
+    ]
+    if problems:
+        raise UsageError(
+            f"data.mixture: {'; '.join(problems)}; the model has {', '.join(modalities)}",
+            "the model has no tokenizer for it.",
+            "remove the dataset from data.mixture, or use a model with this modality.",
+        )
 
 
 def _describe_dataset(

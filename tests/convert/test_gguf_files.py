@@ -156,7 +156,7 @@ def test_all_parts_of_a_split_file_are_read(tmp_path: Path) -> None:
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in loaded.state_dict().items())
     assert not loaded.config.tie_word_embeddings
     (tmp_path / "m-00002-of-00002.gguf").unlink()
-    with pytest.raises(UsageError, match=r"1 are missing: m-00002-of-00002\.gguf"):
+    with pytest.raises(UsageError, match=r"parts; missing: m-00002-of-00002\.gguf"):
         open_checkpoint(tmp_path / "m-00001-of-00002.gguf")
 
 

@@ -166,7 +166,7 @@ def test_data_that_is_not_there_must_be_described(recipe: Path) -> None:
         make_planner(recipe, mixture, H100)
     said = PlanOptions(gpu="h100", modalities=("mine=image+imu",), text_tokens=50)
     data = make_planner(recipe, mixture, said).data
-    assert data.kinds == (("image", "imu"),) and data.samples[0].text_tokens == 50
+    assert data.combinations == (("image", "imu"),) and data.samples[0].text_tokens == 50
     assert not data.notes
     for wrong in ("mine=picture", "mine"):
         with pytest.raises(UsageError, match="--modalities"):

@@ -225,7 +225,7 @@ def test_too_many_failures_build_nothing(tmp_path: Path) -> None:
         files[f"{i:02d}.jpg"] = b"broken"
     with pytest.raises(
         TooManyFailuresError,
-        match=r"3 of the first 12 samples are bad; max_failures=0.1 allows 2 of all 20"
+        match=r"bad samples: 3 of the first 12; max_failures=0.1 allows 2 of all 20"
         r"(.|\n)*03\.jpg: unreadable image",
     ) as caught:
         build(tmp_path, files)

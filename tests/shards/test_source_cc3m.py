@@ -104,7 +104,7 @@ def test_bad_pairs_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     )
     assert len(why) == 4
     with pytest.raises(
-        OneLLMError, match=r"1 of the first 1 samples are bad; max_failures=0\.1 allows 0 of all 6"
+        OneLLMError, match=r"bad samples: 1 of the first 1; max_failures=0\.1 allows 0 of all 6"
     ):
         build_source("cc3m-depth", inputs, tmp_path / "again")
     assert not (tmp_path / "again").exists()

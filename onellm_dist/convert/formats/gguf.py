@@ -102,7 +102,7 @@ def _find_parts(path: Path) -> tuple[Path, ...]:
     )
     if absent := [part.name for part in parts if not part.is_file()]:
         raise UsageError(
-            f"{path} is one of {count} parts; {len(absent)} are missing: {', '.join(absent)}",
+            f"{path} is one of {count} parts; missing: {', '.join(absent)}",
             "each holds tensors of the model.",
             "download them all into one folder.",
         )

@@ -369,7 +369,7 @@ class TooManyFailuresError(OneLLMError):
         reason = find_shared_reason(q.reason for q in bad) if failures >= seen else None
         alike = f", and all fail alike ({reason})" if reason else ""
         super().__init__(
-            f"{failures} of the first {seen} samples are bad{alike}; max_failures={max_failures:g} "
+            f"bad samples: {failures} of the first {seen}{alike}; max_failures={max_failures:g} "
             f"allows {allowed} of all {total}:\n{shown}{more}",
             "broken files do not fail like this: a library, the environment or the recipe is the "
             "cause, not the data; nothing is built."
