@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from onellm_dist.model.kernels.pointwise import OPERATIONS, CompiledBody, define_operation
+from onellm_dist.model.kernels.pointwise import CompiledBody, define_operation
 
 QUICK = 1.702
 """Slope of CLIP's approximation of GELU."""
@@ -20,7 +20,7 @@ def compute_silu_product(gate: torch.Tensor, up: torch.Tensor, *, fused: bool) -
     """
     if not fused or gate.dtype != up.dtype or gate.shape != up.shape:
         return F.silu(gate) * up
-    out: torch.Tensor = OPERATIONS.silu_product(gate, up)
+    out: torch.Tensor = _run_silu_product(gate, up)
     return out
 
 
@@ -28,7 +28,7 @@ def compute_quick_gelu(x: torch.Tensor, *, fused: bool) -> torch.Tensor:
     """X * sigmoid(1.702 x), elementwise. Fused, it keeps its input alone for backward."""
     if not fused:
         return x * torch.sigmoid(QUICK * x)
-    out: torch.Tensor = OPERATIONS.quick_gelu(x)
+    out: torch.Tensor = _run_quick_gelu(x)
     return out
 
 
@@ -39,7 +39,7 @@ def _silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _silu_product_backward(
     gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
+    return torch.ops.aten.silu_backward.default(gradient * up, gate), gradient * F.silu(gate)
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 def _quick_gelu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     sigmoid = torch.sigmoid(QUICK * x)
-    inner: torch.Tensor = torch.ops.aten.sigmoid_backward(gradient * x, sigmoid)
+    inner: torch.Tensor = torch.ops.aten.sigmoid_backward.default(gradient * x, sigmoid)
     return gradient * sigmoid + inner * QUICK
 
 
@@ -56,7 +56,7 @@ def _keep_inputs(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-define_operation(
+_run_silu_product = define_operation(
     "silu_product",
     "(Tensor gate, Tensor up) -> Tensor",
     forward=CompiledBody(_silu_product),
@@ -66,7 +66,7 @@ define_operation(
     backward_schema="(Tensor gradient, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     keep=_keep_inputs,
 )
-define_operation(
+_run_quick_gelu = define_operation(
     "quick_gelu",
     "(Tensor x) -> Tensor",
     forward=CompiledBody(_quick_gelu),

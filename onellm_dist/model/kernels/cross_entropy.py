@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from onellm_dist.model.kernels.pointwise import OPERATIONS, define_operation
+from onellm_dist.model.kernels.pointwise import define_operation
 
 CHUNK_ELEMENTS = 2**24
 """Logits of a chunk: 64 MiB in fp32."""
@@ -21,7 +21,7 @@ IGNORED = -100
 
 def compute_chunked_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in fp32: logits [N, V], targets [N] -> [N]."""
-    nll: torch.Tensor = OPERATIONS.chunked_cross_entropy(logits, targets)[0]
+    nll: torch.Tensor = _run_cross_entropy(logits, targets)[0]
     return nll
 
 
@@ -66,10 +66,11 @@ def _backward(
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, output[1])
 
 
-define_operation(
+_run_cross_entropy = define_operation(
     "chunked_cross_entropy",
     "(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
     forward=_forward,

@@ -30,6 +30,7 @@ OPERATIONS: Any = getattr(torch.ops, NAMESPACE)
 COMPILED_DEVICES = {"cuda"}
 """Types of the devices on which the operations are compiled."""
 Body = Callable[..., Any]
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class CompiledBody:
@@ -89,7 +90,7 @@ def define_operation(
     backward_shapes: Body,
     backward_schema: str,
     keep: Callable[[Any, Any, Any], None],
-) -> None:
+) -> Body:
     """Register an operation and its backward.
 
     Args:
@@ -101,6 +102,9 @@ def define_operation(
         backward_shapes: gives empty gradients.
         backward_schema: arguments and results of the backward.
         keep: (ctx, inputs, output): keeps what `backward` takes, by `save_for_backward`.
+
+    Returns:
+        A function that calls it, with gradients.
     """
     for own, own_schema, body, shapes in (
         (name, schema, forward, forward_shapes),
@@ -110,16 +114,74 @@ def define_operation(
         torch.library.define(qualified, own_schema)
         torch.library.impl(qualified, ("cpu", "cuda"), body)
         torch.library.register_fake(qualified, shapes)
-    run_backward = getattr(OPERATIONS, f"{name}_backward")
+    run_backward = Call(f"{name}_backward", backward)
+    results = len(getattr(OPERATIONS, name).default._schema.returns)
+    arguments = len(getattr(OPERATIONS, name).default._schema.arguments)
 
     def differentiate(ctx: Any, *gradients: Any) -> Any:
-        found = run_backward(*gradients[: ctx.results], *ctx.saved_tensors)
+        found = run_backward(*gradients[:results], *ctx.saved_tensors)
         found = found if isinstance(found, tuple) else (found,)
-        return (*found, *[None] * (ctx.inputs - len(found)))
+        return found + (None,) * (arguments - len(found))
 
-    def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.inputs = len(inputs)
-        ctx.results = len(output) if isinstance(output, tuple) else 1
-        keep(ctx, inputs, output)
+    return give_gradients(Call(name, forward), differentiate, keep)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", differentiate, setup_context=setup)
+
+class Call:
+    """Calls a registered operation by the shortest way that shows it to all who watch.
+
+    Those are modes of dispatch (selective recomputation, the planner) and kinds of tensors that
+    have no values. Where there are none, its body runs without the detour through torch's registry.
+
+    Args:
+        name: of `onellm::name`.
+        body: computes it.
+    """
+
+    def __init__(self, name: str, body: Body) -> None:
+        self.name = name
+        self.operation = getattr(OPERATIONS, name).default
+        self._body = body
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Call it without gradients; where they are on, as torch does."""
+        if torch.is_grad_enabled():  # a gradient's own gradient
+            return self.operation(*inputs)
+        first = inputs[0]
+        watched = torch._C._len_torch_dispatch_stack() or type(first) not in _PLAIN or first.is_meta
+        with torch._C._AutoDispatchBelowAutograd():
+            return (self.operation if watched else self._body)(*inputs)
+
+
+def give_gradients(
+    call: Call, differentiate: Callable[..., Any], keep: Callable[[Any, Any, Any], None]
+) -> Body:
+    """Register the gradients of an operation. Returns a function that calls it, with gradients.
+
+    torch's own way to the gradients of a registered operation costs the host twice what an autograd
+    function does; torch.compile wants torch's own.
+
+    Args:
+        call: calls the operation without gradients.
+        differentiate: (ctx, gradients of the results): the gradients of the arguments.
+        keep: (ctx, inputs, output): keeps what `differentiate` needs.
+    """
+    qualified = f"{NAMESPACE}::{call.name}"
+    torch.library.register_autograd(qualified, differentiate, setup_context=keep)
+
+    class Fused(torch.autograd.Function):
+        backward = staticmethod(differentiate)
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = call(*inputs)
+            keep(ctx, inputs, output)
+            return output
+
+    apply: Body = Fused.apply
+
+    def run(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return call.operation(*inputs)
+        return apply(*inputs) if torch.is_grad_enabled() else call(*inputs)
+
+    return run

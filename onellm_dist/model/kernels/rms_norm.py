@@ -1,4 +1,8 @@
-"""RMSNorm by torch's `F.rms_norm`, which has a kernel for forward and one for backward on a GPU."""
+"""RMSNorm, fused: one operation for forward and one for backward.
+
+On a GPU it is torch's `F.rms_norm`, which has such kernels. On a CPU torch would take that apart
+into ten operations each way; `onellm::rms_norm` is the same as one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from onellm_dist.model.kernels.pointwise import NAMESPACE, OPERATIONS
+from onellm_dist.model.kernels.pointwise import NAMESPACE, Call, give_gradients
 
 
 def compute_rms_norm(
@@ -22,43 +26,94 @@ def compute_rms_norm(
         x: [..., D].
         weight: [D].
         eps: added to the mean square.
-        fused: whether torch's kernel runs.
+        fused: whether it is one operation each way.
     """
     if not fused or not x.numel() or x.dtype != weight.dtype:
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (wide * scale).to(x.dtype) * weight
-    if x.is_meta:  # where torch would take its kernel apart
-        out: torch.Tensor = OPERATIONS.counted_rms_norm(x, weight)[0]
+    # The planner counts on the meta device, where torch would take its kernel apart, too.
+    if x.device.type in ("cpu", "meta") and not torch.compiler.is_compiling():
+        out: torch.Tensor = _run_rms_norm(x, weight, eps)[0]
         return out
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def _make_outputs(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and one factor for each row, which backward needs."""
+    wide = x.float()
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(x.dtype), scale
+
+
+def _backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of x."""
+    wide, normed = gradient.float() * weight, x.float() * scale
+    along = (wide * normed).mean(-1, keepdim=True)
+    return wide.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
+
+
+def _backward_with_weight(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of x and weight."""
+    wide, normed = gradient.float(), x.float() * scale
+    product = wide * normed
+    of_weight = product.sum(tuple(range(x.dim() - 1))).to(weight.dtype)
+    along = product.mul_(weight).mean(-1, keepdim=True)
+    of_x = (wide * weight).addcmul_(normed, along, value=-1).mul_(scale)
+    return of_x.to(x.dtype), of_weight
+
+
+def _make_outputs(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def _make_gradients(
-    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
-
-
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2], output[1])
 
 
-def _run_backward(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
-    return OPERATIONS.counted_rms_norm_backward(gradient, *ctx.saved_tensors)
+def _differentiate(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
+    if ctx.needs_input_grad[1]:
+        return (*_call_backward_with_weight(gradient, *ctx.saved_tensors), None)
+    return _call_backward(gradient, *ctx.saved_tensors), None, None
 
 
-_NAME = f"{NAMESPACE}::counted_rms_norm"
-torch.library.define(_NAME, "(Tensor x, Tensor weight) -> (Tensor, Tensor)")
-torch.library.define(
-    f"{_NAME}_backward",
-    "(Tensor gradient, Tensor x, Tensor weight, Tensor scale) -> (Tensor, Tensor)",
+def _define(name: str, arguments: str, results: str, body: Any, shapes: Any) -> Call:
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, f"({arguments}) -> {results}")
+    torch.library.impl(qualified, "cpu", body)
+    torch.library.register_fake(qualified, shapes)
+    return Call(name, body)
+
+
+_KEPT = "Tensor gradient, Tensor x, Tensor weight, Tensor scale"
+_call_backward = _define(
+    "rms_norm_backward", _KEPT, "Tensor", _backward, lambda g, x, w, s: torch.empty_like(x)
 )
-torch.library.register_fake(_NAME, _make_outputs)
-torch.library.register_fake(f"{_NAME}_backward", _make_gradients)
-torch.library.register_autograd(_NAME, _run_backward, setup_context=_keep)
+_call_backward_with_weight = _define(
+    "rms_norm_backward_with_weight",
+    _KEPT,
+    "(Tensor, Tensor)",
+    _backward_with_weight,
+    lambda g, x, w, s: (torch.empty_like(x), torch.empty_like(w)),
+)
+_run_rms_norm = give_gradients(
+    _define(
+        "rms_norm",
+        "Tensor x, Tensor weight, float eps",
+        "(Tensor, Tensor)",
+        _forward,
+        _make_outputs,
+    ),
+    _differentiate,
+    _keep,
+)

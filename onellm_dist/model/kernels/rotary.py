@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from onellm_dist.model.kernels.pointwise import OPERATIONS, CompiledBody, define_operation
+from onellm_dist.model.kernels.pointwise import CompiledBody, define_operation
 
 
 def rotate(
@@ -38,7 +38,7 @@ def rotate(
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     if not q.dtype == k.dtype == cos.dtype == sin.dtype:
         return _turn(q, cos, sin), _turn(k, cos, sin)
-    found: tuple[torch.Tensor, torch.Tensor] = OPERATIONS.rotary(q, k, cos, sin)
+    found: tuple[torch.Tensor, torch.Tensor] = _run_rotary(q, k, cos, sin)
     return found
 
 
@@ -75,7 +75,7 @@ def _shapes(
     return torch.empty_like(q), torch.empty_like(k)
 
 
-define_operation(
+_run_rotary = define_operation(
     "rotary",
     "(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     forward=CompiledBody(_rotary),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from onellm_dist.model.kernels import cross_entropy, pointwise
@@ -150,6 +151,48 @@ def test_cross_entropy_keeps_no_wide_copy_of_the_logits() -> None:
     kept = count_kept(lambda x: compute_chunked_cross_entropy(x, targets), [logits])
     plain = count_kept(lambda x: F.cross_entropy(x.float(), targets, reduction="none"), [logits])
     assert kept < 1.05 * logits.nbytes < 0.55 * plain
+
+
+@pytest.mark.parametrize("name", ["swiglu", "quick_gelu", "rms_norm", "rotary"])
+def test_who_watches_sees_one_operation_each_way_and_the_same_numbers(name: str) -> None:
+    fused, _, inputs = make_case(name, 7, 8, torch.float32)
+
+    def run() -> list[torch.Tensor]:
+        own = [x.clone().requires_grad_() for x in inputs]
+        out = fused(*own)
+        return [out.detach(), *torch.autograd.grad(out, own, torch.ones_like(out))]
+
+    alone = run()
+    with Names() as names:
+        watched = run()
+    assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
+    ours = [each for each in names.seen if each.startswith("onellm::")]
+    assert len(ours) == 2 and ours[1].startswith(f"{ours[0]}_backward")
+    assert not {"aten::rsqrt", "aten::silu", "aten::sigmoid", "aten::neg"} & {*names.seen}
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_norm_of_a_frozen_weight_has_the_same_gradient_of_its_input(trains: bool) -> None:
+    _, _, (x, weight) = make_case("rms_norm", 5, 12, torch.float32)
+    found = []
+    for fused in (True, False):
+        own, scale = x.clone().requires_grad_(), weight.clone().requires_grad_(trains)
+        compute_rms_norm(own, scale, 1e-5, fused=fused).square().sum().backward()
+        assert own.grad is not None and (scale.grad is not None) == trains
+        found.append(own.grad)
+    assert (found[0] - found[1]).abs().max() <= FP32 * found[1].abs().max()
+
+
+class Names(TorchDispatchMode):
+    """Keeps the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
