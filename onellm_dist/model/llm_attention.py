@@ -92,7 +92,7 @@ def compute_llm_attention(
         )
         return output, None
     _check_options(module, dropout, kwargs)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     attended = packed_attention(
         q,
         k,

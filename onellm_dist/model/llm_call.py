@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -85,7 +86,7 @@ def run_packed(
     set_lengths(llm, lengths)
     seq_lengths = SequenceLengths.from_lengths(lengths, device=sequence.device)
     options: dict[str, Any] = {}
-    keeps = takes_logits_to_keep(type(llm))
+    keeps = takes_logits_to_keep(llm.__class__)
     if keeps:
         options["logits_to_keep"] = places
     with _keep_positions(llm, None if keeps else places), give_token_ids(llm, token_ids[None]):
@@ -195,6 +196,7 @@ def split_prompts(
     ]
 
 
+@cache
 def takes_logits_to_keep(llm_class: type) -> bool:
     """Whether the forward of an LLM class computes the logits of chosen positions alone."""
     forward: Any = llm_class.forward  # type: ignore[attr-defined]  # of a torch module

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from onellm_dist.model.trainable import has_trainable
+
 _RATES = re.compile(r"\w*dropout\w*|\w+_pdrop|\w*dropout_p(rob)?")
 _KEPT = "_onellm_dropout"
 """Attribute of a silenced module that keeps its rates."""
@@ -26,7 +28,7 @@ def update_dropout(llm: Any, *, silent: bool = False) -> None:
         silent: silence it although parts train: answers are compared with those of a reference,
             and noise in one of the two would look like a preference (TRL does so by default).
     """
-    frozen = silent or not any(p.requires_grad for p in llm.parameters())
+    frozen = silent or not has_trainable(llm)
     if getattr(llm, "_onellm_frozen", False) == frozen:
         return
     llm._onellm_frozen = frozen

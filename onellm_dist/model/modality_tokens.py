@@ -18,6 +18,7 @@ from onellm_dist.model.pixels import make_input
 from onellm_dist.model.placement import get_device
 from onellm_dist.model.sequence_lengths import SequenceLengths
 from onellm_dist.model.span_positions import SpanNumbers, add_span_positions
+from onellm_dist.model.trainable import has_trainable
 
 if TYPE_CHECKING:
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
@@ -39,8 +40,8 @@ def find_idle_passes(
         modalities: those of all samples that any rank reads, for training or validation.
     """
     config, found = model.config, set()
-    encoder_trains = any(p.requires_grad for p in model.encoder.parameters())
-    tokenizers_train = any(p.requires_grad for p in model.tokenizers.parameters())
+    encoder_trains = has_trainable(model.encoder)
+    tokenizers_train = has_trainable(model.tokenizers)
     if not encoder_trains and not set(config.visual_modalities) & set(modalities):
         found.add(VISUAL_PASS)
     trains = encoder_trains or tokenizers_train
@@ -159,7 +160,7 @@ def _encode_visual(
             for name in names
         ]
     )
-    trains = any(p.requires_grad for p in model.encoder.parameters())
+    trains = has_trainable(model.encoder)
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
         x = model.encoder.encode_images(model.encoder.normalise_frames(frames))
     counts = [len(values[name]) for name in names]

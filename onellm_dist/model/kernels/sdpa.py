@@ -62,6 +62,8 @@ def compute_sdpa(
     if causal and len(seq_lengths.groups) > 1:
         return _compute_buckets(q, k, v, seq_lengths, form)
     groups = seq_lengths.groups or [(0, 1, 1)]
+    if len(groups) == 1:
+        return _compute_batch(q, k, v, *groups[0], form)
     q_parts, k_parts, v_parts = (
         x.split([n * (q_length if x is q else k_length) for n, q_length, k_length in groups])
         for x in (q, k, v)
@@ -70,7 +72,7 @@ def compute_sdpa(
         _compute_batch(a, b, c, *group, form)
         for a, b, c, group in zip(q_parts, k_parts, v_parts, groups, strict=True)
     ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return torch.cat(outputs)
 
 
 def _compute_buckets(
