@@ -6,10 +6,11 @@
 The model has the layers of onellm-7b (24 blocks in the encoder, 3 x 8 in the UPM, 32 in the LLM) at
 tiny widths and one short sample, so that a micro-batch of stage I costs next to nothing but calls.
 `before` is 0.1.0 as far as options bring it back: every linear layer of ZeRO-3 gathered alone,
-frozen weights of FSDP2 sharded, plain kernels, and every pass through the encoder. `after`: blocks
-gathered as one (`leaf_module`), frozen weights resident, fused kernels, and no pass that a run
-never needs. Each figure is the median of CPU times of forward and backward; a GPU computes
-meanwhile, so that the host must not take longer.
+DeepSpeed's hooks as they are, frozen weights of FSDP2 sharded, plain kernels, and every pass
+through the encoder. `after`: blocks gathered as one (`leaf_module`), quicker hooks
+(`quicken_hooks`), frozen weights resident, fused kernels, and no pass that a run never needs. What
+has no option (fewer views around attention, say) is in both. Each figure is the median of CPU times
+of forward and backward; a GPU computes meanwhile, so that the host must not take longer.
 
 Fused kernels are Python functions on a CPU, which a GPU runs compiled: their calls count as one
 each. One rank alone has no one to wait for: with several, collectives cost more, before and after.
@@ -272,6 +273,7 @@ def wrap(name: str, model: Any, groups: Any, weights: Any, *, changed: bool, fol
 
     from onellm_dist.config.schema import EngineSection
     from onellm_dist.config.train_sections import OptimSection
+    from onellm_dist.train.engine.deepspeed import engine as deepspeed_engine
     from onellm_dist.train.engine.select import get_engine
     from onellm_dist.train.engine.settings import EngineSettings
     from onellm_dist.train.optim.optimizers import make_optimizer
@@ -284,6 +286,8 @@ def wrap(name: str, model: Any, groups: Any, weights: Any, *, changed: bool, fol
         config=None if name == "fsdp" else Path("zero3_leaves" if changed else "zero3"),
     )
     description = get_engine(section.name)
+    if not changed:
+        vars(deepspeed_engine)["quicken_hooks"] = lambda model: None
     settings = EngineSettings(
         world_size=1,
         device=torch.device("cpu"),

@@ -18,6 +18,7 @@ from onellm_dist.model.lora import list_foreign_reads
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.engine.base import Engine, GradNorms, LocalRange, PackedLoss, WeightSource
 from onellm_dist.train.engine.deepspeed.config import complete_config, get_zero_stage
+from onellm_dist.train.engine.deepspeed.hooks import quicken_hooks
 from onellm_dist.train.engine.deepspeed.leaves import name_leaves
 from onellm_dist.train.engine.deepspeed.library_check import check_with_deepspeed
 from onellm_dist.train.engine.deepspeed.process_groups import forget_process_groups
@@ -107,6 +108,8 @@ class DeepSpeedEngine(Engine):
         module = PackedLoss(model)
         optimizer = settings.optimizer.build(groups)
         engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        if get_zero_stage(config) == 3:
+            quicken_hooks(module)
         return cls(engine, module, optimizer, settings)
 
     @staticmethod

@@ -1,0 +1,97 @@
+"""ZeRO-3's hooks cost the host less, and do the same."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from onellm_dist.train.engine.deepspeed.engine import import_deepspeed
+from onellm_dist.train.engine.deepspeed.hooks import (
+    PROFILER_VARIABLE,
+    join_setup,
+    list_parameters,
+    quicken_hooks,
+)
+
+
+def make_hook() -> Any:
+    class Hook(torch.autograd.Function):
+        @staticmethod
+        def forward(outputs: torch.Tensor) -> torch.Tensor:
+            return outputs * 2
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+            ctx.factor = 3 * output[0]
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+            return gradient * ctx.factor
+
+    return Hook
+
+
+def test_hooks_are_not_inspected_and_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_deepspeed()
+    module: Any = nn.Sequential(nn.Identity())
+    inspected: list[Any] = []
+    module.pre_bwd_fn, module[0].post_bwd_fn = make_hook(), make_hook()
+    for _ in range(2):  # again: a second engine in one process
+        quicken_hooks(module)
+    monkeypatch.setattr(inspect, "signature", inspected.append)
+    for hook in (module.pre_bwd_fn, module[0].post_bwd_fn):
+        x = torch.ones(2, requires_grad=True)
+        out = hook.apply(x)
+        out.sum().backward()
+        assert out.tolist() == [2, 2] and x.grad is not None and x.grad.tolist() == [6, 6]
+    assert not inspected
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_linear_layer_of_zero_3_computes_the_same(shape: tuple[int, ...], bias: bool) -> None:
+    import_deepspeed()
+    from deepspeed.runtime.zero import linear
+
+    found = []
+    joined = join_setup(linear.LinearFunctionForZeroStage3).apply
+    for function in (joined, torch.nn.functional.linear):
+        generator = torch.Generator().manual_seed(0)
+        x, weight, own = (
+            torch.randn(size, generator=generator, requires_grad=True)
+            for size in (shape, (3, 4), (3,))
+        )
+        out = function(x, weight, own if bias else None)
+        inputs = [x, weight, own] if bias else [x, weight]
+        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), inputs)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_parameters_of_others_that_a_module_reads_are_listed_when_they_come() -> None:
+    module: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    other = nn.Parameter(torch.ones(1))
+    assert [*list_parameters(module)] == []
+    assert [*list_parameters(module, recurse=True)] == [*module.parameters()]
+    module._external_params = {id(other): other}
+    assert [*list_parameters(module)] == [other]
+    assert [*list_parameters(module, True)] == [*module.parameters(), other]
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_functions_are_marked_for_a_profiler_alone(
+    monkeypatch: pytest.MonkeyPatch, profiled: bool
+) -> None:
+    import_deepspeed()
+    from deepspeed.utils import nvtx
+
+    monkeypatch.setattr(nvtx, "enable_nvtx", True)
+    monkeypatch.delenv(PROFILER_VARIABLE, raising=False)
+    if profiled:
+        monkeypatch.setenv(PROFILER_VARIABLE, "1")
+    quicken_hooks(nn.Identity())
+    assert nvtx.enable_nvtx == profiled
