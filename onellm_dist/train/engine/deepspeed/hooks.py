@@ -21,7 +21,7 @@ _KEPT = "_onellm_parameters"
 def quicken_hooks(model: nn.Module) -> None:
     """Spare ZeRO-3's hooks what they do anew at every call; after `deepspeed.initialize`.
 
-    They run around each module, forward and backward. In one of the layers of onellm-7b this was a
+    They run around each module, forward and backward. With the layers of onellm-7b this was about a
     third of forward:
 
     - torch inspects the signature of an autograd function's `forward` at every call, if it has a
