@@ -111,6 +111,7 @@ def test_a_worker_does_not_free_the_garbage_of_its_parent() -> None:
     use()
     reader = PoisonReader(["good"] * 4)
     reader.before = lambda task: gc.collect()
+    gc.unfreeze()  # what other tests of this process have frozen
     gc.disable()
     try:
         Native()

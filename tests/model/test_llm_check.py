@@ -124,7 +124,7 @@ def test_how_families_run() -> None:
 def test_an_llm_that_sees_later_tokens_is_refused_by_name() -> None:
     config = tiny_config("bert", type_vocab_size=2)
     with pytest.raises(
-        UsageError, match=r"LLM bert cannot be used: a token sees the tokens behind"
+        UsageError, match=r"LLM bert cannot be used: a token sees the tokens after it"
     ):
         OneLLMConfig(text_config=config) and make_model(config)
 
