@@ -32,6 +32,12 @@ LOG_NORM_FLOOR = 0.25
 PAIR_LOG_NORM_FLOOR = 1.25
 """The same with preference pairs, whose gradients vanish as they are decided. With the default
 threshold a spike is 270,000 times the median, more than one undecided pair makes."""
+NORM_FLOOR = 1e-30
+"""Gradient norms below it count as it: 0 has no logarithm."""
+PAIR_NORM_FLOOR = 1e-4
+"""The same with preference pairs. Where all are decided the norm vanishes, and every later one
+would be a spike for good, as skipped steps never enter the window. The limit of this: with the
+default threshold no norm below 27 is a spike."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ class StabilityMonitor:
         skipped_samples: samples that earlier starts could not read.
         state: the `state()` of the checkpoint that this start resumes from.
         pairs: whether losses are those of preference pairs. Their smallest scatter is PAIR_SCATTER,
-            that of gradient norms PAIR_LOG_NORM_FLOOR.
+            that of gradient norms PAIR_LOG_NORM_FLOOR, and norms below PAIR_NORM_FLOOR count as it:
+            with the default threshold no norm below 27 is a spike.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class StabilityMonitor:
         """Samples of the whole run that could not be read, earlier starts included."""
         self._config = config
         self._pairs = pairs
+        self._norm_floor = PAIR_NORM_FLOOR if pairs else NORM_FLOOR
         self._max_skipped_samples = max_skipped_samples
         self._losses: deque[float] = deque(maxlen=config.window)
         self._log_norms: deque[float] = deque(maxlen=config.window)
@@ -99,7 +107,9 @@ class StabilityMonitor:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Return to a `state()`; an empty one (another mixture, an old checkpoint) starts anew."""
         self._losses = deque(state.get("losses", ()), maxlen=self._config.window)
-        self._log_norms = deque(state.get("log_norms", ()), maxlen=self._config.window)
+        floor = math.log(self._norm_floor)
+        norms = (max(norm, floor) for norm in state.get("log_norms", ()))
+        self._log_norms = deque(norms, maxlen=self._config.window)
         self._skipped_in_a_row = int(state.get("skipped", 0))
 
     def check(self, loss: float, grad_norm: float) -> Anomaly | None:
@@ -127,7 +137,7 @@ class StabilityMonitor:
                 f"{median(self._losses):.4g}",
             )
         floor = PAIR_LOG_NORM_FLOOR if self._pairs else LOG_NORM_FLOOR
-        z = self._spike(_log(grad_norm), self._log_norms, floor)
+        z = self._spike(self._log(grad_norm), self._log_norms, floor)
         if z is not None:
             return Anomaly(
                 "gradient_spike",
@@ -139,7 +149,7 @@ class StabilityMonitor:
     def accept(self, loss: float, grad_norm: float) -> None:
         """Remember an applied step: later ones are compared with it."""
         self._losses.append(loss)
-        self._log_norms.append(_log(grad_norm))
+        self._log_norms.append(self._log(grad_norm))
 
     def count_step(self, step: int, *, applied: bool, new_skipped_samples: int) -> None:
         """Count a step that is done.
@@ -178,6 +188,5 @@ class StabilityMonitor:
         z = robust_z(value, window, floor)
         return z if z > self._config.threshold else None
 
-
-def _log(norm: float) -> float:
-    return math.log(max(norm, 1e-30))
+    def _log(self, norm: float) -> float:
+        return math.log(max(norm, self._norm_floor))

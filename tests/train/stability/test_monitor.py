@@ -143,6 +143,25 @@ def test_an_undecided_pair_late_in_a_run_is_no_spike() -> None:
     assert found.kind == "gradient_not_finite"
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_pairs_without_a_gradient_make_no_spike_of_a_later_one(resumed: bool) -> None:
+    config = StabilitySection(window=16, threshold=10.0)
+    monitors = [
+        StabilityMonitor(config, max_skipped_samples=5, pairs=pairs) for pairs in (False, True)
+    ]
+    for monitor in monitors:
+        if resumed:  # from a checkpoint that knew no floor of pairs
+            monitor.restore({"losses": [1e-9] * 16, "log_norms": [math.log(1e-30)] * 16})
+        for _ in range(0 if resumed else 16):
+            assert monitor.check(1e-9, 0.0) is None
+            monitor.accept(1e-9, 0.0)
+    tokens, pairs = monitors
+    assert (found := tokens.check(1e-9, 1.0)) is not None and found.kind == "gradient_spike"
+    assert pairs.check(1e-9, 1.0) is None
+    found = pairs.check(1e-9, 30.0)
+    assert found is not None and found.kind == "gradient_spike" and "0.0001" in found.reason
+
+
 def test_a_collapse_of_pairs_to_chance_with_a_huge_gradient_is_a_spike() -> None:
     config = StabilitySection(window=128, threshold=10.0)
     monitor = StabilityMonitor(config, max_skipped_samples=5, pairs=True)
