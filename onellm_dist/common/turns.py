@@ -4,9 +4,10 @@ A sample's `.json` part holds a conversation under `conversations`, in LLaVA's o
 
     [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cube."}, ...]
 
-`role` and `content` may stand for `from` and `value`, and `messages` for `conversations`. Content
-may be a list of parts as OpenAI has them, `{"type": "text", "text": ...}`; media among them are
-left out where they stand before the text anyway, and else become placeholders (`<image>`).
+`role` and `content` may stand for `from` and `value`, and `messages` for `conversations`. A key
+that is null counts as absent: tables give every turn the keys of all. Content may be a list of
+parts as OpenAI has them, `{"type": "text", "text": ...}`; media among them are left out where they
+stand before the text anyway, and else become placeholders (`<image>`).
 `"weight": 0` (OpenAI's) keeps an answer from being trained on.
 
 A preference sample's conversation ends with a question, and `chosen` and `rejected` say what
@@ -115,7 +116,17 @@ def get_role(turn: Mapping[str, Any]) -> Role | None:
 
 
 def _get_speaker(turn: Mapping[str, Any]) -> str:
-    return str(turn.get("from", turn.get("role"))).lower()
+    return str(_get_first(turn, "from", "role")).lower()
+
+
+def get_said(turn: Mapping[str, Any]) -> Any:
+    """Return what is said in a turn, a text or content parts; None: it has neither."""
+    return _get_first(turn, "value", "content")
+
+
+def _get_first(turn: Mapping[str, Any], *keys: str) -> Any:
+    """The first value that is not null."""
+    return next((value for key in keys if (value := turn.get(key)) is not None), None)
 
 
 def parse_pair(
@@ -189,8 +200,7 @@ def _parse_turn(
             "express exactly"
         )
     role = ROLES.get(speaker)
-    content = fields.get("value", fields.get("content"))
-    text = _join_parts(number, content, modalities, placeholders)
+    text = _join_parts(number, get_said(fields), modalities, placeholders)
     if role is None or not isinstance(text, str):
         raise TurnsError(
             f'turn {number} is not {{"from": speaker, "value": text}} with the speaker '

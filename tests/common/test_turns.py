@@ -62,6 +62,16 @@ PARTS: dict[str, tuple[Any, str]] = {
 }
 
 
+def test_a_key_that_is_null_is_absent() -> None:
+    """As in tables, whose turns have the keys of all."""
+    turns = [
+        {"from": None, "role": "user", "value": None, "content": "q"},
+        {"from": "gpt", "role": None, "value": "a", "content": None},
+    ]
+    assert parse_turns(turns, all_modalities()) == [("user", "q", 1), ("assistant", "a", 1)]
+    assert count_text_bytes(None, stored(turns)) == 2
+
+
 @pytest.mark.parametrize(("content", "text"), PARTS.values(), ids=PARTS)
 def test_content_parts_are_read(content: Any, text: str) -> None:
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
