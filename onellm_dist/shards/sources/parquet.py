@@ -96,7 +96,7 @@ def plan(
     listed = list_files(inputs, recursive=True) if inputs.is_dir() else ListedFiles((inputs,), 0)
     root = inputs if inputs.is_dir() else inputs.parent
     tables = [p for p in listed.files if p.suffix.lower() in SUFFIXES]
-    tables, notes = _leave_out_caches(tables)
+    tables, notes = leave_out_caches(tables)
     if not tables:
         raise UsageError(
             f"{inputs} has no {' or '.join(SUFFIXES)}.",
@@ -131,7 +131,7 @@ def plan(
     return DatasetDescription(names, splits, notes, attributes)
 
 
-def _leave_out_caches(tables: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
+def leave_out_caches(tables: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
     """Keep the files that are a data set's own; `datasets` leaves caches of its work beside them.
 
     Raises:

@@ -21,7 +21,7 @@ from onellm_dist.shards.sources.base import (
     SplitDescription,
 )
 from onellm_dist.shards.sources.interleaved import make_context, make_row_key, plan
-from onellm_dist.shards.sources.parquet import SUFFIXES, find_split
+from onellm_dist.shards.sources.parquet import SUFFIXES, find_split, leave_out_caches
 from onellm_dist.shards.sources.readers.annotations import (
     AnnotatedSample,
     find_media_folders,
@@ -36,6 +36,9 @@ from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, che
 from onellm_dist.shards.sources.readers.preference_rows import read_preference_row
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
+
+_DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json")
+"""What `datasets` writes beside tables; none of it is rows."""
 
 
 def raw_samples(
@@ -70,12 +73,21 @@ def _plan(
     inputs: Path, *, seed: int, modality: str | None, media: Path | None, missing: str
 ) -> DatasetDescription:
     listed = list_files(inputs).files if inputs.is_dir() else (inputs,)
-    tables = [path.name for path in listed if path.suffix.lower() in SUFFIXES]
-    if not tables:
+    found = [path for path in listed if path.suffix.lower() in SUFFIXES]
+    if not found:
         return plan(inputs, seed=seed, modality=modality, media=media, missing=missing)
-    if other := [path.name for path in listed if path.suffix.lower() in JSON_SUFFIXES]:
+    own, notes = leave_out_caches(found)
+    if not own:
         raise UsageError(
-            f"{inputs} has tables ({tables[0]}) and JSON ({other[0]}).",
+            f"{inputs} has no tables but a cache of datasets ({found[0].name}).",
+            "a cache may repeat rows, or lack some.",
+            "name the tables, or save the data set again (save_to_disk).",
+        )
+    tables = [path.name for path in own]
+    rows = [path.name for path in listed if path.suffix.lower() in JSON_SUFFIXES]
+    if other := [name for name in rows if name not in _DESCRIPTIONS]:
+        raise UsageError(
+            f"{inputs} has tables ({found[0].name}) and JSON ({other[0]}).",
             "which of them are the rows is not clear.",
             "name the file, or a folder of one kind.",
         )
@@ -94,7 +106,7 @@ def _plan(
         for name, stem in zip(tables, stems, strict=True)
         for part in list_parts(root / name)
     )
-    return DatasetDescription(names, splits, attributes=dict(LISTED) if names else {})
+    return DatasetDescription(names, splits, notes, attributes=dict(LISTED) if names else {})
 
 
 SOURCE = Source(
