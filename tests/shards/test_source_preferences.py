@@ -113,6 +113,72 @@ def test_tables_of_the_hub_are_read_with_their_media(tmp_path: Path) -> None:
             assert (found["chosen"], found["rejected"]) == STORED[1:]
 
 
+def test_a_preference_may_be_a_whole_float(tmp_path: Path) -> None:
+    """As pandas writes a column of whole numbers of which one is missing."""
+    numbers = (2.0, None, 1.5)
+    rows = [{**FORMS["llava_rlhf"], "preference": number} for number in numbers]
+    write_table(tmp_path / "in/train-0.parquet", rows)
+    report, dataset = build_source(
+        "preferences", tmp_path / "in", tmp_path / "out", max_failures=0.9
+    )
+    (sample,) = read_samples(dataset).values()
+    assert (sample["json"]["chosen"], sample["json"]["rejected"]) == STORED[1:]
+    reasons = [q.reason for q in report.quarantined]
+    assert reasons == [
+        f"unreadable row: preference is {number}, neither 1 nor 2" for number in numbers[1:]
+    ]
+    with pytest.raises(BadSampleError, match="preference is True"):
+        split_row({**FORMS["llava_rlhf"], "preference": True})
+
+
+def test_a_key_that_is_null_is_absent(tmp_path: Path) -> None:
+    """Tables give the turns of a column the keys of all."""
+    null = {"from": None, "value": None, "role": None, "content": None}
+    answers = {key: [{**null, **turn} for turn in turns] for key, turns in WHOLE.items()}
+    other = [{**null, **QUESTION}, {**null, **message("assistant", "no")}]
+    outputs = {f"output_{i}": {**null, "content": text} for i, text in ((1, "because"), (2, "so"))}
+    rows: list[dict[str, Any]] = [
+        {**answers, "prompt": "Why?"},
+        {"chosen": answers["chosen"], "rejected": other, "prompt": "Why?"},
+        {"conversations": [{**null, **ASKED}], **outputs, "preference": 1},
+    ]
+    columns = {key: None for row in rows for key in row}
+    write_table(tmp_path / "in/train-0.parquet", [{**columns, **row} for row in rows])
+    _, dataset = build_source("preferences", tmp_path / "in", tmp_path / "out")
+    samples = [sample["json"] for sample in read_samples(dataset).values()]
+    assert [sample["conversations"] for sample in samples] == [[QUESTION]] * 3
+    texts = [[sample[key][0]["value"] for key in ("chosen", "rejected")] for sample in samples]
+    assert texts == [["because", "so"], ["because", "no"], ["because", "so"]]
+
+
+def write_saved(folder: Path, rows: list[dict[str, Any]], state: dict[str, Any]) -> Path:
+    """What `datasets.save_to_disk` leaves, and a cache of its work."""
+    table = pa.Table.from_pylist(rows)
+    folder.mkdir()
+    for name in ("data-00000-of-00001.arrow", "cache-12.arrow"):
+        with pa.ipc.new_stream(folder / name, table.schema) as writer:
+            writer.write_table(table)
+    files = [{"filename": "data-00000-of-00001.arrow"}]
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, **state}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def test_what_datasets_writes_beside_tables_is_no_rows(tmp_path: Path) -> None:
+    rows = [FORMS["rlaif_v"]] * 3
+    saved = write_saved(tmp_path / "saved", rows, {})
+    write_table(tmp_path / "hub/train-0.parquet", rows)
+    (tmp_path / "hub/dataset_infos.json").write_text("{}")
+    for folder in (saved, tmp_path / "hub"):
+        _, dataset = build_source("preferences", folder, tmp_path / f"out_{folder.name}")
+        assert len(read_samples(dataset)) == 3
+    chosen = write_saved(tmp_path / "chosen", rows, {"_indices_data_files": [{"filename": "i"}]})
+    with pytest.raises(UsageError, match="indices mapping"):
+        build_source("preferences", chosen, tmp_path / "again")
+    with pytest.raises(UsageError, match="no tables but a cache"):
+        build_source("preferences", saved / "cache-12.arrow", tmp_path / "again")
+
+
 def test_tables_of_text_keep_their_splits_and_mix_with_no_json(tmp_path: Path) -> None:
     rows = [{**FORMS["trl_implicit"], "prompt": "Why?", "score_chosen": 8.0}] * 3
     for split in ("train", "test"):
@@ -232,6 +298,77 @@ def test_the_prompt_may_be_any_part_of_longer_shared_turns() -> None:
     whole = {key: [*shared, *WHOLE[key][1:]] for key in ("chosen", "rejected")}
     for prompt in ("Who?", "Why?", shared[:2], shared[2:]):
         assert split_row({**whole, "prompt": prompt})[0] == shared
+
+
+SHOWN = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}
+TAGGED = message("user", "<image>\nWhy?")
+
+
+@pytest.mark.parametrize("asked", [SHOWN, TAGGED])
+def test_a_text_is_that_of_the_same_turn_with_media(asked: dict[str, Any]) -> None:
+    whole = {key: [SYSTEM, asked, *WHOLE[key][1:]] for key in ("chosen", "rejected")}
+    assert split_row({**whole, "prompt": "Why?"})[0] == [SYSTEM, asked]
+    row = {**FORMS["rlaif_v"], "conversations": [asked]}
+    assert split_row(row)[0] == [asked]
+    with pytest.raises(BadSampleError, match="prompt: prompt ends with user"):
+        split_row({**WHOLE, "prompt": [asked]})
+
+
+OTHER = message("user", "Who?")
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"messages": [SYSTEM], "prompt": "Why?"}, [SYSTEM, ASKED]),
+        ({"conversations": [ASKED], "messages": [SYSTEM]}, [SYSTEM, ASKED]),
+        ({"conversations": EARLIER, "question": "Why?"}, [*EARLIER, ASKED]),
+        ({"conversations": [ASKED], "messages": EARLIER}, [*EARLIER, ASKED]),
+        ({"conversations": [*EARLIER, ASKED], "question": "Why? "}, [*EARLIER, ASKED]),
+        ({"conversations": [*EARLIER, ASKED], "question": "Who?"}, [*EARLIER, ASKED]),
+        ({"conversations": [ASKED], "prompt": [*EARLIER, ASKED]}, [*EARLIER, ASKED]),
+        ({"conversations": EARLIER, "messages": [*EARLIER[1:], ASKED]}, [*EARLIER, ASKED]),
+        ({"conversations": [ASKED], "messages": [ASKED, GOOD]}, [ASKED]),
+        ({"conversations": [SYSTEM], "messages": EARLIER[1:], "prompt": "Why?"}, [*EARLIER, ASKED]),
+        ({"prompt": "Why?", "instruction": "Why?"}, [ASKED]),
+        ({"messages": [SYSTEM], "instruction": "Why?"}, [SYSTEM, ASKED]),
+        ({"prompt": "Why?", "history": [["Who?", "me"]]}, [*EARLIER[1:], ASKED]),
+    ],
+)
+def test_nothing_of_several_columns_of_the_prompt_is_lost(
+    columns: dict[str, Any], expected: list[dict[str, str]]
+) -> None:
+    assert split_row({**columns, "chosen": "because", "rejected": "so"})[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"conversations": [ASKED, ANSWER, OTHER], "question": "How?"},
+            "question ends with user: 'How\\?', and conversations ends with user: 'Who\\?'",
+        ),
+        ({"conversations": [ASKED], "question": "How?"}, "conversations ends with user: 'Why"),
+        ({"prompt": "Why?", "instruction": "How?"}, "instruction .*, and prompt ends with"),
+        ({"conversations": [ASKED], "messages": [ASKED, ANSWER]}, "messages .* assistant: 'me'"),
+        ({"conversations": [ASKED, ANSWER], "messages": [OTHER, ANSWER]}, "messages ends with"),
+    ],
+)
+@pytest.mark.parametrize("form", ["rlaif_v", "llava_rlhf"])
+def test_columns_of_the_prompt_that_ask_different_things_are_refused(
+    form: str, columns: dict[str, Any], message: str
+) -> None:
+    answers = {k: v for k, v in FORMS[form].items() if k not in ("conversations", "question")}
+    with pytest.raises(BadSampleError, match=message):
+        split_row({**answers, **columns})
+
+
+def test_a_question_beside_an_answered_conversation_is_of_it() -> None:
+    for form in ("ms_swift", "ms_swift_messages", "llava_rlhf"):
+        assert len(split_row({**FORMS[form], "question": "Why?"})[0]) == 1
+        assert len(split_row({**FORMS[form], "prompt": [SYSTEM, ASKED]})[0]) == 2
+        with pytest.raises(BadSampleError, match="question ends with user: 'How"):
+            split_row({**FORMS[form], "question": "How?"})
 
 
 def test_input_and_history_are_of_the_prompt() -> None:

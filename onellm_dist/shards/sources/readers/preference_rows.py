@@ -12,7 +12,8 @@
 | RLHF-V | `text`: JSON of the three | |
 
 Of whole conversations the row's prompt, where it has one, must be part of what both begin with, or
-precede it. The column `system` is the system turn of a prompt that has none. Both answers are about
+precede it. Of several columns of the prompt each must be part of the others, or precede or follow
+them. The column `system` is the system turn of a prompt that has none. Both answers are about
 the same media: names of files, or bytes in tables (ultrafeedback_binarized, RLAIF-V and RLHF-V are
 parquet).
 
@@ -22,6 +23,7 @@ A sample's `.json` has `conversations` (the shared turns), `chosen` and `rejecte
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +33,7 @@ from onellm_dist.common.turns import (
     ConversationTurn,
     Role,
     get_role,
+    get_said,
     parse_pair,
 )
 from onellm_dist.modalities import all_modalities
@@ -49,6 +52,7 @@ _KEPT = ("id", "source", "data_source", "sample_id", "dataset", "metadata", "ori
 """Values of a row that the `.json` keeps."""
 _ALIKE = "answers: chosen and rejected are the same"
 _MEDIA = ("image", "video", "audio")
+_TAG = re.compile(r"<(?:image|video|audio|speech)>", re.IGNORECASE)
 _STORED = {"system": "system", "user": "human", "assistant": "gpt"}
 """Role to the speaker that shards store."""
 _Turns = list[dict[str, Any]]
@@ -148,60 +152,106 @@ def _check_media(row: Mapping[str, Any]) -> None:
 def _split(row: Mapping[str, Any]) -> tuple[_Turns, _Turns, _Turns]:
     chosen, rejected = (_make_turns(row.get(key), "assistant") for key in PAIR_KEYS)
     prompts = _list_prompts(row)
+    beside, shared = prompts[0] if prompts else ("", [])
+    explicit = all(row.get(key) is not None for key in PAIR_KEYS)
+    response, messages = row.get("rejected_response"), row.get("rejected_messages")
+    wholes = None
     if all(turns and _speaks(turns[0]) in ("user", "system") for turns in (chosen, rejected)):
-        shared, *answers = _split_common(chosen, rejected)
+        wholes = chosen, rejected
+    elif response or messages or (response is not None and not explicit):
+        other = messages or [*shared[:-1], *_make_turns(response, "assistant")]
+        wholes, prompts = (shared, _make_turns(other, "assistant")), prompts[1:]
+    if wholes is not None:
+        shared, *answers = _split_common(*wholes)
         for field, prompt in prompts:
             shared = _join_prompt(field, prompt, shared, answers)
         return shared, answers[0], answers[1]
-    shared = prompts[0][1] if prompts else []
-    explicit = all(row.get(key) is not None for key in PAIR_KEYS)
-    response, messages = row.get("rejected_response"), row.get("rejected_messages")
-    if response or messages or (response is not None and not explicit):
-        other = messages or [*shared[:-1], *_make_turns(response, "assistant")]
-        return _split_common(shared, _make_turns(other, "assistant"))
-    if all(row.get(key) is not None for key in ("output_1", "output_2")):
-        better = row.get("preference")
-        if better not in (1, 2):
-            raise BadSampleError(f"unreadable row: preference is {better!r:.40}, neither 1 nor 2")
-        if shared and _speaks(shared[-1]) == "assistant":
-            shared = shared[:-1]  # the outputs take its place
-        outputs = [_make_output(row, f"output_{number}") for number in (better, 3 - better)]
-        return shared, outputs[0], outputs[1]
+    has_outputs = all(row.get(key) is not None for key in ("output_1", "output_2"))
+    for field, prompt in prompts[1:]:
+        after = [] if has_outputs else [chosen, rejected]
+        shared = _join_prompt(field, prompt, shared, after, beside)
+    if has_outputs:
+        return _split_outputs(row, shared)
     if not explicit:
         raise BadSampleError("unreadable row: it has no chosen and rejected answer")
     return (shared, chosen, rejected) if shared else _split_common(chosen, rejected)
 
 
-def _join_prompt(field: str, prompt: _Turns, shared: _Turns, answers: Sequence[_Turns]) -> _Turns:
-    """The shared turns of two whole conversations, with the turns of the row before them.
+def _split_outputs(row: Mapping[str, Any], shared: _Turns) -> tuple[_Turns, _Turns, _Turns]:
+    """LLaVA-RLHF's two outputs, the better one first."""
+    better = row.get("preference")
+    if isinstance(better, bool) or better not in (1, 2):
+        raise BadSampleError(f"unreadable row: preference is {better!r:.40}, neither 1 nor 2")
+    better = int(better)  # pandas writes whole numbers as floats where one is missing
+    if shared and _speaks(shared[-1]) == "assistant":
+        shared = shared[:-1]  # the outputs take its place
+    outputs = [_make_output(row, f"output_{number}") for number in (better, 3 - better)]
+    return shared, outputs[0], outputs[1]
+
+
+def _join_prompt(
+    field: str, prompt: _Turns, shared: _Turns, answers: Sequence[_Turns], beside: str = ""
+) -> _Turns:
+    """The shared turns, with those turns of a column of the prompt that they lack.
 
     Args:
-        field: the column of the prompt.
+        field: the column.
         prompt: its turns; they may go on to the end of either conversation (ultrafeedback).
-        shared: what both conversations begin with.
-        answers: how they go on.
+        shared: what both conversations begin with, or what the columns before it say.
+        answers: how both go on; [] where the shared turns have an answer already.
+        beside: the first of the columns before it; "" where the row has whole conversations.
 
     Raises:
-        BadSampleError: the prompt is neither part of the shared turns nor what precedes them.
+        BadSampleError: the column is neither part of the shared turns nor what precedes or, of
+            columns alone, follows them.
     """
-    asked, common = _read_turns(prompt), _read_turns(shared)
+    last = _read_both_ways(shared[-1])
+    asked = _read_turns(prompt)
     for answer in map(_read_turns, answers):
-        if answer and asked[-len(answer) - 1 :] == [common[-1], *answer]:
-            asked = asked[: -len(answer)]
+        count = len(asked) - len(answer)
+        if answer and count > 0 and asked[count - 1] in last and asked[count:] == answer:
+            asked = asked[:count]
     prompt = prompt[: len(asked)]
-    if any(common[at : at + len(asked)] == asked for at in range(len(common))):
-        return shared
-    for count in range(min(len(asked), len(common)), 0, -1):
-        if asked[-count:] == common[:count]:
-            return [*prompt, *shared[count:]]
-    speakers = _speaks(prompt[-1]), _speaks(shared[0])
-    is_answered = asked[-2:-1] == common[-1:]  # by neither of the two
-    if not is_answered and speakers in (("assistant", "user"), ("system", "user")):
+    first, end = _speaks(prompt[0]), _speaks(prompt[-1])
+    common_first, common_end = _speaks(shared[0]), _speaks(shared[-1])
+    may_follow = bool(beside and answers) and (common_end, end) != ("user", "assistant")
+    if joined := _overlay(prompt, shared, may_follow=may_follow):
+        return joined
+    is_open = common_end == "system" or (may_follow and (common_end, end) == ("assistant", "user"))
+    if beside and first == "user" and is_open:
+        return [*shared, *prompt]
+    is_answered = len(asked) > 1 and asked[-2] in last  # by neither of the two
+    is_earlier = (end, common_end) == ("assistant", "user") and not is_answered
+    if common_first == "user" and (end == "system" or is_earlier):
         return [*prompt, *shared]
+    where = f"{beside} ends with {_quote(shared[-1])}"
+    if not beside:
+        where = f"both answers' conversations begin with {_quote(shared[0])}"
     raise BadSampleError(
-        f"prompt: {field} ends with {_quote(prompt[-1])}, and both answers' conversations begin "
-        f"with {_quote(shared[0])}: the prompt is neither part of them nor what precedes them"
+        f"prompt: {field} ends with {_quote(prompt[-1])}, and {where}: the prompt is neither part "
+        f"of {'it nor what precedes or follows it' if beside else 'them nor what precedes them'}"
     )
+
+
+def _overlay(prompt: _Turns, shared: _Turns, *, may_follow: bool) -> _Turns | None:
+    """The shared turns, with those of the prompt around them; None: the two have no turn in common.
+
+    A text may be that of a shared turn with media: it is the shared turn that is kept.
+    """
+    asked, said = _read_turns(prompt), [_read_both_ways(turn) for turn in shared]
+    end = len(said) - len(asked)
+    places = [*range(end, -len(asked), -1), *(range(end + 1, len(said)) if may_follow else ())]
+    for place in places:
+        before, start = max(-place, 0), max(place, 0)
+        count = min(len(asked) - before, len(said) - start)
+        if all(asked[before + i] in said[start + i] for i in range(count)):
+            return [*prompt[:before], *shared, *prompt[before + count :]]
+    return None
+
+
+def _read_both_ways(turn: Any) -> tuple[Any, Any]:
+    """A turn with and without its media."""
+    return _read_turn(turn), _read_turn(turn, media=False)
 
 
 def _quote(turn: Any) -> str:
@@ -224,7 +274,7 @@ def _read_text(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _list_prompts(row: Mapping[str, Any]) -> list[tuple[str, _Turns]]:
-    """Each column that says what is asked, with its turns; the one that counts first.
+    """Each column that says what is asked, with its turns.
 
     Raises:
         BadSampleError: the history of an instruction cannot be read.
@@ -236,9 +286,9 @@ def _list_prompts(row: Mapping[str, Any]) -> list[tuple[str, _Turns]]:
         if (value.strip() if isinstance(value, str) else value)
     ]
     asked = "\n".join(str(x) for k in ("instruction", "input") if (x := row.get(k)))
-    if prompts or not asked.strip():
-        return prompts
     history = row.get("history") or []
+    if not asked.strip() and not (prompts and history):
+        return prompts
     if not isinstance(history, list) or any(
         not isinstance(pair, list) or len(pair) != 2 for pair in history
     ):
@@ -248,13 +298,15 @@ def _list_prompts(row: Mapping[str, Any]) -> list[tuple[str, _Turns]]:
         for pair in history
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
-    return [("instruction", [*earlier, {"role": "user", "content": asked}])]
+    if not asked.strip():
+        return [*prompts, ("history", earlier)]
+    return [*prompts, ("instruction", [*earlier, {"role": "user", "content": asked}])]
 
 
 def _make_output(row: Mapping[str, Any], key: str) -> _Turns:
     """The answer of a text, or of a turn of whoever answered (LLaVA-RLHF: `llava`)."""
     output = row[key]
-    text = output.get("value", output.get("content")) if isinstance(output, dict) else output
+    text = get_said(output) if isinstance(output, dict) else output
     if not isinstance(text, str):
         raise BadSampleError(f"unreadable row: {key} is {output!r:.60}, neither a text nor a turn")
     return [{"role": "assistant", "content": text}]
@@ -286,18 +338,25 @@ def _read_turns(turns: _Turns) -> list[Any]:
     return [_read_turn(turn) for turn in turns]
 
 
-def _read_turn(turn: Any) -> Any:
+def _read_turn(turn: Any, *, media: bool = True) -> Any:
     """Who says what in a turn, and calls which tool, however it is written.
 
     What is not a turn is returned as it is.
+
+    Args:
+        turn: the turn.
+        media: whether media among its content parts, and their placeholders, are of what is said.
     """
     if not isinstance(turn, dict):
         return turn
-    said = turn.get("value", turn.get("content"))
+    said = get_said(turn)
     parts: list[Any] = said if isinstance(said, list) else [None]
+    if not media and isinstance(said, list):
+        parts = [p for p in said if not isinstance(p, dict) or p.get("type") == "text"]
     if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
         said = "".join(str(part.get("text") or "") for part in parts)
-    said = said.strip() if isinstance(said, str) else said
+    if isinstance(said, str):
+        said = (said if media else _TAG.sub("", said)).strip()
     return _speaks(turn), said, [turn.get(key) or None for key in ("tool_calls", "function_call")]
 
 
