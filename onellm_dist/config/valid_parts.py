@@ -1,7 +1,7 @@
 """What a recipe with wrong keys says all the same: the sections and values that are valid.
 
-What they name can be looked for before the wrong keys are fixed. Nothing is guessed: a value whose
-key may be the one that was misspelt is not taken for its default.
+What they name can be looked for before the wrong keys are fixed. Nothing is guessed: a value or
+section whose key may be the one that was misspelt is not taken for its default.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class ValidParts(NamedTuple):
     """Section by name, if the section is valid but for unknown keys that are like none of its own.
     """
     values: Mapping[str, Mapping[str, Any]]
-    """Section's name to its valid values by key, defaults included; of a list, the valid items."""
+    """Section's name to its valid values by field, defaults included; of a list, the valid items.
+    """
 
     @classmethod
     def from_config(cls, config: RunConfig) -> ValidParts:
@@ -44,20 +45,23 @@ def find_valid_parts(raw: Mapping[str, Any]) -> ValidParts:
     """
     sections: dict[str, Section] = {}
     values: dict[str, Mapping[str, Any]] = {}
+    meant_sections = {find_meant_key([], key) for key in raw.keys() - RunConfig.model_fields.keys()}
     for name in RunConfig.model_fields:
         section, given = find_section([name]), raw.get(name, {})
         assert section is not None
-        if not isinstance(given, Mapping):
+        if name in meant_sections or not isinstance(given, Mapping):
             continue
-        known = {key: value for key, value in given.items() if key in section.model_fields}
-        meant = {find_meant_key([name], key) for key in given.keys() - known.keys()}
-        if not meant - {None}:
+        fields = _map_keys_to_fields(section)
+        known = {key: value for key, value in given.items() if key in fields}
+        meant = {find_meant_key([name], key) for key in given.keys() - known.keys()} - {None}
+        if not meant:
             with suppress(ValidationError):
                 sections[name] = section.model_validate(known)
                 values[name] = dict(sections[name])
                 continue
-        clear = {key: value for key, value in known.items() if key not in meant}
-        values[name] = _list_valid_values(section, clear, missing=meant)
+        missing = {fields[key] for key in meant if key in fields}
+        clear = {fields[key]: value for key, value in known.items() if fields[key] not in missing}
+        values[name] = _list_valid_values(section, clear, missing)
     return ValidParts(sections, values)
 
 
@@ -76,10 +80,22 @@ def find_meant_key(section: list[str], key: Any) -> str | None:
     return next(iter(difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)), None)
 
 
+def _map_keys_to_fields(section: type[Section]) -> dict[str, str]:
+    """The field of each key of a section: recipes spell `track.trackers` as `track.with`, too."""
+    fields = section.model_fields
+    return {key: name for name, field in fields.items() for key in (name, field.alias or name)}
+
+
 def _list_valid_values(
-    section: type[Section], given: Mapping[str, Any], missing: set[str | None]
+    section: type[Section], given: Mapping[str, Any], missing: set[str]
 ) -> dict[str, Any]:
-    """The valid values of a section, and the defaults of keys that are not given."""
+    """The valid values of a section, and the defaults of fields that are not given, by field.
+
+    Args:
+        section: the section.
+        given: values as the recipe has them, by field.
+        missing: fields without a value here, because a misspelt key may be theirs.
+    """
     values: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         if name in given:

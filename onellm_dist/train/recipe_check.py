@@ -26,7 +26,7 @@ from onellm_dist.train.records.applied_resumes import was_applied
 
 Sections = Mapping[str, Section]
 Values = Mapping[str, Any]
-"""The valid values of one section, by key."""
+"""The valid values of one section, by field."""
 
 
 def load_checked_config(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -118,19 +118,21 @@ def _check_data(data: Values) -> Iterator[UsageError]:
 
 def _check_parts(valid: ValidParts) -> Iterator[UsageError]:
     """The engine, the optimizer, trackers and callbacks."""
-    yield from _check_engine_and_optim(valid.sections)
+    train = valid.values.get("train", {})
+    yield from _check_engine_and_optim(valid.sections, train.get("precision"))
     trackers: tuple[str, ...] = valid.values.get("track", {}).get("trackers", ())
     if trackers:
         from onellm_dist.train.callbacks.trackers import tracker_class
 
         for name in trackers:
             yield from _collect(tracker_class, name)
-    for name in valid.values.get("train", {}).get("callbacks", ()):
+    for name in train.get("callbacks", ()):
         if ":" in name:
             yield from _collect(find_module, name, key="train.callbacks")
 
 
-def _check_engine_and_optim(sections: Sections) -> Iterator[UsageError]:
+def _check_engine_and_optim(sections: Sections, precision: str | None) -> Iterator[UsageError]:
+    """The engine, if the precision is known, and the optimizer."""
     from onellm_dist.train.engine.compile_check import check_compile
     from onellm_dist.train.engine.frozen_weights import check_frozen_weights
     from onellm_dist.train.engine.select import get_engine
@@ -138,9 +140,8 @@ def _check_engine_and_optim(sections: Sections) -> Iterator[UsageError]:
 
     engine = cast("EngineSection | None", sections.get("engine"))
     train = cast("TrainSection | None", sections.get("train"))
-    if engine is not None:
-        bf16 = train is None or train.precision == "bf16"
-        wrong = [*_collect(get_engine(engine.name).check, engine, bf16=bf16)]
+    if engine is not None and precision is not None:
+        wrong = [*_collect(get_engine(engine.name).check, engine, bf16=precision == "bf16")]
         yield from wrong
         if train is not None:
             yield from _collect(check_frozen_weights, engine, train)

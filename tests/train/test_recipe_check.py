@@ -93,6 +93,7 @@ def test_everything_wrong_is_named_at_once(dataset: Path, tmp_path: Path) -> Non
         f"engine.config={tmp_path}/no.json",
         f"checkpoint.resume={tmp_path}/step-9",
         "train.callbacks=[no_such_module:Callback]",
+        "track.with=[nope]",
         "engine.ranks_in_a_rack=3",
         f"run.dir={recipe}",
     ]
@@ -108,6 +109,7 @@ def test_everything_wrong_is_named_at_once(dataset: Path, tmp_path: Path) -> Non
         "no.json",
         "checkpoint.resume=",
         "no_such_module",
+        "track.with: 'nope' is not a tracker",
         "unknown key engine.ranks_in_a_rack",
         "run.dir=",
     ):
@@ -123,3 +125,43 @@ def test_what_a_misspelt_key_may_have_meant_is_not_looked_for(dataset: Path) -> 
     with pytest.raises(UsageError, match="1 problem in") as caught:
         load_checked_config(recipe)
     assert "did you mean data.root?" in str(caught.value)
+
+
+def find_problems_of(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        load_checked_config(recipe, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["with", "trackers"])
+def test_wrong_trackers_are_named_beside_another_wrong_key_of_their_section(
+    dataset: Path, key: str
+) -> None:
+    recipe = write_recipe(dataset)
+    problems = find_problems_of(recipe, f"track.{key}=[nope]", "track.projekt=x")
+    assert "did you mean track.project?" in problems and "'nope' is not a tracker" in problems
+
+
+def test_a_tracker_whose_key_may_be_misspelt_is_not_looked_for(dataset: Path) -> None:
+    problems = find_problems_of(write_recipe(dataset), "track.with=[nope]", "track.wiht=[tensor]")
+    assert "did you mean track.with?" in problems and "1 problem in" in problems
+
+
+def test_the_engine_is_checked_with_the_precision_that_the_recipe_names(dataset: Path) -> None:
+    """Without ZeRO, bf16 is refused."""
+    recipe, config = write_recipe(dataset), dataset.parent / "zero0.json"
+    config.write_text('{"zero_optimization": {"stage": 0}}')
+    engine = f"engine.config={config}"
+    load_checked_config(recipe, [engine, "train.precision=fp32"])
+    problems = find_problems_of(recipe, engine, "train.precision=fp32", "train.stepz=2")
+    assert "did you mean train.steps?" in problems and "1 problem in" in problems
+    problems = find_problems_of(recipe, engine, "train.precison=fp32")
+    assert "did you mean train.precision?" in problems and "1 problem in" in problems
+    problems = find_problems_of(recipe, engine, "train.stepz=2")
+    assert "stage 0 with train.precision=bf16" in problems and "2 problems in" in problems
+
+
+def test_a_section_whose_name_is_misspelt_is_not_checked_with_its_defaults(dataset: Path) -> None:
+    """`train.compile=blocks` is refused under the default engine alone."""
+    problems = find_problems_of(write_recipe(dataset), "engin.name=fsdp", "train.compile=blocks")
+    assert "did you mean engine?" in problems and "1 problem in" in problems
