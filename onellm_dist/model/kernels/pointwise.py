@@ -3,7 +3,8 @@
 Each is an operation of torch's own registry (`onellm::name`), so that selective recomputation and
 the planner, which counts on the meta device, see one operation. Forward and backward are written in
 plain torch: on a GPU inductor compiles each of them to one kernel, for all shapes at once;
-elsewhere, and where it cannot (no C compiler), they run as they are written.
+elsewhere, and where it cannot (no C compiler), they run as they are written. There are no second
+derivatives: asked for one, they raise NotImplementedError; the plain twins have them.
 """
 
 from __future__ import annotations
@@ -114,16 +115,36 @@ def define_operation(
         torch.library.define(qualified, own_schema)
         torch.library.impl(qualified, ("cpu", "cuda"), body)
         torch.library.register_fake(qualified, shapes)
+    refuse_gradients(f"{name}_backward")
     run_backward = Call(f"{name}_backward", backward)
     results = len(getattr(OPERATIONS, name).default._schema.returns)
     arguments = len(getattr(OPERATIONS, name).default._schema.arguments)
 
     def differentiate(ctx: Any, *gradients: Any) -> Any:
+        if all(gradient is None for gradient in gradients):  # what comes after has none
+            return (None,) * arguments
         found = run_backward(*gradients[:results], *ctx.saved_tensors)
         found = found if isinstance(found, tuple) else (found,)
         return found + (None,) * (arguments - len(found))
 
     return give_gradients(Call(name, forward), differentiate, keep)
+
+
+def refuse_gradients(name: str) -> None:
+    """Let a backward's own gradient, a second derivative, raise NotImplementedError.
+
+    torch would differentiate its body, in which what forward kept counts as constant.
+
+    Args:
+        name: of the backward, `onellm::name`.
+    """
+
+    def refuse(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name}: fused kernels have no second derivative; use plain kernels"
+        )
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse)
 
 
 class Call:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from onellm_dist.model.kernels.pointwise import NAMESPACE, Call, give_gradients
+from onellm_dist.model.kernels.pointwise import NAMESPACE, Call, give_gradients, refuse_gradients
 
 
 def compute_rms_norm(
@@ -63,7 +63,7 @@ def _backward_with_weight(
     """The gradients of x and weight."""
     wide, normed = gradient.float(), x.float() * scale
     product = wide * normed
-    of_weight = product.sum(tuple(range(x.dim() - 1))).to(weight.dtype)
+    of_weight = product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     along = product.mul_(weight).mean(-1, keepdim=True)
     of_x = (wide * weight).addcmul_(normed, along, value=-1).mul_(scale)
     return of_x.to(x.dtype), of_weight
@@ -81,7 +81,9 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:2], output[1])
 
 
-def _differentiate(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
+def _differentiate(ctx: Any, gradient: torch.Tensor | None, _: Any) -> Any:
+    if gradient is None:  # what comes after the norm has none
+        return None, None, None
     if ctx.needs_input_grad[1]:
         return (*_call_backward_with_weight(gradient, *ctx.saved_tensors), None)
     return _call_backward(gradient, *ctx.saved_tensors), None, None
@@ -95,13 +97,18 @@ def _define(name: str, arguments: str, results: str, body: Any, shapes: Any) -> 
     return Call(name, body)
 
 
-_KEPT = "Tensor gradient, Tensor x, Tensor weight, Tensor scale"
-_call_backward = _define(
-    "rms_norm_backward", _KEPT, "Tensor", _backward, lambda g, x, w, s: torch.empty_like(x)
+def _define_backward(name: str, results: str, body: Any, shapes: Any) -> Call:
+    kept = "Tensor gradient, Tensor x, Tensor weight, Tensor scale"
+    call = _define(name, kept, results, body, shapes)
+    refuse_gradients(name)
+    return call
+
+
+_call_backward = _define_backward(
+    "rms_norm_backward", "Tensor", _backward, lambda g, x, w, s: torch.empty_like(x)
 )
-_call_backward_with_weight = _define(
+_call_backward_with_weight = _define_backward(
     "rms_norm_backward_with_weight",
-    _KEPT,
     "(Tensor, Tensor)",
     _backward_with_weight,
     lambda g, x, w, s: (torch.empty_like(x), torch.empty_like(w)),

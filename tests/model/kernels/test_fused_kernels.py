@@ -183,6 +183,49 @@ def test_the_norm_of_a_frozen_weight_has_the_same_gradient_of_its_input(trains: 
     assert (found[0] - found[1]).abs().max() <= FP32 * found[1].abs().max()
 
 
+def test_the_norm_of_one_row_without_other_dimensions_has_the_same_gradients() -> None:
+    _, _, (x, weight) = make_case("rms_norm", 1, 12, torch.float32)
+    check_close((norm(True), norm(False), [x[0, 0], weight]), FP32)
+
+
+class Dropped(torch.autograd.Function):
+    """Passes values on, and no gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
+        return None
+
+
+def make_fused(name: str) -> tuple[Callable[..., torch.Tensor], list[torch.Tensor]]:
+    """(fused, inputs), which want gradients."""
+    if name == "cross_entropy":
+        logits = torch.randn((5, 8), generator=torch.Generator().manual_seed(0))
+        targets = torch.arange(5)
+        return lambda x: compute_chunked_cross_entropy(x, targets), [logits.requires_grad_()]
+    fused, _, inputs = make_case(name, 5, 8, torch.float32)
+    return fused, [x.clone().requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("name", ["swiglu", "quick_gelu", "rms_norm", "cross_entropy"])
+def test_without_a_gradient_of_the_result_the_inputs_get_none_or_zero(name: str) -> None:
+    fused, own = make_fused(name)
+    drop: Any = Dropped.apply
+    drop(fused(*own)).sum().backward()
+    assert all(x.grad is None or not x.grad.any() for x in own)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "quick_gelu", "rms_norm", "rotary", "cross_entropy"])
+def test_a_second_derivative_is_refused(name: str) -> None:
+    fused, own = make_fused(name)
+    first = torch.autograd.grad(fused(*own).square().sum(), own, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.stack([gradient.square().sum() for gradient in first]).sum().backward()
+
+
 class Names(TorchDispatchMode):
     """Keeps the names of all operations."""
 
