@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from onellm_dist.train.engine.deepspeed import hooks
 from onellm_dist.train.engine.deepspeed.engine import import_deepspeed
 from onellm_dist.train.engine.deepspeed.hooks import (
     PROFILER_VARIABLE,
@@ -16,6 +19,21 @@ from onellm_dist.train.engine.deepspeed.hooks import (
     list_parameters,
     quicken_hooks,
 )
+
+REPLACED = (
+    ("utils.nvtx", "enable_nvtx"),
+    ("runtime.zero.partitioned_param_coordinator", "iter_params"),
+    ("runtime.zero.linear", "LinearFunctionForZeroStage3"),
+)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `quicken_hooks` replaces for the whole process comes back after each test."""
+    import_deepspeed()
+    for module, name in REPLACED:
+        found = import_module(f"deepspeed.{module}")
+        monkeypatch.setattr(found, name, getattr(found, name))
 
 
 def make_hook() -> Any:
@@ -36,7 +54,6 @@ def make_hook() -> Any:
 
 
 def test_hooks_are_not_inspected_and_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    import_deepspeed()
     module: Any = nn.Sequential(nn.Identity())
     inspected: list[Any] = []
     module.pre_bwd_fn, module[0].post_bwd_fn = make_hook(), make_hook()
@@ -54,7 +71,6 @@ def test_hooks_are_not_inspected_and_compute_the_same(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_linear_layer_of_zero_3_computes_the_same(shape: tuple[int, ...], bias: bool) -> None:
-    import_deepspeed()
     from deepspeed.runtime.zero import linear
 
     found = []
@@ -86,7 +102,6 @@ def test_parameters_of_others_that_a_module_reads_are_listed_when_they_come() ->
 def test_functions_are_marked_for_a_profiler_alone(
     monkeypatch: pytest.MonkeyPatch, profiled: bool
 ) -> None:
-    import_deepspeed()
     from deepspeed.utils import nvtx
 
     monkeypatch.setattr(nvtx, "enable_nvtx", True)
@@ -95,3 +110,49 @@ def test_functions_are_marked_for_a_profiler_alone(
         monkeypatch.setenv(PROFILER_VARIABLE, "1")
     quicken_hooks(nn.Identity())
     assert nvtx.enable_nvtx == profiled
+
+
+def test_deepspeed_calls_what_replaces_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the installed version; under other names the hooks would be as slow as ever."""
+    from deepspeed.runtime.zero import linear, partitioned_param_coordinator
+
+    listed: list[Any] = []
+
+    def list_and_tell(module: Any, recurse: bool = False) -> Any:
+        listed.append(module)
+        return list_parameters(module, recurse)
+
+    monkeypatch.setattr(hooks, "list_parameters", list_and_tell)
+    own = [getattr(import_module(f"deepspeed.{module}"), name) for module, name in REPLACED]
+    quicken_hooks(nn.Identity())
+    new = [getattr(import_module(f"deepspeed.{module}"), name) for module, name in REPLACED]
+    assert new[1] is list_and_tell and issubclass(new[2], own[2]) and new[2] is not own[2]
+
+    coordinator: Any = partitioned_param_coordinator.PartitionedParameterCoordinator
+    fetch = coordinator._fetch_sub_module_impl
+    assert fetch.__globals__ is vars(partitioned_param_coordinator)
+    assert "iter_params" in fetch.__code__.co_names
+    module: Any = nn.Identity()
+    module.ds_id = 0
+    # It asks for the rank, and there is no process group.
+    monkeypatch.setattr(partitioned_param_coordinator, "print_rank_0", lambda *_, **__: None)
+    trace = SimpleNamespace(
+        is_complete_trace=lambda: False,
+        _PartitionedParameterCoordinator__active_backward_submodules={},
+    )
+    coordinator.release_sub_module(trace, module, forward=True)
+    assert listed and {*listed} == {module}
+    weight = nn.Parameter(torch.ones(2, 3))
+    out = linear.zero3_linear_wrap(torch.ones(1, 3), weight)
+    assert type(out.grad_fn).__name__ == "JoinedBackward"
+
+
+def test_a_version_without_the_names_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in REPLACED:
+        monkeypatch.delattr(import_module(f"deepspeed.{module}"), name)
+    model: Any = nn.Identity()
+    model.pre_bwd_fn = make_hook()
+    quicken_hooks(model)
+    for module, name in REPLACED:
+        assert not hasattr(import_module(f"deepspeed.{module}"), name)
+    assert model.pre_bwd_fn.__name__ == "Joined"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from itertools import chain
 from typing import Any
 
@@ -26,23 +27,34 @@ def quicken_hooks(model: nn.Module) -> None:
 
     - torch inspects the signature of an autograd function's `forward` at every call, if it has a
       `setup_context` of its own (2.15: `torch.autograd.function._bind_default_args`);
-    - the parameters of a module, and of all modules in a leaf, are looked for;
+    - the coordinator, which fetches and releases, looks for the parameters of a module, and of all
+      modules in a leaf (the hooks of `parameter_offload` that look for them too are left alone);
     - every function is marked for a profiler; here, only if there is one.
+
+    What is replaced in DeepSpeed's modules is so for the whole process. A version that has no such
+    name runs as it is.
 
     Args:
         model: with DeepSpeed's hooks; it has the parameters that it will have.
     """
-    from deepspeed.runtime.zero import linear, partitioned_param_coordinator
-    from deepspeed.utils import nvtx
-
-    nvtx.enable_nvtx = PROFILER_VARIABLE in os.environ
-    partitioned_param_coordinator.iter_params = list_parameters
-    linear.LinearFunctionForZeroStage3 = join_setup(linear.LinearFunctionForZeroStage3)
+    _replace("utils.nvtx", "enable_nvtx", lambda _: PROFILER_VARIABLE in os.environ)
+    _replace("runtime.zero.partitioned_param_coordinator", "iter_params", lambda _: list_parameters)
+    _replace("runtime.zero.linear", "LinearFunctionForZeroStage3", join_setup)
     for module in model.modules():
         vars(module).pop(_KEPT, None)
         for name in _HOOKS:
             if name in vars(module):
                 vars(module)[name] = join_setup(vars(module)[name])
+
+
+def _replace(module: str, name: str, change: Callable[[Any], Any]) -> None:
+    """Replace a name in one of DeepSpeed's modules, if this version has it."""
+    try:
+        found = vars(import_module(f"deepspeed.{module}"))
+    except ModuleNotFoundError:
+        return
+    if name in found:
+        found[name] = change(found[name])
 
 
 def join_setup(function: Any) -> Any:
