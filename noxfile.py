@@ -55,8 +55,13 @@ def oldest(session: nox.Session) -> None:
         "uv", "pip", "compile", "setup.cfg", "--python-version", "3.10", "--resolution",
         "lowest-direct", "--no-annotate", "--quiet", "--output-file", str(lowest), external=True,
     )  # fmt: skip
-    # The package of the Kubernetes schemas asks for a newer pydantic than we do.
-    session.install("-c", str(lowest), "-e", ".", *list_test_tools("kubeflow-trainer-api"))
+    # The package of the Kubernetes schemas asks for a newer pydantic than we do, trl for a newer
+    # pyarrow. uv says so where versions cannot be had together; pip tries them for an hour.
+    tools = list_test_tools("kubeflow-trainer-api", "trl")
+    session.run(
+        "uv", "pip", "install", "--quiet", "--python", str(Path(session.bin) / "python"),
+        "-c", str(lowest), "-e", ".", *tools, external=True,
+    )  # fmt: skip
     run_fast_tests(session)
 
 
