@@ -310,7 +310,7 @@ def test_a_dry_run_reports_and_writes_nothing(
     )
     text = capsys.readouterr().out
     expected = (
-        "1 input splits, 6 raw samples of image",
+        "1 input split, 6 raw samples of image",
         "2 shards or more (train: 2)",
         "tried 6: 5 good, about",
         "p1.jpg: unreadable image",

@@ -238,7 +238,7 @@ def test_too_many_failures_build_nothing(tmp_path: Path) -> None:
 
 
 def test_all_bad_builds_nothing_whatever_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(TooManyFailuresError, match="1 of the first 1 "):
+    with pytest.raises(TooManyFailuresError, match="bad samples: 1 of the first 1;"):
         build(tmp_path, {"a.jpg": b"broken", "a.txt": "x"}, max_failures=1)
     assert not (tmp_path / "out").exists()
 
