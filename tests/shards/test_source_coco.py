@@ -86,7 +86,7 @@ def test_bad_rows(tmp_path: Path) -> None:
         "missing file: train2017/000000000010.jpg",
         "unreadable row: no 'caption'",
     ]
-    with pytest.raises(OneLLMError, match="are bad"):
+    with pytest.raises(OneLLMError, match="bad samples: "):
         build_source("coco", inputs, tmp_path / "none")
     (inputs / "captions_train2017.json").write_text(to_json(official())[:-30])
     with pytest.raises(OneLLMError, match=r"captions_train2017\.json: at byte \d+"):

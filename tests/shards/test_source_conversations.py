@@ -292,7 +292,7 @@ def test_audiocaps(tmp_path: Path) -> None:
         "audiocaps", inputs, tmp_path / "skip", max_failures=0.6, missing="skip"
     )
     assert "8" not in get_reasons(skipped)
-    with pytest.raises(OneLLMError, match="are bad"):
+    with pytest.raises(OneLLMError, match="bad samples: "):
         build_source("audiocaps", inputs, tmp_path / "none")
     with pytest.raises(UsageError, match=r"no test.csv or dataset/test\.csv"):
         build_source("audiocaps", inputs, tmp_path / "none", splits="test")

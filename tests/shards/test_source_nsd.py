@@ -154,7 +154,7 @@ def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     assert why.keys() == starts.keys()
     assert {n: r for n, r in why.items() if not r.startswith(starts[n])} == {}
     assert {"train_subj01_11-s0", "train_subj01_12-a"} < set(read_samples(dataset))
-    with pytest.raises(OneLLMError, match="are bad"):
+    with pytest.raises(OneLLMError, match="bad samples: "):
         build_source("nsd", root, tmp_path / "none")
 
 

@@ -173,7 +173,7 @@ def test_bad_expressions(tmp_path: Path) -> None:
         "an expression is ' ', not a text",
         "its split is 'nosplit', not one of train, val, test, testA, testB",
     ]
-    with pytest.raises(OneLLMError, match="are bad"):
+    with pytest.raises(OneLLMError, match="bad samples: "):
         build_source("refcoco", tmp_path / "in", tmp_path / "none")
 
 
