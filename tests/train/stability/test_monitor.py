@@ -156,7 +156,8 @@ def test_pairs_without_a_gradient_make_no_spike_of_a_later_one(resumed: bool) ->
             assert monitor.check(1e-9, 0.0) is None
             monitor.accept(1e-9, 0.0)
     tokens, pairs = monitors
-    assert (found := tokens.check(1e-9, 1.0)) is not None and found.kind == "gradient_spike"
+    found = tokens.check(1e-9, 1.0)
+    assert found is not None and found.kind == "gradient_spike"
     assert pairs.check(1e-9, 1.0) is None
     found = pairs.check(1e-9, 30.0)
     assert found is not None and found.kind == "gradient_spike" and "0.0001" in found.reason
