@@ -205,7 +205,7 @@ def build(
     import torch
 
     from onellm_dist.config.train_sections import OptimSection, TrainSection
-    from onellm_dist.model.lazy_weights import (
+    from onellm_dist.model.weights.lazy import (
         InitialWeights,
         RandomWeights,
         SafetensorsWeights,

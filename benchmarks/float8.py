@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from onellm_dist.config.train_sections import LoraSection
-from onellm_dist.model.float8_linear import Float8Linear, Float8Weight, round_weight
-from onellm_dist.model.lora import add_adapters
-from onellm_dist.model.quantised_linear import FLOAT8_FORMAT, find_layers
+from onellm_dist.model.adapters.lora import add_adapters
+from onellm_dist.model.quantised.float8 import Float8Linear, Float8Weight, round_weight
+from onellm_dist.model.quantised.linear import FLOAT8_FORMAT, find_layers
 from onellm_dist.testing.integration.fetch import PackageCache
 from onellm_dist.testing.integration.phases import LLM_PACKAGES
 

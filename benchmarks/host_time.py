@@ -236,10 +236,10 @@ def build(
     """
     from onellm_dist.config.train_sections import OptimSection, TrainSection
     from onellm_dist.model.initialisation import initialise
-    from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights, build_empty_model
     from onellm_dist.model.modality_tokens import find_idle_passes
     from onellm_dist.model.model_kernels import set_kernels
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+    from onellm_dist.model.weights.lazy import InitialWeights, RandomWeights, build_empty_model
     from onellm_dist.train.optim.groups import build_parameter_groups
     from onellm_dist.train.optim.rules import prepare_parameters
 

@@ -51,7 +51,7 @@ def check_family(name: str) -> tuple[str, str, str]:
     from transformers import CONFIG_MAPPING
 
     from onellm_dist.common.errors import MachineError, UsageError
-    from onellm_dist.model.llm_check import check_llm
+    from onellm_dist.model.llm.check import check_llm
 
     try:
         config = CONFIG_MAPPING[name](**COMPLETE.get(name, {}))

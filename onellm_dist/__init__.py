@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onellm_dist.data.plan import Plan
     from onellm_dist.model.configuration import OneLLMConfig
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-    from onellm_dist.model.processing import OneLLMProcessor
+    from onellm_dist.model.processing.processor import OneLLMProcessor
     from onellm_dist.shards import as_webdataset, build_dataset, open_dataset
     from onellm_dist.train.callbacks.base import Callback
     from onellm_dist.train.records.metrics import Metric
@@ -39,7 +39,7 @@ _HOMES = {
     "Metric": "onellm_dist.train.records.metrics",
     "OneLLMConfig": "onellm_dist.model.configuration",
     "OneLLMForConditionalGeneration": "onellm_dist.model.onellm",
-    "OneLLMProcessor": "onellm_dist.model.processing",
+    "OneLLMProcessor": "onellm_dist.model.processing.processor",
     "Outcome": "onellm_dist.train.state",
     "Plan": "onellm_dist.data.plan",
     "RunConfig": "onellm_dist.config.schema",

@@ -16,8 +16,8 @@ class PackedBatch:
 
     The LLM sequence of sample i is its text with spans of 32 positions at their places: by default
     `BOS, one span for each of its modalities, the rest of its text`. The model derives this layout
-    from `text_token_counts`, `modalities` and `places` (`model/layout.py`); nothing else describes
-    it.
+    from `text_token_counts`, `modalities` and `places` (`model/spans/layout.py`); nothing else
+    describes it.
 
     Attributes:
         input_ids: [T_text] int64, text tokens of the samples, each beginning with BOS.

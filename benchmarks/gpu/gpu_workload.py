@@ -12,11 +12,11 @@ from torch import nn
 from onellm_dist.config.train_sections import OptimSection, TrainSection
 from onellm_dist.modalities import get_modality
 from onellm_dist.model.configuration import OneLLMConfig
-from onellm_dist.model.lazy_weights import build_empty_model
 from onellm_dist.model.modality_tokens import find_idle_passes
 from onellm_dist.model.model_kernels import set_kernels
 from onellm_dist.model.presets import build_config
 from onellm_dist.model.recompute import enable_activation_checkpointing
+from onellm_dist.model.weights.lazy import build_empty_model
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.planner.pack_shapes import PackShape, SampleShape
 from onellm_dist.train.engine.parameters import ParameterOwners

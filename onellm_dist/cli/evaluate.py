@@ -17,7 +17,7 @@ from onellm_dist.common.errors import EXIT_CODES, EXIT_PREEMPTED, OneLLMError, U
 
 if TYPE_CHECKING:
     from onellm_dist.launch.ranks import Ranks
-    from onellm_dist.model.adapter_set import NamedAdapter
+    from onellm_dist.model.adapters.adapter_set import NamedAdapter
 
 app = typer.Typer()
 STARTED = time.time()
@@ -139,7 +139,7 @@ def _answer(
 
 
 def _read_adapters(items: Sequence[str]) -> list[NamedAdapter]:
-    from onellm_dist.model.adapter_set import parse_adapters
+    from onellm_dist.model.adapters.adapter_set import parse_adapters
 
     return parse_adapters(items)
 

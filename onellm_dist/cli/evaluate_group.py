@@ -13,7 +13,7 @@ from onellm_dist.common.errors import UsageError
 if TYPE_CHECKING:
     from onellm_dist.evaluation.evaluate import EvaluationOptions
     from onellm_dist.launch.ranks import Ranks
-    from onellm_dist.model.adapter_set import NamedAdapter
+    from onellm_dist.model.adapters.adapter_set import NamedAdapter
 
 ENGINE = "fsdp"
 
@@ -32,7 +32,7 @@ def check_group(size: int, model: Path, adapters: Sequence[NamedAdapter], ranks:
     """
     if size == 1:
         return
-    from onellm_dist.model.adapter_folder import is_adapter
+    from onellm_dist.model.adapters.folder import is_adapter
 
     if ranks % size:
         raise UsageError(
@@ -76,7 +76,7 @@ def evaluate_in_group(
     from onellm_dist.evaluation.evaluate_group import answer_as_group
     from onellm_dist.evaluation.loading import choose_dtype, identify_model
     from onellm_dist.evaluation.stop_request import StopRequest
-    from onellm_dist.model.lazy_weights import open_model
+    from onellm_dist.model.weights.lazy import open_model
     from onellm_dist.train.engine.select import get_engine
     from onellm_dist.train.rank_group import join_group
 

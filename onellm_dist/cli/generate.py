@@ -101,7 +101,7 @@ def _answer(
 ) -> int:
     """Answer the questions of a command line, and print the answers as they come."""
     from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, UsageError
-    from onellm_dist.model.adapter_set import parse_adapters
+    from onellm_dist.model.adapters.adapter_set import parse_adapters
     from onellm_dist.serving.questions import AskedQuestion, answer_questions, read_questions
 
     if jsonl is not None and (prompts or files):

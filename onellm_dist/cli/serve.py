@@ -94,7 +94,7 @@ def _start(
     from onellm_dist.common.extras import get_install_command
 
     try:
-        from onellm_dist.model.adapter_set import parse_adapters
+        from onellm_dist.model.adapters.adapter_set import parse_adapters
         from onellm_dist.serving.server.run import serve as run_server
         from onellm_dist.serving.server.settings import ServerSettings
     except ModuleNotFoundError as error:

@@ -9,7 +9,7 @@ import torch
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import KeyProblem
 from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors
-from onellm_dist.model.lora import LORA_A, LORA_B, MAGNITUDE, merge_weight
+from onellm_dist.model.adapters.lora import LORA_A, LORA_B, MAGNITUDE, merge_weight
 
 
 def split_adapters(tensors: Tensors) -> tuple[Tensors, Tensors]:

@@ -16,7 +16,7 @@ from onellm_dist.convert.new_parameters import copy_projector, draw_tensors
 from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.model.configuration import OneLLMConfig
-from onellm_dist.model.span_positions import SPAN_ROWS
+from onellm_dist.model.spans.positions import SPAN_ROWS
 
 CLOSED_BIAS = -20.0
 """Router bias of an added expert in old modalities. Its weight is sigmoid(-20) = 2e-9, below fp32's

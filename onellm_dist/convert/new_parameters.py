@@ -10,7 +10,7 @@ from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.initialisation import draw_parameter, get_drawn_name
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.model.span_positions import SPAN_ROWS
+from onellm_dist.model.spans.positions import SPAN_ROWS
 
 
 def draw_tensors(config: OneLLMConfig, seed: int, names: Iterable[str] | None = None) -> Tensors:

@@ -32,7 +32,7 @@ def open_tower(tower_name: str) -> OpenedCheckpoint:
         UsageError: the name is malformed or unknown, the weights cannot be read, or the encoder
             cannot run the tower.
     """
-    from onellm_dist.model.towers import convert_tower
+    from onellm_dist.model.weights.towers import convert_tower
 
     match = _TOWER_NAME.fullmatch(tower_name)
     if match is None:

@@ -184,7 +184,7 @@ def check_float8() -> CheckResult:
     """What `engine.frozen_weights=fp8` does here, tried out where products are of float8."""
     import torch
 
-    from onellm_dist.model.float8_linear import describe_products, try_products
+    from onellm_dist.model.quantised.float8 import describe_products, try_products
 
     what = "kernels", "engine.frozen_weights=fp8"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -44,8 +44,8 @@ from onellm_dist.evaluation.stop_request import StopRequest
 from onellm_dist.evaluation.tasks import Task, get_task
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.modalities import get_modality
-from onellm_dist.model.adapter_set import AdapterSet, NamedAdapter, check_adapters
-from onellm_dist.model.batched_generation import (
+from onellm_dist.model.adapters.adapter_set import AdapterSet, NamedAdapter, check_adapters
+from onellm_dist.model.generation.batched import (
     BATCH,
     BatchStatistics,
     Continuation,

@@ -20,14 +20,14 @@ from torch.distributed import distributed_c10d
 from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.evaluation.question_format import QuestionFormat
-from onellm_dist.model.batched_generation import (
+from onellm_dist.model.generation.batched import (
     BatchStatistics,
     Continuation,
     MediaCache,
     Prompt,
     generate_batch,
 )
-from onellm_dist.model.sampling import RowSampling, choose_tokens
+from onellm_dist.model.generation.sampling import RowSampling, choose_tokens
 
 LEADER = 0
 HOSTS_TIMEOUT = timedelta(hours=3)

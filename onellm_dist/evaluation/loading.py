@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from onellm_dist.common.files import sha256_file
-from onellm_dist.model.adapter_folder import is_adapter, read_base
+from onellm_dist.model.adapters.folder import is_adapter, read_base
 
 _HEADER_BYTES = 1 << 20
 

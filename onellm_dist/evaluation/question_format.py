@@ -16,7 +16,7 @@ from onellm_dist.data.text import (
     render_turn,
 )
 from onellm_dist.modalities import Part
-from onellm_dist.model.batched_generation import TextStop
+from onellm_dist.model.generation.batched import TextStop
 
 FORMATS = ("conversation", "chat", "raw")
 

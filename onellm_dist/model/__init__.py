@@ -25,7 +25,7 @@ from transformers import (
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.presets import build_config, build_meta_model, count_parameters, load_model
-from onellm_dist.model.processing import OneLLMProcessor
+from onellm_dist.model.processing.processor import OneLLMProcessor
 
 __all__ = [
     "OneLLMConfig",

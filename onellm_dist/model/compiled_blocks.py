@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model.attention import packed_attention
 from onellm_dist.model.encoder import EncoderAttention
-from onellm_dist.model.llm_attention import ATTENTION_NAME, compute_llm_attention
+from onellm_dist.model.llm.attention import ATTENTION_NAME, compute_llm_attention
 from onellm_dist.model.upm import UPMAttention
 
 GRAPHS_OF_ONE_CODE = 64

@@ -197,7 +197,7 @@ class OneLLMConfig(KeepsSums, PretrainedConfig):
         modalities: names of the modalities; default: all that the package has. They are kept in the
             order of the modalities' own `order`.
         span_positions: how the LLM knows the spans of one medium from each other: `none`,
-            `fixed` or `learned` (`span_positions.py`).
+            `fixed` or `learned` (`spans/positions.py`).
         kwargs: as of transformers' PretrainedConfig.
 
     Raises:

@@ -1,7 +1,7 @@
 """The shared encoder: a vision transformer over packed tokens (paper, section 3.2).
 
-It is CLIP's by default; its weights come from `towers.py` or a checkpoint. Every parameter is read
-in the forward of the module that owns it, so that ZeRO-3 gathers it there.
+It is CLIP's by default; its weights come from `weights/towers.py` or a checkpoint. Every parameter
+is read in the forward of the module that owns it, so that ZeRO-3 gathers it there.
 """
 
 from __future__ import annotations

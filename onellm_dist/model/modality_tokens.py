@@ -17,7 +17,7 @@ from onellm_dist.modalities import QUERY_TOKENS, get_modality
 from onellm_dist.model.pixels import make_input
 from onellm_dist.model.placement import get_device
 from onellm_dist.model.sequence_lengths import SequenceLengths
-from onellm_dist.model.span_positions import SpanNumbers, add_span_positions
+from onellm_dist.model.spans.positions import SpanNumbers, add_span_positions
 from onellm_dist.model.trainable import has_trainable
 
 if TYPE_CHECKING:

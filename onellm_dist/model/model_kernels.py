@@ -14,9 +14,9 @@ from onellm_dist.model.kernels.cross_entropy import compute_chunked_cross_entrop
 from onellm_dist.model.kernels.pointwise import COMPILED_DEVICES, CompiledBody
 from onellm_dist.model.kernels.rms_norm import compute_rms_norm
 from onellm_dist.model.kernels.rotary import rotate
-from onellm_dist.model.llm_kernels import fuse_llm
-from onellm_dist.model.losses import DEFAULT_LOSS
-from onellm_dist.model.preference import list_llms
+from onellm_dist.model.llm.kernels import fuse_llm
+from onellm_dist.model.losses.preference import list_llms
+from onellm_dist.model.losses.registry import DEFAULT_LOSS
 from onellm_dist.model.upm import UPMFeedForward, UPMNorm
 
 Kernels = Literal["auto", "plain", "fused"]

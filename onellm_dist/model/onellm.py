@@ -14,32 +14,32 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.placeholders import PlacedSpan
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.encoder import Encoder
-from onellm_dist.model.generation import generate_text
-from onellm_dist.model.generation_options import choose_settings
-from onellm_dist.model.layout import PackedLayout
-from onellm_dist.model.llm_call import LLMSupport, run_packed, run_padded
-from onellm_dist.model.llm_check import check_llm
-from onellm_dist.model.llm_dropout import update_dropout
-from onellm_dist.model.llm_per_layer import get_token_ids
-from onellm_dist.model.llm_rope import split_rope
-from onellm_dist.model.losses import DEFAULT_LOSS, TokenLoss, get_loss
+from onellm_dist.model.generation.generate import generate_text
+from onellm_dist.model.generation.options import choose_settings
+from onellm_dist.model.llm.call import LLMSupport, run_packed, run_padded
+from onellm_dist.model.llm.check import check_llm
+from onellm_dist.model.llm.dropout import update_dropout
+from onellm_dist.model.llm.per_layer import get_token_ids
+from onellm_dist.model.llm.rope import split_rope
+from onellm_dist.model.llm.token_ids import check_tokens, count_embeddings
+from onellm_dist.model.losses.packed import compute_packed_loss
+from onellm_dist.model.losses.preference import PreferenceLoss
+from onellm_dist.model.losses.registry import DEFAULT_LOSS, TokenLoss, get_loss
 from onellm_dist.model.modality_tokens import compute_modality_tokens
 from onellm_dist.model.other_trainers import WorksInTrainers, name_values, take_options
-from onellm_dist.model.packed_loss import compute_packed_loss
-from onellm_dist.model.padded import (
-    VALUES_SUFFIX,
-    PaddedInputs,
-    compute_padded_loss,
-)
-from onellm_dist.model.padded_inputs import build_padded_inputs
 from onellm_dist.model.placement import get_device, list_layer_classes
-from onellm_dist.model.preference import PreferenceLoss
 from onellm_dist.model.projector import ModalityTokenizer, Projector
 from onellm_dist.model.refused_changes import refuse_attention, refuse_overlap, refuse_resize
 from onellm_dist.model.saving import KeepsSums, check_source
 from onellm_dist.model.sequence_lengths import to_device_tensor
-from onellm_dist.model.span_positions import SpanNumbers, list_span_numbers
-from onellm_dist.model.token_ids import check_tokens, count_embeddings
+from onellm_dist.model.spans.layout import PackedLayout
+from onellm_dist.model.spans.padded import (
+    VALUES_SUFFIX,
+    PaddedInputs,
+    compute_padded_loss,
+)
+from onellm_dist.model.spans.padded_inputs import build_padded_inputs
+from onellm_dist.model.spans.positions import SpanNumbers, list_span_numbers
 from onellm_dist.model.upm import UPM
 from onellm_dist.packed import IGNORE, PackedBatch, PackedOutput
 
@@ -50,7 +50,7 @@ Encoded = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel, GenerationMixin):
     """The complete model.
 
-    The LLM is checked before it is built (`llm_check.py`): an LLM that is not exact is refused with
+    The LLM is checked before it is built (`llm/check.py`): an LLM that is not exact is refused with
     a UsageError.
 
     Training calls it with `packed=`; everything else calls it with `input_ids`, `image_values` and
@@ -182,7 +182,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         return cast(Projector, self.projectors[name])
 
     def set_loss(self, name: str) -> None:
-        """Choose the loss of packed forwards: a name of `losses.py`, or `module:function`.
+        """Choose the loss of packed forwards: a name of `losses/registry.py`, or `module:function`.
 
         Raises:
             UsageError: there is no such loss.

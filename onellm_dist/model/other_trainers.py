@@ -13,9 +13,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import all_modalities
-from onellm_dist.model.llm_call import run_padded
-from onellm_dist.model.llm_dropout import update_dropout
-from onellm_dist.model.padded import VALUES_SUFFIX, PaddedInputs
+from onellm_dist.model.llm.call import run_padded
+from onellm_dist.model.llm.dropout import update_dropout
+from onellm_dist.model.spans.padded import VALUES_SUFFIX, PaddedInputs
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 

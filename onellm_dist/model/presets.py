@@ -19,12 +19,12 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.common.remote_code import refuse_remote_code
 from onellm_dist.common.start_token import get_start_id
 from onellm_dist.common.token_limit import set_token_limit
-from onellm_dist.model.adapter_folder import is_adapter, load_adapted
+from onellm_dist.model.adapters.folder import is_adapter, load_adapted
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.initialisation import initialise
-from onellm_dist.model.llm_attention import ATTENTION_NAME
+from onellm_dist.model.llm.attention import ATTENTION_NAME
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.model.processing import OneLLMProcessor
+from onellm_dist.model.processing.processor import OneLLMProcessor
 
 PRESETS = ("onellm-7b", "toy", "smollm2-135m")
 TOY_TOKENIZER = Path(__file__).parent / "assets" / "toy_tokenizer"

@@ -18,8 +18,8 @@ from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.resources import user_cache
 from onellm_dist.config.yaml_text import dump_yaml
-from onellm_dist.model.float8_linear import choose_products
 from onellm_dist.model.presets import build_config
+from onellm_dist.model.quantised.float8 import choose_products
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.planner.counting import PackCount, count_pack
 from onellm_dist.planner.hardware import (

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onellm_dist.model.kernels.counted import BACKWARD, FORWARD, count_flops
-from onellm_dist.model.preference import list_llms
-from onellm_dist.model.quantised_linear import list_quantised
+from onellm_dist.model.losses.preference import list_llms
+from onellm_dist.model.quantised.linear import list_quantised
 from onellm_dist.packed import PackedBatch
 from onellm_dist.planner.module_labels import ModuleLabels
 from onellm_dist.train.engine.description import WeightUses

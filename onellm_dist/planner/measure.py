@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from onellm_dist.model.attention import packed_attention
-from onellm_dist.model.float8_linear import multiply_rows, round_rows
+from onellm_dist.model.quantised.float8 import multiply_rows, round_rows
 from onellm_dist.model.sequence_lengths import SequenceLengths
 
 Run = Callable[[], Any]

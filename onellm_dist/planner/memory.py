@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from onellm_dist.config.schema import EngineSection
-from onellm_dist.model.quantised_linear import WEIGHT_BYTES, list_quantised
+from onellm_dist.model.quantised.linear import WEIGHT_BYTES, list_quantised
 from onellm_dist.planner.counting import PackCount, list_units
 from onellm_dist.planner.hardware import GIGA, GpuKind, load_assumptions
 from onellm_dist.planner.module_labels import GLUE

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onellm_dist.model.preference import build_reference
+from onellm_dist.model.losses.preference import build_reference
 
 VISUAL = "encoder.visual"
 """The encoder on pictures, its patch embedding included."""

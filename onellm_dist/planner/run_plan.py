@@ -14,16 +14,16 @@ from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.token_budget import read_budget
 from onellm_dist.modalities import Modality, get_modality
+from onellm_dist.model.adapters.lora import add_adapters
 from onellm_dist.model.configuration import OneLLMConfig
-from onellm_dist.model.lora import add_adapters
+from onellm_dist.model.losses.preference import prepare_preference
 from onellm_dist.model.modality_tokens import find_idle_passes
 from onellm_dist.model.model_kernels import set_kernels
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.model.preference import prepare_preference
 from onellm_dist.model.presets import build_config
-from onellm_dist.model.quantised_linear import plan_layers
+from onellm_dist.model.quantised.linear import plan_layers
 from onellm_dist.model.recompute import enable_activation_checkpointing
-from onellm_dist.model.span_positions import set_span_positions
+from onellm_dist.model.spans.positions import set_span_positions
 from onellm_dist.planner.cost_model import PackCostModel, build_cost_model
 from onellm_dist.planner.counting import PackCount, count_pack, measure_frozen_blocks
 from onellm_dist.planner.hardware import GIGA, load_assumptions

@@ -227,7 +227,7 @@ def _check_inputs(
             "it cannot read the file.",
             "use a model that was trained on it.",
         )
-    from onellm_dist.model.llm_positions import get_context
+    from onellm_dist.model.llm.positions import get_context
 
     context = get_context(model.config.text_config, model.llm_support)
     length = prompt_tokens + SPAN_TOKENS * len(modalities) + max_new_tokens

@@ -10,7 +10,7 @@ from typing import Any
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
-from onellm_dist.model.adapter_set import AdapterSet, NamedAdapter, check_adapters
+from onellm_dist.model.adapters.adapter_set import AdapterSet, NamedAdapter, check_adapters
 from onellm_dist.serving.ask_files import answer_prepared, open_for_generation, prepare_question
 from onellm_dist.serving.generate import Answer, DecodingOptions
 

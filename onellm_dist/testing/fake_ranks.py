@@ -21,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onellm_dist.model import attention, llm_call, onellm
+from onellm_dist.model import attention, onellm
 from onellm_dist.model.kernels.counted import compute_counted
-from onellm_dist.model.llm_attention import build_packed_mask
+from onellm_dist.model.llm import call as llm_call
+from onellm_dist.model.llm.attention import build_packed_mask
 from onellm_dist.packed import PackedBatch
 from onellm_dist.planner.counting import list_tensors
 

@@ -15,9 +15,9 @@ from onellm_dist.common.checksums import write_sums
 from onellm_dist.common.files import replace_folder, sha256_file, sync
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.config.train_sections import LoraSection
-from onellm_dist.model.adapter_folder import WEIGHTS, write_adapter
-from onellm_dist.model.lora import PATTERN
-from onellm_dist.model.span_positions import read_span_positions
+from onellm_dist.model.adapters.folder import WEIGHTS, write_adapter
+from onellm_dist.model.adapters.lora import PATTERN
+from onellm_dist.model.spans.positions import read_span_positions
 from onellm_dist.train.distributed import Distributed
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from onellm_dist.common.run_files import CHECKPOINTS, SAMPLES
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.model.lazy_weights import InitialWeights
 from onellm_dist.model.model_kernels import KernelChoice
+from onellm_dist.model.weights.lazy import InitialWeights
 from onellm_dist.train import setup
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.callbacks.build import build_callbacks, load_callbacks

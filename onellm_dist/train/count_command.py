@@ -21,7 +21,7 @@ from onellm_dist.data.micro_batch import SampleTable
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.data.token_counts import build_token_counts, find_missing_token_counts
 from onellm_dist.data.validation import select_validation_data
-from onellm_dist.model.lazy_weights import open_empty_model
+from onellm_dist.model.weights.lazy import open_empty_model
 from onellm_dist.shards.build.workers import ArrayTask
 
 

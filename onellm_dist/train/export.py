@@ -23,12 +23,12 @@ from onellm_dist.common.checksums import write_sums
 from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import replace_folder, sync
+from onellm_dist.model.adapters.lora import Adapter, fold_adapters, list_adapters, merge_parts
 from onellm_dist.model.card import CARD, build_card
-from onellm_dist.model.generation_settings import write_generation
-from onellm_dist.model.lora import Adapter, fold_adapters, list_adapters, merge_parts
-from onellm_dist.model.preference import PREFIX
-from onellm_dist.model.quantised_linear import add_base, list_quantised
-from onellm_dist.model.trained_spans import get_spans
+from onellm_dist.model.generation.settings import write_generation
+from onellm_dist.model.losses.preference import PREFIX
+from onellm_dist.model.quantised.linear import add_base, list_quantised
+from onellm_dist.model.spans.trained import get_spans
 from onellm_dist.train.adapter_export import AdapterTarget
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
@@ -215,7 +215,7 @@ def gather_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The engine's full weights, with those that are quantised as they were before.
 
-    Copies of a reference (`model/preference.py`) are left out.
+    Copies of a reference (`model/losses/preference.py`) are left out.
 
     All ranks run the iterator to its end together; see `Engine.full_weights`.
     """

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from onellm_dist.model.float8_linear import Float8Linear, describe_products
 from onellm_dist.model.kernel_trace import trace_attention
-from onellm_dist.model.llm_attention import ATTENTION_NAME
+from onellm_dist.model.llm.attention import ATTENTION_NAME
 from onellm_dist.model.model_kernels import KernelChoice, try_fused_kernels
+from onellm_dist.model.quantised.float8 import Float8Linear, describe_products
 
 
 def record_kernels(

@@ -9,14 +9,14 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.modalities import all_modalities
+from onellm_dist.model.adapters.lora import AdapterWeights, add_adapters
 from onellm_dist.model.compiled_blocks import compile_blocks
-from onellm_dist.model.lazy_weights import InitialWeights
-from onellm_dist.model.lora import AdapterWeights, add_adapters
+from onellm_dist.model.losses.preference import list_copies, prepare_preference
 from onellm_dist.model.modality_tokens import find_idle_passes
 from onellm_dist.model.model_kernels import KernelChoice, set_kernels
-from onellm_dist.model.preference import list_copies, prepare_preference
-from onellm_dist.model.quantised_linear import quantise_layers
+from onellm_dist.model.quantised.linear import quantise_layers
 from onellm_dist.model.recompute import enable_activation_checkpointing
+from onellm_dist.model.weights.lazy import InitialWeights
 from onellm_dist.train.engine.base import Engine, WeightSource
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings

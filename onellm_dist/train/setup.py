@@ -21,9 +21,9 @@ from onellm_dist.data.phases import parse_data_phases
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.token_budget import UNLIMITED, set_budget
 from onellm_dist.data.validation import open_validation_plan
-from onellm_dist.model.lazy_weights import InitialWeights, open_model
-from onellm_dist.model.llm_positions import get_context
-from onellm_dist.model.trained_spans import set_spans
+from onellm_dist.model.llm.positions import get_context
+from onellm_dist.model.spans.trained import set_spans
+from onellm_dist.model.weights.lazy import InitialWeights, open_model
 from onellm_dist.train.callbacks.early_stopping import EarlyStopping
 from onellm_dist.train.callbacks.preemption import grace_period_seconds, warn_about_grace_period
 from onellm_dist.train.callbacks.trackers import check_trackers

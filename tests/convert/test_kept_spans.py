@@ -19,9 +19,9 @@ from onellm_dist.convert.extend import Additions, extend_model
 from onellm_dist.convert.new_parameters import copy_projector
 from onellm_dist.convert.opening import open_checkpoint
 from onellm_dist.model import OneLLMConfig, OneLLMProcessor
-from onellm_dist.model.lazy_weights import open_model
 from onellm_dist.model.presets import load_toy_tokenizer
-from onellm_dist.model.trained_spans import get_spans, set_spans
+from onellm_dist.model.spans.trained import get_spans, set_spans
+from onellm_dist.model.weights.lazy import open_model
 from onellm_dist.train.export import export_model
 from onellm_dist.train.optim.parts import find_copies
 

@@ -18,7 +18,7 @@ from onellm_dist.convert.opening import open_checkpoint
 from onellm_dist.convert.sidecar import SIDECAR
 from onellm_dist.convert.verify import compare
 from onellm_dist.model.presets import load_toy_tokenizer
-from onellm_dist.model.processing import OneLLMProcessor
+from onellm_dist.model.processing.processor import OneLLMProcessor
 
 LLAMA3 = {
     "rope_type": "llama3",

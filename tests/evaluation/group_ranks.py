@@ -22,8 +22,9 @@ from torch.distributed import distributed_c10d
 
 from onellm_dist.cli import main
 from onellm_dist.evaluation import evaluate, group_generation
-from onellm_dist.model import generation_rows, lazy_weights
-from onellm_dist.model.sampling import RowSampling
+from onellm_dist.model.generation import rows as generation_rows
+from onellm_dist.model.generation.sampling import RowSampling
+from onellm_dist.model.weights import lazy as lazy_weights
 
 patched: Any = group_generation
 SHORT_S, LONG_S = 5, 9

@@ -20,7 +20,7 @@ from onellm_dist.evaluation.evaluate import EvaluationOptions, evaluate_model
 from onellm_dist.evaluation.score import score_task
 from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.modalities import get_modality
-from onellm_dist.model.batched_generation import generate_batch
+from onellm_dist.model.generation.batched import generate_batch
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.registry import get_source
 from onellm_dist.shards.format.dataset import open_dataset

@@ -30,7 +30,7 @@ from onellm_dist.evaluation.score import build_results, score_folder, write_scor
 from onellm_dist.evaluation.score_page import format_scores
 from onellm_dist.evaluation.stop_request import StoppedError
 from onellm_dist.evaluation.tasks import get_task
-from onellm_dist.model.batched_generation import BatchStatistics
+from onellm_dist.model.generation.batched import BatchStatistics
 
 pytest_plugins = ("benchmark_fixtures",)
 DataOf = Callable[[str], Path]

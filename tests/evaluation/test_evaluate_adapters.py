@@ -17,8 +17,8 @@ from onellm_dist.evaluation.evaluate import (
     evaluate_model,
 )
 from onellm_dist.evaluation.loading import identify_model
-from onellm_dist.model.adapter_folder import BASE
-from onellm_dist.model.adapter_set import NamedAdapter
+from onellm_dist.model.adapters.adapter_set import NamedAdapter
+from onellm_dist.model.adapters.folder import BASE
 from onellm_dist.model.presets import load_toy_tokenizer
 
 pytest_plugins = ("benchmark_fixtures",)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from onellm_dist.config.train_sections import LoraSection
-from onellm_dist.model.adapter_folder import write_adapter
-from onellm_dist.model.lora import add_adapters
+from onellm_dist.model.adapters.folder import write_adapter
+from onellm_dist.model.adapters.lora import add_adapters
 from onellm_dist.model.presets import load_model
-from onellm_dist.model.trained_spans import set_spans
+from onellm_dist.model.spans.trained import set_spans
 
 SECTION = LoraSection(rank=4, alpha=8, targets=("llm.*self_attn*", "upm.*"))
 

@@ -9,9 +9,9 @@ from typing import Any
 import served_model as served
 import torch
 
-from onellm_dist.model.batched_generation import generate_batch
-from onellm_dist.model.generation_rows import Prompt
-from onellm_dist.model.media_cache import Medium
+from onellm_dist.model.generation.batched import generate_batch
+from onellm_dist.model.generation.media_cache import Medium
+from onellm_dist.model.generation.rows import Prompt
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError

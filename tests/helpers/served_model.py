@@ -5,25 +5,21 @@ from __future__ import annotations
 import base64
 import io
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 import uvicorn
-from PIL import Image
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
 from media_samples import video
 from packs import small_model
+from PIL import Image
 
-from onellm_dist.model.adapter_set import AdapterSet
+from onellm_dist.model.adapters.adapter_set import AdapterSet
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.serving.generate import DecodingOptions, build_prompt, generate
 from onellm_dist.serving.media import read_given_files

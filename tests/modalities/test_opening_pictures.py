@@ -17,7 +17,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.colour import convert_to_rgb
 from onellm_dist.modalities.io.pictures import decode_picture, make_rgb_picture
-from onellm_dist.model.processing import OneLLMProcessor
+from onellm_dist.model.processing.processor import OneLLMProcessor
 from onellm_dist.serving.media import read_files
 from onellm_dist.shards.build.images import compute_dhash, reencode_pictures
 from onellm_dist.shards.sources.base import BadSampleError

@@ -20,7 +20,7 @@ from onellm_dist.data.reader import Reader
 from onellm_dist.modalities import Part
 from onellm_dist.model.pixels import make_input
 from onellm_dist.model.presets import load_toy_tokenizer
-from onellm_dist.model.processing import OneLLMProcessor
+from onellm_dist.model.processing.processor import OneLLMProcessor
 from onellm_dist.serving.media import read_files
 from onellm_dist.shards.build.prepare import prepare_sample
 from onellm_dist.shards.build.settings import OPTIONS, BuildSettings

@@ -14,8 +14,8 @@ from packs import small_model
 from test_compiled_blocks import NAMES, WARMED_UP, check_loss, check_step, draw_packs
 
 from onellm_dist.config.train_sections import LoraSection
+from onellm_dist.model.adapters.lora import add_adapters
 from onellm_dist.model.compiled_blocks import compile_blocks
-from onellm_dist.model.lora import add_adapters
 from onellm_dist.model.model_kernels import set_kernels
 from onellm_dist.model.recompute import enable_activation_checkpointing
 

@@ -12,7 +12,7 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.model.configuration import OneLLMVisionConfig
 from onellm_dist.model.encoder import Encoder
 from onellm_dist.model.sequence_lengths import SequenceLengths
-from onellm_dist.model.towers import from_open_clip_state
+from onellm_dist.model.weights.towers import from_open_clip_state
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -12,8 +12,8 @@ from packs import make_pack, relative, small_model
 from torch import nn
 
 from onellm_dist.model import OneLLMForConditionalGeneration
-from onellm_dist.model.llm_kernels import fuse_llm
-from onellm_dist.model.losses import compute_cross_entropy
+from onellm_dist.model.llm.kernels import fuse_llm
+from onellm_dist.model.losses.registry import compute_cross_entropy
 from onellm_dist.model.model_kernels import choose_kernels, set_kernels, try_fused_kernels
 from onellm_dist.model.recompute import enable_activation_checkpointing
 

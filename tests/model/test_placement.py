@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration
-from onellm_dist.model.batched_generation import Medium, Prompt, generate_batch
+from onellm_dist.model.generation.batched import Medium, Prompt, generate_batch
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.placement import get_device, list_layer_classes
 

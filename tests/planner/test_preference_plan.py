@@ -9,7 +9,7 @@ import pytest
 from plain_counts import write_recipe
 
 from onellm_dist.config.train_sections import DpoSection
-from onellm_dist.model.preference import list_llms, prepare_preference
+from onellm_dist.model.losses.preference import list_llms, prepare_preference
 from onellm_dist.planner.command import PlanOptions, make_planner
 from onellm_dist.planner.counting import list_units
 from onellm_dist.planner.module_labels import HEAD, LLM

@@ -19,8 +19,8 @@ from onellm_dist.config.schema import EngineSection
 from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
-from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights, build_empty_model
 from onellm_dist.model.recompute import enable_activation_checkpointing
+from onellm_dist.model.weights.lazy import InitialWeights, RandomWeights, build_empty_model
 from onellm_dist.packed import PackedBatch
 from onellm_dist.planner.counting import list_tensors
 from onellm_dist.train.distributed import Distributed, join, leave

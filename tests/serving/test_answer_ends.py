@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from onellm_dist.model.llm_call import LLMSupport
+from onellm_dist.model.llm.call import LLMSupport
 from onellm_dist.model.presets import load_model
 from onellm_dist.serving import generate as g
 from onellm_dist.serving.media import read_files

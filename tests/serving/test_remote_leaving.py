@@ -17,8 +17,8 @@ import served_model as served
 import torch
 from mock_vllm import Mock, run_mock
 
-from onellm_dist.model.batched_generation import Prompt
-from onellm_dist.model.media_cache import Medium
+from onellm_dist.model.generation.batched import Prompt
+from onellm_dist.model.generation.media_cache import Medium
 from onellm_dist.serving.server import remote_llm
 from onellm_dist.serving.server.jobs import Job, JobQueue
 from onellm_dist.serving.server.metrics import ServerMetrics

@@ -17,9 +17,9 @@ from starlette.testclient import TestClient
 
 from onellm_dist.cli import main as cli
 from onellm_dist.common.errors import UsageError
-from onellm_dist.model.adapter_set import AdapterSet, NamedAdapter
-from onellm_dist.model.batched_generation import Prompt
-from onellm_dist.model.media_cache import MediaCache
+from onellm_dist.model.adapters.adapter_set import AdapterSet, NamedAdapter
+from onellm_dist.model.generation.batched import Prompt
+from onellm_dist.model.generation.media_cache import MediaCache
 from onellm_dist.model.presets import load_model
 from onellm_dist.serving.server import engine, run
 from onellm_dist.serving.server.jobs import Job, JobQueue

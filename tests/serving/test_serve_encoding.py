@@ -11,8 +11,8 @@ import pytest
 import torch
 from engine_desk import MODEL, SHORT, Desk, compute_text, make_prompt
 
-from onellm_dist.model.generation_rows import Prompt
-from onellm_dist.model.media_cache import MediaCache, Medium
+from onellm_dist.model.generation.media_cache import MediaCache, Medium
+from onellm_dist.model.generation.rows import Prompt
 from onellm_dist.serving.server import engine as engine_module
 from onellm_dist.serving.server.errors import RequestError
 from onellm_dist.serving.server.jobs import Job, JobQueue

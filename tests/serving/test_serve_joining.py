@@ -10,8 +10,8 @@ import pytest
 import torch
 from engine_desk import BESIDE, LONG, SHORT, Desk, compute_text
 
-from onellm_dist.model.generation_rows import Prompt
-from onellm_dist.model.media_cache import Medium
+from onellm_dist.model.generation.media_cache import Medium
+from onellm_dist.model.generation.rows import Prompt
 from onellm_dist.serving.server import jobs as jobs_module
 from onellm_dist.serving.server.errors import RequestError
 from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece
@@ -114,7 +114,8 @@ def test_a_fault_in_one_answer_ends_that_answer_alone() -> None:
 def test_logits_that_are_no_numbers_end_the_answer_that_is_drawn_with_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from onellm_dist.model import llm_cached, running_batch
+    from onellm_dist.model.generation import running_batch
+    from onellm_dist.model.llm import cached as llm_cached
 
     original = llm_cached.decode
 
@@ -155,7 +156,8 @@ def test_a_request_that_cannot_be_answered_fails_alone_beside_others() -> None:
 def test_a_step_that_fails_ends_its_answers_and_no_later_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from onellm_dist.model import llm_cached, running_batch
+    from onellm_dist.model.generation import running_batch
+    from onellm_dist.model.llm import cached as llm_cached
 
     calls = []
     original = llm_cached.decode

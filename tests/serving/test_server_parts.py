@@ -30,7 +30,7 @@ from PIL import Image
 from onellm_dist.common.errors import MachineError, OneLLMError, UsageError
 from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.model import OneLLMProcessor
-from onellm_dist.model.batched_generation import Prompt
+from onellm_dist.model.generation.batched import Prompt
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.serving.answer_text import AnswerText
 from onellm_dist.serving.media import GivenFiles

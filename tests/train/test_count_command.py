@@ -13,7 +13,7 @@ from onellm_dist.common.resources import count_cpus
 from onellm_dist.config.load import load_config
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.token_counts import find_missing_token_counts
-from onellm_dist.model.lazy_weights import open_empty_model
+from onellm_dist.model.weights.lazy import open_empty_model
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 from onellm_dist.shards.tools.index_existing import index_existing_shards
 from onellm_dist.train.count_command import count_recipe

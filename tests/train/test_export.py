@@ -124,8 +124,8 @@ def test_the_export_keeps_the_generation_settings_of_its_source(tmp_path: Path) 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from onellm_dist.convert.conversion import convert
-    from onellm_dist.model.lazy_weights import open_model
     from onellm_dist.model.presets import load_model
+    from onellm_dist.model.weights.lazy import open_model
     from onellm_dist.train.export import export_model
 
     settings = {"eos_token_id": [2, 7, 9], "temperature": 0.6, "do_sample": False, "own": [1]}

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from toy_runs import Runs
 
 from onellm_dist.convert.conversion import convert
-from onellm_dist.model.adapter_folder import BASE, read_base
-from onellm_dist.model.lora import BASE as INNER
+from onellm_dist.model.adapters.folder import BASE, read_base
+from onellm_dist.model.adapters.lora import BASE as INNER
 from onellm_dist.model.presets import load_model
 from onellm_dist.train.checkpoint.folder import read_manifest
 

@@ -24,7 +24,7 @@ from onellm_dist.config.train_sections import (
     TrainSection,
 )
 from onellm_dist.data import epochs
-from onellm_dist.model.adapter_folder import (
+from onellm_dist.model.adapters.folder import (
     BASE,
     WEIGHTS,
     check_base,
@@ -33,7 +33,7 @@ from onellm_dist.model.adapter_folder import (
     read_base,
     write_adapter,
 )
-from onellm_dist.model.lora import MAGNITUDE, add_adapters, merge_weight
+from onellm_dist.model.adapters.lora import MAGNITUDE, add_adapters, merge_weight
 from onellm_dist.model.presets import build_meta_model
 from onellm_dist.train import run_export
 from onellm_dist.train.adapter_export import plan_adapter

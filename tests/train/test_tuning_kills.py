@@ -15,7 +15,7 @@ import torch
 from toy_runs import Runs
 from zygote import get_zygote
 
-from onellm_dist.model.adapter_folder import WEIGHTS
+from onellm_dist.model.adapters.folder import WEIGHTS
 from onellm_dist.model.presets import load_model
 from onellm_dist.train.records.json_lines import read_lines
 

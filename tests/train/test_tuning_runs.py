@@ -16,9 +16,9 @@ from toy_runs import Runs
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.conversion import convert
 from onellm_dist.evaluation.kept_checkpoints import append_entry, build_entry
-from onellm_dist.model.adapter_folder import BASE, CONFIG, WEIGHTS
-from onellm_dist.model.lazy_weights import open_model
+from onellm_dist.model.adapters.folder import BASE, CONFIG, WEIGHTS
 from onellm_dist.model.presets import load_model
+from onellm_dist.model.weights.lazy import open_model
 from onellm_dist.train.checkpoint.folder import read_manifest
 from onellm_dist.train.records.json_lines import read_lines
 

@@ -14,7 +14,7 @@ from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint
 from onellm_dist.convert.formats import onellm
 from onellm_dist.convert.formats.preset_model import open_preset
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
-from onellm_dist.model.adapter_folder import (
+from onellm_dist.model.adapters.folder import (
     CONFIG,
     PREFIX,
     WEIGHTS,
@@ -24,8 +24,8 @@ from onellm_dist.model.adapter_folder import (
     is_adapter,
     read_base,
 )
-from onellm_dist.model.lora import ADAPTER
-from onellm_dist.model.trained_spans import read_saved_spans, set_spans
+from onellm_dist.model.adapters.lora import ADAPTER
+from onellm_dist.model.spans.trained import read_saved_spans, set_spans
 
 NAME = "adapter"
 KIND = "onellm"

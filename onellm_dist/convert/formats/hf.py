@@ -32,7 +32,7 @@ from onellm_dist.convert.tensors.lazy import LazyTensor
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.convert.tensors.writers import split_into_files, write_index
 from onellm_dist.convert.tokenizers import copy_tokenizer
-from onellm_dist.model.generation_settings import read_generation, write_generation
+from onellm_dist.model.generation.settings import read_generation, write_generation
 
 NAME = "hf"
 KIND = "llm"

@@ -24,12 +24,12 @@ from onellm_dist.convert.tensors.lazy import Shapes
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.convert.tensors.writers import split_into_files, write_index
 from onellm_dist.convert.tokenizers import has_tokenizer, load_tokenizer
-from onellm_dist.model.adapter_folder import is_adapter
+from onellm_dist.model.adapters.folder import is_adapter
 from onellm_dist.model.configuration import OneLLMConfig
-from onellm_dist.model.generation_settings import read_generation, write_generation
+from onellm_dist.model.generation.settings import read_generation, write_generation
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.model.processing import OneLLMProcessor
-from onellm_dist.model.trained_spans import get_spans
+from onellm_dist.model.processing.processor import OneLLMProcessor
+from onellm_dist.model.spans.trained import get_spans
 
 NAME = "onellm"
 KIND = "onellm"

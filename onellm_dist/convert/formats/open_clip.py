@@ -30,7 +30,7 @@ from onellm_dist.convert.tensors.safetensors_files import read_folder, read_safe
 from onellm_dist.convert.tensors.writers import TensorFile
 from onellm_dist.model.configuration import OneLLMVisionConfig
 from onellm_dist.model.encoder import Encoder
-from onellm_dist.model.towers import from_open_clip_name
+from onellm_dist.model.weights.towers import from_open_clip_name
 
 NAME = "open-clip"
 KIND = "encoder"

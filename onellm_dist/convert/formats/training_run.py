@@ -40,10 +40,10 @@ from onellm_dist.convert.new_parameters import copy_projector, draw_tensors
 from onellm_dist.convert.run_manifest import check_manifest, read_manifest
 from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors, concatenate
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
-from onellm_dist.model.adapter_folder import describe_rounding
-from onellm_dist.model.lora import get_base_name
-from onellm_dist.model.span_positions import SPAN_ROWS, set_span_positions
-from onellm_dist.model.trained_spans import check_spans, set_spans
+from onellm_dist.model.adapters.folder import describe_rounding
+from onellm_dist.model.adapters.lora import get_base_name
+from onellm_dist.model.spans.positions import SPAN_ROWS, set_span_positions
+from onellm_dist.model.spans.trained import check_spans, set_spans
 
 NAME = "run"
 KIND = "onellm"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from onellm_dist.convert.names.clip import to_open_clip_name
 from onellm_dist.convert.names.llama import BLOCK, TOP
-from onellm_dist.model.towers import from_open_clip_name
+from onellm_dist.model.weights.towers import from_open_clip_name
 
 MODALITIES = {
     "image": "image",

@@ -75,12 +75,12 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
         UsageError: there is no model at `model.path`, it has other span positions, or a rule of
             `train.parameters` is wrong.
     """
+    from onellm_dist.model.adapters.lora import add_adapters
     from onellm_dist.model.configuration import OneLLMConfig
-    from onellm_dist.model.lazy_weights import build_empty_model
-    from onellm_dist.model.lora import add_adapters
-    from onellm_dist.model.preference import prepare_preference
+    from onellm_dist.model.losses.preference import prepare_preference
     from onellm_dist.model.presets import build_config, check_directory
-    from onellm_dist.model.span_positions import set_span_positions
+    from onellm_dist.model.spans.positions import set_span_positions
+    from onellm_dist.model.weights.lazy import build_empty_model
     from onellm_dist.train.optim.rules import prepare_parameters
 
     path = config.model.path

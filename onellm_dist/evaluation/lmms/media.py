@@ -14,8 +14,8 @@ import torch
 from onellm_dist.common.errors import SampleError
 from onellm_dist.evaluation.benchmark_data import read_spans
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.model.media_cache import Medium
-from onellm_dist.model.processing_media import read_medium_spans
+from onellm_dist.model.generation.media_cache import Medium
+from onellm_dist.model.processing.media import read_medium_spans
 
 
 def read_media_of_prompt(given: Sequence[tuple[str, Any]], most: Mapping[str, int]) -> list[Medium]:

@@ -19,7 +19,7 @@ from onellm_dist.evaluation.evaluate import WINDOW
 from onellm_dist.evaluation.lmms.media import read_media_of_prompt
 from onellm_dist.evaluation.loading import load_for_evaluation
 from onellm_dist.evaluation.question_format import QuestionFormat
-from onellm_dist.model.batched_generation import BATCH, MediaCache, Prompt, generate_batch
+from onellm_dist.model.generation.batched import BATCH, MediaCache, Prompt, generate_batch
 
 NEW_TOKENS = 128
 """Most tokens of an answer for which the task has no limit."""

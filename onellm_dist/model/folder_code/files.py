@@ -24,7 +24,7 @@ _FACADES = ("", "model")
 _CLASSES = {
     "configuration_onellm": ("model.configuration", "OneLLMConfig"),
     "modeling_onellm": ("model.onellm", "OneLLMForConditionalGeneration"),
-    "processing_onellm": ("model.processing", "OneLLMProcessor"),
+    "processing_onellm": ("model.processing.processor", "OneLLMProcessor"),
 }
 """File to (module, class) that it names."""
 _LOADER = "model.folder_code.loader"

@@ -15,7 +15,7 @@ from typing import Any
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.modalities import get_modality
-from onellm_dist.model.media_cache import Medium
+from onellm_dist.model.generation.media_cache import Medium
 from onellm_dist.serving.chat.messages import describe_prompt, make_messages, read_medium
 from onellm_dist.serving.chat.pictures import draw_spans, save_picture
 from onellm_dist.serving.chat.session import ChatError, ChatMedium, ChatSession, ChatTurn

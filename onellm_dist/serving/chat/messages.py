@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from onellm_dist.modalities import SPAN_TOKENS
-from onellm_dist.model.batched_generation import Prompt
-from onellm_dist.model.content_parts import OWN_TYPE
+from onellm_dist.model.generation.batched import Prompt
+from onellm_dist.model.processing.content_parts import OWN_TYPE
 from onellm_dist.serving.chat.pictures import KEPT_SECONDS
 from onellm_dist.serving.chat.session import ChatError, ChatMedium, ChatTurn
 

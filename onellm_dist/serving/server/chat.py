@@ -16,12 +16,12 @@ from onellm_dist.common.placeholders import mark_placeholders, remove_marks
 from onellm_dist.common.turns import ConversationTurn
 from onellm_dist.data.media_text import MediaText
 from onellm_dist.modalities import SPAN_TOKENS
-from onellm_dist.model.batched_generation import Prompt
-from onellm_dist.model.content_parts import Conversation, HeldMedium, read_conversation
-from onellm_dist.model.llm_positions import check_new_tokens, get_context
-from onellm_dist.model.media_cache import Medium
-from onellm_dist.model.processing_media import read_bytes
-from onellm_dist.model.processing_placed import needs_placing
+from onellm_dist.model.generation.batched import Prompt
+from onellm_dist.model.generation.media_cache import Medium
+from onellm_dist.model.llm.positions import check_new_tokens, get_context
+from onellm_dist.model.processing.content_parts import Conversation, HeldMedium, read_conversation
+from onellm_dist.model.processing.media import read_bytes
+from onellm_dist.model.processing.placed import needs_placing
 from onellm_dist.serving.media import GivenFiles
 from onellm_dist.serving.server.engine import make_deadline
 from onellm_dist.serving.server.errors import RequestError, make_busy_error, make_late_error

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from onellm_dist.common.logging import get_logger
-from onellm_dist.model.adapter_set import AdapterSet
-from onellm_dist.model.batched_generation import Prompt, check_prompts
-from onellm_dist.model.media_cache import MediaCache
-from onellm_dist.model.running_batch import BatchStatistics, RunningBatch
+from onellm_dist.model.adapters.adapter_set import AdapterSet
+from onellm_dist.model.generation.batched import Prompt, check_prompts
+from onellm_dist.model.generation.media_cache import MediaCache
+from onellm_dist.model.generation.running_batch import BatchStatistics, RunningBatch
 from onellm_dist.serving.server.errors import (
     RequestError,
     describe_error,

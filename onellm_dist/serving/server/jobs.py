@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from onellm_dist.common.logging import get_logger
-from onellm_dist.model.batched_generation import Prompt
+from onellm_dist.model.generation.batched import Prompt
 
 _log = get_logger(__name__)
 JOIN_WAIT_S = 0.005

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from onellm_dist.common.logging import get_logger
-from onellm_dist.model.media_cache import MediaCache, encode_media
+from onellm_dist.model.generation.media_cache import MediaCache, encode_media
 from onellm_dist.serving.server.jobs import Job, JobQueue
 
 _log = get_logger(__name__)

@@ -25,8 +25,8 @@ from torch import nn
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.logging import get_logger
-from onellm_dist.model.generation_rows import pack_prompts
-from onellm_dist.model.media_cache import MediaCache
+from onellm_dist.model.generation.media_cache import MediaCache
+from onellm_dist.model.generation.rows import pack_prompts
 from onellm_dist.serving.server.errors import RequestError, make_internal_error, make_late_error
 from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece
 from onellm_dist.serving.server.metrics import ServerMetrics

@@ -17,7 +17,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.resources import count_cpus
 from onellm_dist.common.workers.samples import SampleLimits
-from onellm_dist.model.adapter_set import AdapterSet, NamedAdapter, check_adapters
+from onellm_dist.model.adapters.adapter_set import AdapterSet, NamedAdapter, check_adapters
 from onellm_dist.serving.generate import choose_dtype
 from onellm_dist.serving.server.app import build_app
 from onellm_dist.serving.server.chat import ChatService

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from onellm_dist.model.generation_rows import AnswerRow, Prompt
+from onellm_dist.model.generation.rows import AnswerRow, Prompt
 from onellm_dist.serving.answer_text import AnswerText
 from onellm_dist.serving.server.errors import RequestError, describe_error, make_late_error
 from onellm_dist.serving.server.jobs import Ending, Job, Piece, TokenRecord

@@ -16,7 +16,7 @@ from typing import Any
 from onellm_dist.common.checksums import hash_once
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.config.schema import ModelSection, RunConfig
-from onellm_dist.model.span_positions import read_span_positions
+from onellm_dist.model.spans.positions import read_span_positions
 from onellm_dist.train.checkpoint.weights import hash_on_node, is_digest
 from onellm_dist.train.distributed import Distributed
 

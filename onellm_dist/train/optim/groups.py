@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from onellm_dist.config.train_sections import OptimSection
-from onellm_dist.model.lora import MAGNITUDE
+from onellm_dist.model.adapters.lora import MAGNITUDE
 from onellm_dist.train.optim.rules import ParameterRate
 from onellm_dist.train.optim.schedules import compute_learning_rate
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.model.span_positions import SPAN_ROWS
+from onellm_dist.model.spans.positions import SPAN_ROWS
 
 
 def map_parts(model: nn.Module) -> dict[str, str]:

@@ -16,8 +16,8 @@ from torch import nn
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.near_names import find_near_names
 from onellm_dist.config.train_sections import OptimSection, ParameterRule, TrainSection
-from onellm_dist.model.lora import PATTERN as ADAPTER_PATTERN
-from onellm_dist.model.preference import PREFIX as COPIES
+from onellm_dist.model.adapters.lora import PATTERN as ADAPTER_PATTERN
+from onellm_dist.model.losses.preference import PREFIX as COPIES
 from onellm_dist.train.optim.layers import LayerPosition, map_layers
 
 ALIGN_ROOTS = ("tokenizers", "projectors", "upm")

@@ -85,7 +85,7 @@ def _describe_work(config: RunConfig) -> tuple[list[str], bool]:
 
 
 def _open_model(config: RunConfig) -> tuple[Any, Any]:
-    from onellm_dist.model.lazy_weights import open_empty_model
+    from onellm_dist.model.weights.lazy import open_empty_model
 
     section = config.model
     model, processor = open_empty_model(

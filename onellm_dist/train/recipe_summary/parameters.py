@@ -10,10 +10,10 @@ from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.corpus import open_datasets
-from onellm_dist.model.float8_linear import describe_products
-from onellm_dist.model.lora import add_adapters
-from onellm_dist.model.preference import prepare_preference
-from onellm_dist.model.quantised_linear import FLOAT8_FORMAT, choose_layers
+from onellm_dist.model.adapters.lora import add_adapters
+from onellm_dist.model.losses.preference import prepare_preference
+from onellm_dist.model.quantised.float8 import describe_products
+from onellm_dist.model.quantised.linear import FLOAT8_FORMAT, choose_layers
 from onellm_dist.train.optim.part_summary import format_parts, summarize_parts
 from onellm_dist.train.optim.rules import prepare_parameters
 

@@ -17,7 +17,7 @@ from onellm_dist.config.recipe_files import find_recipe
 from onellm_dist.data.plan import Plan
 from onellm_dist.launch.slurm.script import render
 from onellm_dist.launch.slurm.submit import make_job
-from onellm_dist.model.lazy_weights import open_model
+from onellm_dist.model.weights.lazy import open_model
 from onellm_dist.testing.slurm_cluster import requirements
 from onellm_dist.testing.slurm_cluster.cluster import Cluster
 from onellm_dist.testing.slurm_cluster.comparison import read_metrics

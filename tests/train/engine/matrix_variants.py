@@ -8,7 +8,7 @@ import torch
 from matrix_model import MODALITIES
 
 from onellm_dist.config.train_sections import LoraSection, OptimSection, ParameterRule, TrainSection
-from onellm_dist.model.lora import add_adapters
+from onellm_dist.model.adapters.lora import add_adapters
 from onellm_dist.train.optim.groups import ParameterGroup, build_parameter_groups
 from onellm_dist.train.optim.rules import prepare_parameters
 

@@ -29,12 +29,12 @@ from torch import nn
 
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
+from onellm_dist.model.adapters.lora import AdapterWeights
 from onellm_dist.model.initialisation import initialise
-from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights, build_empty_model
-from onellm_dist.model.lora import AdapterWeights
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.model.quantised_linear import quantise_layers
+from onellm_dist.model.quantised.linear import quantise_layers
 from onellm_dist.model.recompute import enable_activation_checkpointing
+from onellm_dist.model.weights.lazy import InitialWeights, RandomWeights, build_empty_model
 from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.engine.fsdp.description import FsdpOptions

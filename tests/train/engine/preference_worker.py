@@ -25,12 +25,12 @@ from onellm_dist.config.train_sections import DpoSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.modalities import all_modalities
+from onellm_dist.model.adapters.lora import AdapterWeights
 from onellm_dist.model.initialisation import initialise
-from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights, build_empty_model
-from onellm_dist.model.lora import AdapterWeights
+from onellm_dist.model.losses.preference import list_copies, prepare_preference
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.model.preference import list_copies, prepare_preference
 from onellm_dist.model.recompute import enable_activation_checkpointing
+from onellm_dist.model.weights.lazy import InitialWeights, RandomWeights, build_empty_model
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.deepspeed.config import load_ds_config

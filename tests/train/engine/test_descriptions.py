@@ -14,7 +14,7 @@ from torch import nn
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import EngineSection
-from onellm_dist.model.lazy_weights import build_empty_model
+from onellm_dist.model.weights.lazy import build_empty_model
 from onellm_dist.planner.memory import count_parameters
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.description import BlockSize

@@ -17,8 +17,8 @@ from pip_install import install
 pytestmark = [pytest.mark.slow, pytest.mark.soak]
 TESTS = Path(__file__).parents[2]
 FILES = (
-    "model/test_quantised.py",
-    "model/test_quantised_recompute.py",
+    "model/quantised/test_quantised.py",
+    "model/quantised/test_quantised_recompute.py",
     "train/engine/test_quantised_base.py",
     "train/test_quantised_runs.py",
 )

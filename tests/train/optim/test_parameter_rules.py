@@ -13,7 +13,7 @@ from torch import nn
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.train_sections import OptimSection, ParameterRule
 from onellm_dist.modalities import all_modalities
-from onellm_dist.model.lazy_weights import open_model
+from onellm_dist.model.weights.lazy import open_model
 from onellm_dist.train.optim.groups import build_parameter_groups, compute_group_rates
 from onellm_dist.train.optim.part_summary import format_parts, summarize_parts, to_json
 from onellm_dist.train.optim.parts import find_copies

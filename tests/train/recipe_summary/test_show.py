@@ -15,8 +15,8 @@ from onellm_dist.common.run_files import CHECKPOINT_MANIFEST, CHECKPOINTS
 from onellm_dist.config.load import load_config
 from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.data.plan import Plan
-from onellm_dist.model.lazy_weights import open_empty_model
 from onellm_dist.model.presets import load_model
+from onellm_dist.model.weights.lazy import open_empty_model
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 from onellm_dist.train.checkpoint.folder import VERSION, make_checkpoint_name
 from onellm_dist.train.optim.part_summary import summarize_parts

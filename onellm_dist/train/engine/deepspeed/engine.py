@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onellm_dist.model.lora import list_foreign_reads
+from onellm_dist.model.adapters.lora import list_foreign_reads
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.engine.base import Engine, GradNorms, LocalRange, PackedLoss, WeightSource
 from onellm_dist.train.engine.deepspeed.config import complete_config, get_zero_stage

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from onellm_dist.model.preference import list_llms
+from onellm_dist.model.losses.preference import list_llms
 from onellm_dist.train.engine.fsdp.joining import join_blocks
 from onellm_dist.train.engine.parameters import list_indivisible
 

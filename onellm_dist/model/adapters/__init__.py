@@ -1,0 +1,1 @@
+"""Adapters: low-rank ones (LoRA), their folders, and several over one base."""

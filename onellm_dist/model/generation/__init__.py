@@ -1,0 +1,1 @@
+"""Generation: answers to prompts with media, alone, padded or in running batches."""

@@ -1,0 +1,1 @@
+"""Losses: found by name, summed over a pack, and of pairs of answers (DPO)."""

@@ -1,0 +1,1 @@
+"""The processor: from prompts, conversations and media to the model's inputs."""

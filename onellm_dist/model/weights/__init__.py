@@ -1,0 +1,1 @@
+"""Weights that come from elsewhere: read lazily, converted, or those of known towers."""
