@@ -154,7 +154,7 @@ def worker(out: Path, name: str) -> None:
 
 def measure_load(dist: Any, name: str, out: Path) -> dict[str, float]:
     """Peak growth while a mostly frozen model is drawn at random, exported, and read again."""
-    from onellm_dist.train.export import write_weights
+    from onellm_dist.train.export.model import write_weights
 
     with Peak() as drawn:
         engine, model_bytes = build(dist, name, "align", tiny=False)

@@ -47,7 +47,7 @@ LONGEST = (
     "train/test_elastic.py",
     "train/test_tuning_runs.py",
     "shards/test_shard_crash.py",
-    "train/test_pack_budget.py",
+    "train/start/test_pack_budget.py",
     "train/test_handover.py",
     "train/engine/test_unbalanced.py",
     "planner/test_cost_model.py",

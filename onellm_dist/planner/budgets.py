@@ -21,7 +21,7 @@ def find_budget(
     text_tokens: int,
     least: TokenBudget,
 ) -> TokenBudget:
-    """Find the budgets that fit a device and go fastest; `train/pack_budget.py` asks.
+    """Find the budgets that fit a device and go fastest; `train/start/pack_budget.py` asks.
 
     Args:
         config: the recipe.
@@ -49,7 +49,7 @@ def find_budget(
 def find_placement(
     config: RunConfig, *, device_name: str, nodes: int, ranks_per_node: int, text_tokens: int
 ) -> Placement | None:
-    """Decide where frozen weights lie; `train/frozen_placement.py` asks.
+    """Decide where frozen weights lie; `train/start/frozen_placement.py` asks.
 
     Args:
         config: the recipe, with numbers for token budgets.

@@ -30,7 +30,7 @@ from onellm_dist.planner.time import GpuCluster
 from onellm_dist.planner.workload import describe_data
 from onellm_dist.train.engine.frozen import can_shard_instead
 from onellm_dist.train.engine.select import get_engine
-from onellm_dist.train.recipe_check import find_shape_problems
+from onellm_dist.train.start.recipe_check import find_shape_problems
 
 FOUND_BUDGETS = "token budgets"
 """First words of the note on budgets that were found."""

@@ -19,17 +19,18 @@ from onellm_dist.train.callbacks.preemption import Preemption
 from onellm_dist.train.checkpoint.folder import read_manifest
 from onellm_dist.train.checkpoint.resume import ResumeTarget, find_checkpoint
 from onellm_dist.train.distributed import Distributed
-from onellm_dist.train.flops import FlopCounter
-from onellm_dist.train.model_setup import PreparedModel, prepare_model, shard_model
 from onellm_dist.train.optim.part_summary import PartSummary
 from onellm_dist.train.records.metrics import MetricSet
 from onellm_dist.train.records.old_runs import check_manifest, check_run_directory
 from onellm_dist.train.records.run_directory import check_inputs_stay
 from onellm_dist.train.records.sample_log import SampleLog
-from onellm_dist.train.session import Session
-from onellm_dist.train.start_records import open_records, write_start
+from onellm_dist.train.start.inputs import Inputs
+from onellm_dist.train.start.model import PreparedModel, prepare_model, shard_model
+from onellm_dist.train.start.records import open_records, write_start
+from onellm_dist.train.start.session import Session
 from onellm_dist.train.state import TrainState
-from onellm_dist.train.step import StepMeter
+from onellm_dist.train.step.flops import FlopCounter
+from onellm_dist.train.step.values import StepMeter
 
 if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer
@@ -98,7 +99,7 @@ def assemble_trainer(
 
 
 def _prepare(
-    config: RunConfig, inputs: setup.Inputs, weights: InitialWeights, dist: Distributed
+    config: RunConfig, inputs: Inputs, weights: InitialWeights, dist: Distributed
 ) -> PreparedModel:
     """Prepare the model on every rank, or fail on all: one node may lack what compiles."""
     prepare = partial(prepare_model, config, inputs=inputs, weights=weights)
@@ -108,7 +109,7 @@ def _prepare(
 def _begin(
     trainer: Trainer,
     first_step: int,
-    inputs: setup.Inputs,
+    inputs: Inputs,
     parts: Sequence[PartSummary],
     kernels: KernelChoice,
 ) -> Trainer:

@@ -28,11 +28,11 @@ from onellm_dist.launch.arguments import decode_argument
 from onellm_dist.launch.local import end_with_parent, find_free_port, launch_local
 from onellm_dist.launch.rank_logs import LOGS_VARIABLE, keep_logs
 from onellm_dist.launch.ranks import Ranks, check_launch_ranks, discover_ranks
-from onellm_dist.train.recipe_check import load_checked_config
 from onellm_dist.train.records.applied_resumes import LOCAL_RESTARTS_VARIABLE
 from onellm_dist.train.records.budget_file import count_lowerings
 from onellm_dist.train.records.exit_file import ExitFile, is_of_refused_start
 from onellm_dist.train.records.run_directory import is_in_use, lock_directory
+from onellm_dist.train.start.recipe_check import load_checked_config
 
 if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer
@@ -166,7 +166,7 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
 
 def _build_trainer(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> Trainer:
     from onellm_dist.train.callbacks.startup_timing import StartupTiming
-    from onellm_dist.train.session import ProcessContext
+    from onellm_dist.train.start.session import ProcessContext
     from onellm_dist.train.trainer import Trainer
 
     timing = StartupTiming(exit_file.heartbeat)

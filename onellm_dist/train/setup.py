@@ -6,7 +6,6 @@ Each takes its own section of the recipe; `assemble.py` calls them in order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from onellm_dist import __version__
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.config.schema import DataSection, RunConfig
-from onellm_dist.config.train_sections import LoraSection
 from onellm_dist.data.length_check import check_batch, check_corpus
 from onellm_dist.data.phases import parse_data_phases
 from onellm_dist.data.plan import Plan
@@ -38,65 +36,16 @@ from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.frozen_weights import check_frozen_weights
 from onellm_dist.train.engine.settings import EngineSettings, make_settings
-from onellm_dist.train.frozen_placement import FrozenDecision, resolve_frozen
 from onellm_dist.train.optim.optimizers import check_optim
-from onellm_dist.train.pack_budget import PackBudget, resolve_budget
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.sample_log import SampleLog
-from onellm_dist.train.resume_changes import check_epochs_stay, check_steps_left
-from onellm_dist.train.run_exclusions import read_run_exclusions
-from onellm_dist.train.session import Session
 from onellm_dist.train.stability.monitor import StabilityMonitor
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a start reads before it trains.
-
-    Attributes:
-        target: the checkpoint that is resumed.
-        manifest: its manifest; {} where nothing is resumed.
-        model: the model, on the meta device.
-        processor: its processor.
-        plan: the plan of the run.
-        validation_plan: the plan of the validation set; None where there is none.
-        new_phase: whether a new data phase begins.
-        lora: the `train.lora` section.
-        budget: token budgets that were found for this start; None: the recipe has numbers.
-        frozen: where frozen weights lie, if this start decided that.
-    """
-
-    target: ResumeTarget
-    manifest: dict[str, Any]
-    model: Any
-    processor: Any
-    plan: Plan
-    validation_plan: Plan | None
-    new_phase: bool
-    lora: LoraSection | None = None
-    budget: PackBudget | None = None
-    frozen: FrozenDecision | None = None
-
-    @property
-    def modalities(self) -> set[str]:
-        """The modalities of the mixture."""
-        return {name for spans in self.plan.corpus.spans for name in spans}
-
-    @property
-    def all_modalities(self) -> set[str]:
-        """The modalities of the mixture and of the validation set."""
-        if self.validation_plan is None:
-            return self.modalities
-        spans = self.validation_plan.corpus.spans
-        return self.modalities | {name for names in spans for name in names}
-
-    @property
-    def plan_changed(self) -> bool:
-        """Whether a checkpoint of 0.1.0, which has no data phases, was written with other data."""
-        manifest = self.manifest
-        if self.target.folder is None or "data_phases" in manifest:
-            return False
-        return bool(manifest["plan"] != self.plan.fingerprint())
+from onellm_dist.train.start.exclusions import read_run_exclusions
+from onellm_dist.train.start.frozen_placement import resolve_frozen
+from onellm_dist.train.start.inputs import Inputs
+from onellm_dist.train.start.pack_budget import resolve_budget
+from onellm_dist.train.start.resume_changes import check_epochs_stay, check_steps_left
+from onellm_dist.train.start.session import Session
 
 
 def check_recipe(config: RunConfig, dist: Distributed) -> EngineSettings:

@@ -22,25 +22,25 @@ from onellm_dist.train.callbacks.preemption import Preemption
 from onellm_dist.train.checkpoint.writer import Checkpoints
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
+from onellm_dist.train.export.run import export_run
 from onellm_dist.train.heartbeat import Heartbeat
-from onellm_dist.train.micro_batches import MicroBatchStream
 from onellm_dist.train.optim.groups import compute_group_rates
 from onellm_dist.train.optim.rules import ParameterRate
 from onellm_dist.train.optim.schedules import compute_learning_rate
-from onellm_dist.train.pack_budget import PackBudget, lower_budgets
-from onellm_dist.train.rank_time import RankTime
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.run_directory import drop_repeated_lines
 from onellm_dist.train.records.sample_log import SampleLog
 from onellm_dist.train.recovery import needs_first_checkpoint, roll_back
-from onellm_dist.train.run_export import export_run
-from onellm_dist.train.session import ProcessContext, Session
 from onellm_dist.train.stability.monitor import Anomaly, StabilityMonitor
 from onellm_dist.train.stability.offending_samples import MicroBatchLosses, find_offending_samples
 from onellm_dist.train.stability.policy import RollbackError, apply_policy
 from onellm_dist.train.stability.unreadable import UnreadableSamples, check_supervision
+from onellm_dist.train.start.pack_budget import PackBudget, lower_budgets
+from onellm_dist.train.start.session import ProcessContext, Session
 from onellm_dist.train.state import Outcome, TrainState
-from onellm_dist.train.step import Decision, LocalPass, StepMeter, compare_plans, work_ahead
+from onellm_dist.train.step.micro_batches import MicroBatchStream
+from onellm_dist.train.step.rank_time import RankTime
+from onellm_dist.train.step.values import Decision, LocalPass, StepMeter, compare_plans, work_ahead
 from onellm_dist.train.totals import StepTotals, StepValues
 
 COMPARE_EVERY = 50

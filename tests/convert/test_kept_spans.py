@@ -22,7 +22,7 @@ from onellm_dist.model import OneLLMConfig, OneLLMProcessor
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.model.spans.trained import get_spans, set_spans
 from onellm_dist.model.weights.lazy import open_model
-from onellm_dist.train.export import export_model
+from onellm_dist.train.export.model import export_model
 from onellm_dist.train.optim.parts import find_copies
 
 

@@ -12,7 +12,7 @@ from data_worlds import open_plan, write
 from onellm_dist.common.errors import UsageError
 from onellm_dist.data.plan import Plan
 from onellm_dist.train import trainer as trainer_module
-from onellm_dist.train.step import work_ahead
+from onellm_dist.train.step.values import work_ahead
 from onellm_dist.train.trainer import Trainer
 
 

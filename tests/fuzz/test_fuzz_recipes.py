@@ -18,7 +18,7 @@ from onellm_dist.common.secrets import MASK
 from onellm_dist.config.load import find_run_dir, load_config
 from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.train.engine.deepspeed.config import complete_config, load_ds_config
-from onellm_dist.train.recipe_check import load_checked_config
+from onellm_dist.train.start.recipe_check import load_checked_config
 
 Surface = Callable[[bytes], None]
 ODD_YAML = (

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from onellm_dist.diagnostics.software_checks import check_attention, check_kernels
 from onellm_dist.model.kernel_trace import PRODUCTS, find_innermost, record, trace_attention
 from onellm_dist.model.model_kernels import KernelChoice
-from onellm_dist.train.kernel_record import record_kernels
+from onellm_dist.train.start.kernel_record import record_kernels
 
 CPU = torch.device("cpu")
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"

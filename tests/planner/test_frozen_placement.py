@@ -12,9 +12,9 @@ from plain_counts import write_recipe
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.planner.hardware import get_gpu_kind
-from onellm_dist.train import frozen_placement
 from onellm_dist.train.distributed import Distributed
-from onellm_dist.train.frozen_placement import FrozenDecision, resolve_frozen
+from onellm_dist.train.start import frozen_placement
+from onellm_dist.train.start.frozen_placement import FrozenDecision, resolve_frozen
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 NUMA = "AMD EPYC 9999"

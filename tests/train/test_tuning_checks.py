@@ -35,15 +35,15 @@ from onellm_dist.model.adapters.folder import (
 )
 from onellm_dist.model.adapters.lora import MAGNITUDE, add_adapters, merge_weight
 from onellm_dist.model.presets import build_meta_model
-from onellm_dist.train import run_export
-from onellm_dist.train.adapter_export import plan_adapter
 from onellm_dist.train.checkpoint.resume import ResumeTarget
+from onellm_dist.train.export import run as run_export
+from onellm_dist.train.export.adapter import plan_adapter
 from onellm_dist.train.optim.groups import build_parameter_groups
 from onellm_dist.train.optim.layers import map_layers
 from onellm_dist.train.optim.part_summary import format_parts, summarize_parts
 from onellm_dist.train.optim.rules import ParameterPlan, prepare_parameters
 from onellm_dist.train.records.config_changes import find_changes
-from onellm_dist.train.resume_changes import check_epochs_stay
+from onellm_dist.train.start.resume_changes import check_epochs_stay
 
 
 @pytest.fixture

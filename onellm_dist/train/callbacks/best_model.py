@@ -15,7 +15,7 @@ from onellm_dist.common.run_files import BEST, BEST_RECORD
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
-from onellm_dist.train.export import ExportError, export_model
+from onellm_dist.train.export.model import ExportError, export_model
 
 log = get_logger(__name__)
 

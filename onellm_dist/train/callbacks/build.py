@@ -58,7 +58,7 @@ def _load_class(name: str) -> Any:
 
 
 class RunInputs(Protocol):
-    """What the callbacks need of what a start has read (`setup.Inputs`)."""
+    """What the callbacks need of what a start has read (`start.inputs.Inputs`)."""
 
     @property
     def model(self) -> Any:

@@ -14,8 +14,8 @@ from onellm_dist.config.load import LoadedRecipe, load_recipe
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.config.valid_parts import ValidParts
 from onellm_dist.data.epochs import resolve_epochs
-from onellm_dist.train.recipe_check import find_problems
 from onellm_dist.train.recipe_summary.values import format_values
+from onellm_dist.train.start.recipe_check import find_problems
 
 DescribePlan = Callable[[Path | str, Sequence[str]], list[str]]
 """(recipe, overrides) -> what the planner says, in lines."""

@@ -25,7 +25,7 @@ from onellm_dist.model.spans.positions import build_fixed_rows
 from onellm_dist.model.weights.lazy import open_model
 from onellm_dist.packed import PackedBatch
 from onellm_dist.planner.run_plan import load_model_config
-from onellm_dist.train.model_setup import prepare_model
+from onellm_dist.train.start.model import prepare_model
 
 KINDS = ("fixed", "learned")
 MODALITIES = ["image", "imu"]

@@ -14,7 +14,7 @@ from torch import nn
 from toy_runs import Runs
 
 from onellm_dist.train.callbacks.stragglers import Straggler, StragglerDetector
-from onellm_dist.train.forward_clock import ForwardClock
+from onellm_dist.train.step.forward_clock import ForwardClock
 
 
 def run_detector(

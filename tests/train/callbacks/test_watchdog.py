@@ -28,10 +28,10 @@ from onellm_dist.train.callbacks.watchdog import (
     is_in_collective,
 )
 from onellm_dist.train.heartbeat import Heartbeat
-from onellm_dist.train.rank_time import RankTime
 from onellm_dist.train.records.exit_file import ExitFile
 from onellm_dist.train.records.metrics import MetricSet
 from onellm_dist.train.records.run_directory import move_hangs_aside
+from onellm_dist.train.step.rank_time import RankTime
 from onellm_dist.train.trainer import Trainer
 
 

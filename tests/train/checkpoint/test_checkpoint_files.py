@@ -282,7 +282,7 @@ def test_the_best_weights_are_never_without_their_record(
     engine: Any = SimpleNamespace(
         full_weights=lambda *_: iter(()), full_weight_shapes=lambda: (), compute_dtype=torch.float32
     )
-    monkeypatch.setattr("onellm_dist.train.export._write_configs", lambda *_: None)
+    monkeypatch.setattr("onellm_dist.train.export.model._write_configs", lambda *_: None)
     folder = tmp_path / "best"
 
     def best() -> BestModel:

@@ -40,7 +40,7 @@ from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.engine.fsdp.description import FsdpOptions
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
-from onellm_dist.train.export import gather_weights
+from onellm_dist.train.export.model import gather_weights
 from onellm_dist.train.optim.optimizers import make_optimizer
 
 CLIP = 2.0

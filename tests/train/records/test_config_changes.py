@@ -22,7 +22,7 @@ from onellm_dist.train.records.config_changes import (
     read_earlier_recipe,
 )
 from onellm_dist.train.records.events import Events
-from onellm_dist.train.resume_changes import (
+from onellm_dist.train.start.resume_changes import (
     TrainedParameters,
     compute_earlier_rates,
     write_changes,

@@ -14,7 +14,7 @@ from onellm_dist.config.schema import EngineSection, RunConfig
 from onellm_dist.data.plan import Plan
 from onellm_dist.train.distributed import Distributed, name_device
 from onellm_dist.train.engine.frozen import list_placements
-from onellm_dist.train.start_planner import load_start_planner
+from onellm_dist.train.start.planner import load_start_planner
 
 log = get_logger(__name__)
 

@@ -29,9 +29,9 @@ from onellm_dist.model.generation.settings import write_generation
 from onellm_dist.model.losses.preference import PREFIX
 from onellm_dist.model.quantised.linear import add_base, list_quantised
 from onellm_dist.model.spans.trained import get_spans
-from onellm_dist.train.adapter_export import AdapterTarget
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
+from onellm_dist.train.export.adapter import AdapterTarget
 
 FILE_BYTES = 5_000_000_000
 """Largest weights file, as transformers' own default was; a larger tensor gets a file of its

@@ -21,14 +21,14 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.config.load import load_config
 from onellm_dist.config.train_sections import TrainSection
 from onellm_dist.data.packing import TokenBudget
-from onellm_dist.train.pack_budget import (
+from onellm_dist.train.records.budget_file import BudgetRecord, read_budget_record
+from onellm_dist.train.start.pack_budget import (
     PARTS,
     PackBudget,
     hash_recipe,
     is_out_of_memory,
     lower_budgets,
 )
-from onellm_dist.train.records.budget_file import BudgetRecord, read_budget_record
 
 AUTO = ("data.pack_llm_tokens=auto", "data.pack_encoder_tokens=auto")
 STEPS = 4

@@ -13,7 +13,7 @@ from toy_packs import make_toy_pack
 from onellm_dist.data.micro_batch import BatchTotals
 from onellm_dist.modalities import SPAN_TOKENS, all_modalities
 from onellm_dist.model.presets import load_model
-from onellm_dist.train.flops import FlopCounter
+from onellm_dist.train.step.flops import FlopCounter
 
 TEXT = 60
 

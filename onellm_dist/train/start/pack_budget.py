@@ -38,7 +38,7 @@ from onellm_dist.train.records.budget_file import (
     write_budget_record,
 )
 from onellm_dist.train.records.events import Events
-from onellm_dist.train.start_planner import load_start_planner
+from onellm_dist.train.start.planner import load_start_planner
 
 if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer

@@ -12,8 +12,8 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.train.checkpoint.folder import make_checkpoint_name
-from onellm_dist.train.recipe_check import load_checked_config
 from onellm_dist.train.records.applied_resumes import record_applied
+from onellm_dist.train.start.recipe_check import load_checked_config
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from onellm_dist.common.run_files import ADAPTER, MODEL
 from onellm_dist.model.adapters.folder import describe_rounding
-from onellm_dist.train.adapter_export import plan_adapter
 from onellm_dist.train.checkpoint.source import describe_source
-from onellm_dist.train.export import export_model
+from onellm_dist.train.export.adapter import plan_adapter
+from onellm_dist.train.export.model import export_model
 from onellm_dist.train.records.run_directory import move_aside
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from onellm_dist.data.micro_batch import StepPlan
 from onellm_dist.data.plan import Plan
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import GradNorms
-from onellm_dist.train.flops import FlopCounter, peak_flops
 from onellm_dist.train.records.metrics import MetricSet, StepMetrics
 from onellm_dist.train.stability.monitor import Anomaly
 from onellm_dist.train.stability.offending_samples import MicroBatchLosses
+from onellm_dist.train.step.flops import FlopCounter, peak_flops
 from onellm_dist.train.totals import StepTotals, StepValues
 
 

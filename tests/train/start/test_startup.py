@@ -13,7 +13,7 @@ from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.train.callbacks.startup_timing import PARTS, StartupTiming
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.exit_file import ExitFile
-from onellm_dist.train.start_records import describe_slurm_job, write_failed_end
+from onellm_dist.train.start.records import describe_slurm_job, write_failed_end
 
 
 def micro(step: int, *rows: int) -> MicroBatch:

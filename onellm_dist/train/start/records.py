@@ -23,21 +23,21 @@ from onellm_dist.train.checkpoint.folder import get_steps_done, recover_checkpoi
 from onellm_dist.train.checkpoint.inherit import apply_resume
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.distributed import name_device
-from onellm_dist.train.kernel_record import record_kernels
 from onellm_dist.train.optim.part_summary import PartSummary, format_parts, to_json
 from onellm_dist.train.optim.rules import ParameterRate
-from onellm_dist.train.pack_budget import write_budget
 from onellm_dist.train.records.data_phases import write_data_phases
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.run_directory import prepare_directory
-from onellm_dist.train.resume_changes import (
+from onellm_dist.train.start.exclusions import write_exclusions
+from onellm_dist.train.start.inputs import Inputs
+from onellm_dist.train.start.kernel_record import record_kernels
+from onellm_dist.train.start.pack_budget import write_budget
+from onellm_dist.train.start.resume_changes import (
     TrainedParameters,
     find_resume_changes,
     write_changes,
 )
-from onellm_dist.train.run_exclusions import write_exclusions
-from onellm_dist.train.session import Session
-from onellm_dist.train.setup import Inputs
+from onellm_dist.train.start.session import Session
 
 if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer

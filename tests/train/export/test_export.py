@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from onellm_dist.common.checksums import read_sums
 from onellm_dist.common.errors import UsageError
-from onellm_dist.train.export import write_weights
+from onellm_dist.train.export.model import write_weights
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_weights_are_written_as_transformers_reads_them(
 def test_an_exported_model_has_a_card_and_checksums(tmp_path: Path) -> None:
     """As `RUN/model`: `sha256sum --check SHA256SUMS` finds every file as it was written."""
     from onellm_dist.model.presets import load_model
-    from onellm_dist.train.export import export_model
+    from onellm_dist.train.export.model import export_model
 
     model, processor = load_model(path=None, preset="toy", seed=2)
     engine: Any = OneRankEngine(model)
@@ -70,7 +70,7 @@ def test_a_disk_that_refuses_in_the_words_of_safetensors_is_no_wait_for_the_othe
 ) -> None:
     """Its errors are not OSError: rank 0 says it failed, whatever the class."""
     from onellm_dist.model.presets import load_model
-    from onellm_dist.train import export
+    from onellm_dist.train.export import model as export
 
     def refuse(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -88,7 +88,7 @@ def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(
 ) -> None:
     """Where gathering fails, the other ranks are in it: rank 0 may not wait for them elsewhere."""
     from onellm_dist.model.presets import load_model
-    from onellm_dist.train import export
+    from onellm_dist.train.export import model as export
 
     class Broken(OneRankEngine):
         def full_weights(self, *wants: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -126,7 +126,7 @@ def test_the_export_keeps_the_generation_settings_of_its_source(tmp_path: Path) 
     from onellm_dist.convert.conversion import convert
     from onellm_dist.model.presets import load_model
     from onellm_dist.model.weights.lazy import open_model
-    from onellm_dist.train.export import export_model
+    from onellm_dist.train.export.model import export_model
 
     settings = {"eos_token_id": [2, 7, 9], "temperature": 0.6, "do_sample": False, "own": [1]}
     model, processor = load_model(path=None, preset="toy", seed=2)

@@ -24,8 +24,8 @@ from onellm_dist.train.optim.groups import build_parameter_groups
 from onellm_dist.train.optim.part_summary import PartSummary, summarize_parts
 from onellm_dist.train.optim.parts import find_copies, map_parts
 from onellm_dist.train.optim.rules import ParameterPlan, ParameterRate, prepare_parameters
-from onellm_dist.train.session import Session
-from onellm_dist.train.setup import Inputs
+from onellm_dist.train.start.inputs import Inputs
+from onellm_dist.train.start.session import Session
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from onellm_dist.train.forward_clock import ForwardClock
+from onellm_dist.train.step.forward_clock import ForwardClock
 
 EVERY = 4
 """Steps between two measurements: the hooks of a measured step cost a few milliseconds."""

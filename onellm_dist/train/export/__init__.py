@@ -1,0 +1,1 @@
+"""The folders that a finished run leaves: the model, and its adapter."""

@@ -1,0 +1,1 @@
+"""One optimizer step on this rank: its micro-batches, values, FLOPs and time."""
