@@ -256,7 +256,7 @@ def get_part_modality(kind: object) -> str:
 
 
 def _parse_weight(number: int, fields: Mapping[str, Any]) -> int:
-    weight = fields.get("weight", 1)
-    if weight is None or weight not in (0, 1):
+    weight = 1 if fields.get("weight") is None else fields["weight"]
+    if weight not in (0, 1):
         raise TurnsError(f"turn {number} has weight {weight!r}; an answer has weight 0 or 1")
     return int(weight)

@@ -102,8 +102,9 @@ def test_what_cannot_be_read_exactly_is_refused_by_name(turn: Any, says: str) ->
 
 
 def test_weights_of_answers_are_kept() -> None:
-    turns = parse_turns([HUMAN, GPT | {"weight": 0}, GPT], all_modalities())
-    assert [turn.weight for turn in turns] == [1, 0, 1]
+    """A weight that is null is not given: a table has the key in every turn."""
+    turns = parse_turns([HUMAN, GPT | {"weight": 0}, GPT | {"weight": None}, GPT], all_modalities())
+    assert [turn.weight for turn in turns] == [1, 0, 1, 1]
 
 
 def stored(turns: Any) -> bytes:

@@ -298,6 +298,17 @@ def test_audiocaps(tmp_path: Path) -> None:
         build_source("audiocaps", inputs, tmp_path / "none", splits="test")
 
 
+def test_answers_that_are_not_trained_on_stay_so() -> None:
+    """Turns of a table have the same keys, and weights that are null."""
+    said: list[dict[str, Any]] = [
+        {**turn, "weight": None} for turn in make_turns("Q", "bad", "Q", "good")
+    ]
+    said[1]["weight"] = 0
+    turns = clean_turns(said)
+    assert [turn.get("weight") for turn in turns] == [None, 0, None, None]
+    assert [turn["value"] for turn in turns] == ["Q", "bad", "Q", "good"]
+
+
 def test_turns_are_cleaned() -> None:
     assert clean_turns(make_turns("<image>\nWhat?", "It is <image>.")) == make_turns(
         "What?", "It is <image>."

@@ -28,8 +28,10 @@ REGION = "Provide a short description for this region."
 _STORED = {"system": "system", "user": "human", "assistant": "gpt"}
 """Role to the speaker that shards store."""
 
-Turn = dict[str, str]
-"""`{"from": speaker, "value": text}`; the speaker is human, gpt or, in the first turn, system."""
+Turn = dict[str, Any]
+"""`{"from": speaker, "value": text}`; the speaker is human, gpt or, in the first turn, system.
+
+`"weight": 0` is kept: the answer is not trained on."""
 
 
 def make_turns(*pairs: tuple[str, str]) -> list[Turn]:
@@ -132,7 +134,8 @@ def clean_turns(raw: Any, *, tags: bool = True, placeholders: bool = False) -> l
         if turn.role == "assistant" and not text:
             raise TurnsError(f"turn {number} is an empty answer")
         if turn.role != "assistant" or any(t["from"] == "human" for t in turns):
-            turns.append({"from": _STORED[turn.role], "value": text})
+            weight = {} if turn.weight else {"weight": 0}
+            turns.append({"from": _STORED[turn.role], "value": text, **weight})
     while turns and turns[-1]["from"] != "gpt":
         turns.pop()
     if not turns:
