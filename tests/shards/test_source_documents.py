@@ -31,7 +31,7 @@ def test_finevision_with_several_pictures(tmp_path: Path) -> None:
     write_parquet(tmp_path / "in" / "train-0.parquet", rows)
     dataset, report = build("finevision", tmp_path / "in", several="list")
     assert [q.reason for q in report.quarantined] == [
-        "placeholders: its text has 2 <image> for 1 media of modality image"
+        "placeholders: its text has 2 <image> for 1 medium of modality image"
     ]
     found = list(read_all(dataset).values())
     assert [len(meta["media"]) for _, meta in found] == [3, 1, 0]
@@ -60,7 +60,7 @@ def test_parts_of_two_columns_stay_with_their_medium(tmp_path: Path) -> None:
     write_parquet(tmp_path / "in" / "t.parquet", [row, {**row, "timestamps": times[:1]}])
     dataset, report = build("parquet", tmp_path / "in", modality="imu,image", several="list")
     assert [q.reason for q in report.quarantined] == [
-        "unreadable row: timestamps has 1 items for 2 of imu"
+        "unreadable row: timestamps has 1 item for 2 of imu"
     ]
     ((parts, meta),) = read_all(dataset).values()
     assert sorted(meta["media"]) == ["image", "imu", "imu"]
@@ -122,7 +122,7 @@ def test_obelics_documents(tmp_path: Path, name: str) -> None:
     assert meta["txt"] == "A cat.\n<image>\nThen\n<image>"
     assert parts == {"0.jpg": picture(1), "1.jpg": picture(2)}
     assert [q.reason for q in report.quarantined] == [
-        "unreadable row: 1 images for 2 texts",
+        "unreadable row: 1 image for 2 texts",
         "placeholders: a text of the document has <image> of its own",
         "unreadable row: a piece is not exactly one of image and text",
     ]

@@ -136,7 +136,7 @@ def test_unfinished_tars_are_named_and_refused_unless_asked_for(tmp_path: Path) 
     cut.write_bytes(cut.read_bytes()[: places_in(cut)["0000202.jpg"] + 50])
     (tmp_path / "in/00002.parquet").write_bytes(b"PAR1")  # its footer is written last
     with pytest.raises(
-        UsageError, match=r"1 of 3 tars are unfinished \(no _stats.json\): 00002.tar"
+        UsageError, match=r"1 of 3 tars is unfinished \(no _stats.json\): 00002.tar"
     ):
         build_dataset("laion400m", tmp_path / "in", tmp_path / "out")
     report, dataset = build_source(

@@ -101,7 +101,7 @@ def test_compressed_tars_are_refused_or_counted(tmp_path: Path, suffix: str) -> 
     with pytest.raises(UsageError, match=rf"no tar, but 1 compressed: 1{suffix}(.|\n)*gunzip"):
         build(tmp_path, files, "laion400m")
     files |= {"0.tar": tar(members), "0_stats.json": "{}"}
-    with pytest.raises(UsageError, match=rf"1 tars are compressed: 1{suffix}"):
+    with pytest.raises(UsageError, match=rf"1 tar is compressed: 1{suffix}"):
         build(tmp_path, files, "laion400m", unfinished="take")
     report, _ = build(tmp_path, files, "laion400m", unfinished="skip")
     assert report.samples == 1

@@ -168,7 +168,7 @@ def test_tars_of_video2dataset(tmp_path: Path) -> None:
         assert statistics["left_out"] == {"failed_to_download": 1}
         (tmp_path / "in/00000.parquet").unlink(missing_ok=True)
     (tmp_path / "in/00000_stats.json").unlink()
-    with pytest.raises(UsageError, match="1 of 1 tars are unfinished"):
+    with pytest.raises(UsageError, match="1 of 1 tar is unfinished"):
         build_dataset("webvid", tmp_path / "in", tmp_path / "out")
 
 

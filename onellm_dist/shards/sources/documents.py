@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.media import LISTED, make_numbered_parts
 from onellm_dist.shards.format.names import make_safe_key
@@ -39,17 +40,20 @@ from onellm_dist.shards.sources.readers.annotations import find_media_folders
 from onellm_dist.shards.sources.readers.arrow_files import ArrowPart, list_parts
 from onellm_dist.shards.sources.readers.arrow_files import read_rows as read_arrow_rows
 from onellm_dist.shards.sources.readers.json_stream import read_rows, split_rows
-from onellm_dist.shards.sources.readers.listing import ListedFiles, list_files
 from onellm_dist.shards.sources.readers.media_files import (
     find_first_file,
     get_picture_extension,
     list_picture_names,
 )
+from onellm_dist.shards.sources.readers.saved_datasets import (
+    SUFFIXES,
+    find_split,
+    list_dataset_files,
+)
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
 _ROWS = 1000
-_TABLES = (".parquet", ".arrow")
 _TAG = "<image>"
 _SKIPPED = "no picture of the document was fetched"
 
@@ -81,10 +85,11 @@ def plan(
             "it says how the file of a picture is called.",
             "choose one.",
         )
-    listed = list_files(inputs) if inputs.is_dir() else ListedFiles((inputs,), 0)
+    listed, notes = list_dataset_files(inputs)
     root = inputs if inputs.is_dir() else inputs.parent
     find_media_folders(root, media, ("images",))
-    files = [p.name for p in listed.files if p.suffix.lower() in (*JSON_SUFFIXES, *_TABLES)]
+    read = (*JSON_SUFFIXES, *SUFFIXES)
+    files = [p.relative_to(root).as_posix() for p in listed if p.suffix.lower() in read]
     if not files:
         raise UsageError(
             f"{inputs} has no .jsonl and no .parquet.",
@@ -97,16 +102,17 @@ def plan(
         for name, stem in zip(files, stems, strict=True)
         for split in _split_file(root, name, stem)
     )
-    return DatasetDescription(("image",), splits, attributes=dict(LISTED))
+    return DatasetDescription(("image",), splits, notes, attributes=dict(LISTED))
 
 
 def _split_file(root: Path, name: str, stem: str) -> Iterator[InputSplit]:
-    if PurePosixPath(name).suffix.lower() not in _TABLES:
+    if PurePosixPath(name).suffix.lower() not in SUFFIXES:
         yield from split_rows(root, name, _ROWS, stem=stem)
         return
+    split = find_split(PurePosixPath(name)) if "/" in name else "train"
     for part in list_parts(root / name):
         description = {"file": name, "part": list(part), "stem": stem}
-        yield InputSplit(f"{name}:{part.start}", description, "train", part.rows)
+        yield InputSplit(f"{name}:{part.start}", description, split, part.rows)
 
 
 def raw_samples(
@@ -176,7 +182,10 @@ def _list_pieces(row: Mapping[str, Any], urls: dict[str, str] | None) -> list[_P
     if not isinstance(images, list) or not isinstance(texts, list):
         raise BadSampleError("unreadable row: no images and texts, no text_list and image_info")
     if len(images) != len(texts):
-        raise BadSampleError(f"unreadable row: {len(images)} images for {len(texts)} texts")
+        raise BadSampleError(
+            f"unreadable row: {format_count(len(images), 'image')} for "
+            f"{format_count(len(texts), 'text')}"
+        )
     valid = row.get("valid_image")
     pictures = 0
     pieces = []

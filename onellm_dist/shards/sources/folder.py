@@ -35,6 +35,7 @@ from onellm_dist.shards.sources.readers.folder_tables import (
 )
 from onellm_dist.shards.sources.readers.media_files import resolve_below
 from onellm_dist.shards.sources.readers.media_rows import parse_media_modalities
+from onellm_dist.shards.sources.readers.saved_datasets import refuse_saved_dataset
 from onellm_dist.shards.sources.readers.split_folders import find_split_folders
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
@@ -226,6 +227,7 @@ def plan(
             "it says what becomes of rows with several media.",
             "choose one.",
         )
+    refuse_saved_dataset(inputs, "onellm shards build parquet IN OUT reads it, split by split.")
     modalities, found, notes = find_raw_samples(
         inputs, parse_modalities(modality) if modality is not None else None, chosen
     )

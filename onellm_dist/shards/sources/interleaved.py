@@ -15,7 +15,6 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.media import LISTED
 from onellm_dist.shards.sources.base import (
-    BadSampleError,
     DatasetDescription,
     Option,
     RawSample,
@@ -32,11 +31,15 @@ from onellm_dist.shards.sources.readers.conversations import clean_turns, requir
 from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows, split_rows
 from onellm_dist.shards.sources.readers.listing import list_files
 from onellm_dist.shards.sources.readers.media_rows import (
-    list_row_media,
     parse_media_modalities,
     read_media_row,
+    require_text_alone,
 )
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.saved_datasets import (
+    DESCRIPTIONS,
+    refuse_saved_dataset,
+)
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
@@ -54,6 +57,9 @@ def plan(
         UsageError: there is no such file, or an option is wrong.
     """
     check_missing(missing)
+    do = "onellm shards build parquet IN OUT reads it, with "
+    do += "-o modality=text." if modality is None else f"-o several=list -o modality={modality}."
+    refuse_saved_dataset(inputs, do)
     names = () if modality is None else parse_media_modalities(modality)
     attributes = dict(LISTED) if names else {}
     root = inputs.parent if inputs.is_file() else inputs
@@ -63,12 +69,17 @@ def plan(
             names, split_rows(root, inputs.name, _ROWS), attributes=attributes
         )
     listed = list_files(inputs)
-    files = [p.name for p in listed.files if p.suffix.lower() in JSON_SUFFIXES]
+    files = [
+        p.name
+        for p in listed.files
+        if p.suffix.lower() in JSON_SUFFIXES and p.name not in DESCRIPTIONS
+    ]
     if not files:
         raise UsageError(
             f"{inputs} has no .json or .jsonl.",
             "the conversations are expected there.",
-            "name the file, or its folder; media may lie elsewhere: -o media=FOLDER.",
+            "name the file, or its folder; media may lie elsewhere: -o media=FOLDER. Of tables: "
+            + do,
         )
     stems = make_keys_unique(n.rpartition(".")[0].replace(".", "_") for n in files)
     splits = (
@@ -126,11 +137,7 @@ def _read_text(row: Mapping[str, Any], key: str) -> AnnotatedSample:
     Raises:
         BadSampleError: the row names media, without which its texts would be about nothing.
     """
-    if media := sorted({name for name, _ in list_row_media(row)}):
-        raise BadSampleError(
-            f"media: the row has {', '.join(media)}, and the dataset is text alone "
-            f"(-o modality={','.join(media)} builds such rows)"
-        )
+    require_text_alone(row)
     turns = clean_turns(require_conversation(row), tags=False)
     meta = {"id": row["id"]} if isinstance(row.get("id"), (str, int)) else {}
     return AnnotatedSample(key, {}, turns, meta=meta)

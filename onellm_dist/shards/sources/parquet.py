@@ -15,12 +15,10 @@ their own: `-o modality=text`.
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
@@ -50,7 +48,6 @@ from onellm_dist.shards.sources.readers.arrow_files import (
     read_schema,
 )
 from onellm_dist.shards.sources.readers.arrow_media import (
-    has_media,
     list_items,
     read_item,
     read_listed_items,
@@ -61,13 +58,19 @@ from onellm_dist.shards.sources.readers.listing import ListedFiles, list_files
 from onellm_dist.shards.sources.readers.media_files import get_write_stamp
 from onellm_dist.shards.sources.readers.media_rows import check_tags, parse_media_modalities
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
-from onellm_dist.shards.sources.readers.split_folders import SPLIT_FOLDERS
+from onellm_dist.shards.sources.readers.saved_datasets import (
+    SUFFIXES,
+    find_split,
+    leave_out_caches,
+)
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
+from onellm_dist.shards.sources.readers.unread_media import (
+    find_unread_column,
+    is_content,
+    list_media_parts,
+)
 
-SUFFIXES = (".parquet", ".arrow")
-_STATE = "state.json"
 _NO_MEDIA = "no medium: a row of the data set with modality=text"
-_HAS_MEDIA = "has a medium: not a row of text alone"
 
 
 def plan(
@@ -131,51 +134,6 @@ def plan(
     return DatasetDescription(names, splits, notes, attributes)
 
 
-def leave_out_caches(tables: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
-    """Keep the files that are a data set's own; `datasets` leaves caches of its work beside them.
-
-    Raises:
-        UsageError: a saved data set is a selection of its rows, which the files do not show.
-    """
-    kept, caches = list[Path](), Counter[str]()
-    for table in tables:
-        own = _read_state(table.parent) if table.suffix.lower() == ".arrow" else None
-        if (own is not None and table.name not in own) or table.name.startswith("cache-"):
-            caches["cache files of datasets left out"] += 1
-        else:
-            kept.append(table)
-    return kept, tuple(f"{what}: {n}" for what, n in caches.items())
-
-
-@lru_cache(maxsize=64)
-def _read_state(folder: Path) -> frozenset[str] | None:
-    """Read which files a data set of `save_to_disk` has; None: the folder is not one.
-
-    Raises:
-        UsageError: it has an indices mapping.
-    """
-    try:
-        state = json.loads((folder / _STATE).read_bytes())
-        names = frozenset(f["filename"] for f in state["_data_files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    if state.get("_indices_data_files"):
-        raise UsageError(
-            f"{folder} is a selection or another order of its rows (an indices mapping).",
-            "its files hold the rows before the selection.",
-            "save it again after datasets' flatten_indices().",
-        )
-    return names
-
-
-def find_split(table: PurePath) -> str:
-    """Find the split in a file's name (`train-00000-of-00001`) or in its folder's."""
-    words = re.split(r"[-_.]", table.stem.lower())
-    folders = reversed(PurePosixPath(table.as_posix()).parts[:-1])
-    named = (SPLIT_FOLDERS.get(w) for w in (*words, *(f.lower() for f in folders)))
-    return next((split for split in named if split is not None), "train")
-
-
 def raw_samples(
     inputs: Path,
     description: SplitDescription,
@@ -227,19 +185,22 @@ class _RowReader:
         if isinstance(status, str) and status.startswith("failed"):
             return RawSample(key, where, skip=status)  # of img2dataset
         counts = [len(list_items(values.get(c))) for c in self.columns.media]
-        if not self.columns.media and any(
-            has_media(v) for v in values.values() if _is_media_value(v)
-        ):
-            return RawSample(key, where, skip=_HAS_MEDIA)
-        if self.several == "list":
-            return self._make_listed(key, where, values)
-        if self.columns.media and not any(counts):
+        unread = self._find_unread(values, has_media=any(counts))
+        if not self.columns.media and unread is not None:
+            return RawSample(key, where, skip=f"has a medium ({unread}): not a row of text alone")
+        if self.columns.media and not any(counts) and self.several != "list":
+            but = "" if unread is None else f", but for {unread}, which is not read"
             return RawSample(
                 key,
                 where,
-                skip=_NO_MEDIA if self.skip_missing else None,
-                problem=None if self.skip_missing else "missing file: the row has no medium",
+                skip=f"{_NO_MEDIA}{but}" if self.skip_missing else None,
+                problem=None if self.skip_missing else f"missing file: the row has no medium{but}",
             )
+        if unread is not None:
+            problem = f"unread media: {unread} holds a medium, and is not read"
+            return RawSample(key, where, problem=problem)
+        if self.several == "list":
+            return self._make_listed(key, where, values)
         if max(counts, default=0) > 1 and self.several == "skip":
             return RawSample(key, where, skip="several media of one kind")
         try:
@@ -250,6 +211,17 @@ class _RowReader:
         except TurnsError as error:
             return RawSample(key, where, problem=f"malformed conversations: {error}")
         return RawSample(key, where, parts, caption, meta)
+
+    def _find_unread(self, values: Mapping[str, Any], *, has_media: bool) -> str | None:
+        """Name what holds a medium of a row besides the columns of media; None: nothing does."""
+        columns = self.columns
+        read = {*columns.media, columns.caption, columns.turns, *(columns.answers or ())}
+        column = find_unread_column(values, read, self.modalities, has_media=has_media)
+        if column is not None:
+            return f"the column {column}"
+        parts = list_media_parts(values.get(columns.turns) if columns.turns else None)
+        held = next((kind for kind, value in parts if value is not None or not columns.media), None)
+        return None if held is None else f"a content part of type {held}"
 
     def _make_listed(self, key: str, where: str, values: Mapping[str, Any]) -> RawSample:
         """Make the raw sample of a row with any number of media, and placeholders in its text."""
@@ -291,7 +263,7 @@ class _RowReader:
         meta = {
             k: plain
             for k, v in values.items()
-            if k not in used and not _is_media_value(v) and (plain := to_plain_json(v)) is not None
+            if k not in used and not is_content(v) and (plain := to_plain_json(v)) is not None
         }
         raw = values.get(columns.turns) if columns.turns else None
         if raw:
@@ -312,13 +284,6 @@ class _RowReader:
         if text is not None and not isinstance(text, str):
             raise BadSampleError(f"caption is not text: a {type(text).__name__}")
         return (text if text or "conversations" not in meta else None), meta
-
-
-def _is_media_value(value: Any) -> bool:
-    """Check for bytes, `{bytes, path}`, or a list of them."""
-    if isinstance(value, list):
-        return bool(value) and _is_media_value(value[0])
-    return isinstance(value, bytes) or (isinstance(value, Mapping) and "bytes" in value)
 
 
 def _to_turns(raw: Any) -> Any:

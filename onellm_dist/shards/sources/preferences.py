@@ -21,7 +21,6 @@ from onellm_dist.shards.sources.base import (
     SplitDescription,
 )
 from onellm_dist.shards.sources.interleaved import make_context, make_row_key, plan
-from onellm_dist.shards.sources.parquet import SUFFIXES, find_split, leave_out_caches
 from onellm_dist.shards.sources.readers.annotations import (
     AnnotatedSample,
     find_media_folders,
@@ -30,15 +29,16 @@ from onellm_dist.shards.sources.readers.annotations import (
 from onellm_dist.shards.sources.readers.arrow_files import ArrowPart, list_parts
 from onellm_dist.shards.sources.readers.arrow_files import read_rows as read_table_rows
 from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows
-from onellm_dist.shards.sources.readers.listing import list_files
 from onellm_dist.shards.sources.readers.media_rows import parse_media_modalities
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 from onellm_dist.shards.sources.readers.preference_rows import read_preference_row
+from onellm_dist.shards.sources.readers.saved_datasets import (
+    SUFFIXES,
+    find_split,
+    list_dataset_files,
+)
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
-
-_DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json")
-"""What `datasets` writes beside tables; none of it is rows."""
 
 
 def raw_samples(
@@ -72,20 +72,11 @@ def raw_samples(
 def _plan(
     inputs: Path, *, seed: int, modality: str | None, media: Path | None, missing: str
 ) -> DatasetDescription:
-    listed = list_files(inputs).files if inputs.is_dir() else (inputs,)
+    listed, notes = list_dataset_files(inputs)
     found = [path for path in listed if path.suffix.lower() in SUFFIXES]
     if not found:
         return plan(inputs, seed=seed, modality=modality, media=media, missing=missing)
-    own, notes = leave_out_caches(found)
-    if not own:
-        raise UsageError(
-            f"{inputs} has no tables but a cache of datasets ({found[0].name}).",
-            "a cache may repeat rows, or lack some.",
-            "name the tables, or save the data set again (save_to_disk).",
-        )
-    tables = [path.name for path in own]
-    rows = [path.name for path in listed if path.suffix.lower() in JSON_SUFFIXES]
-    if other := [name for name in rows if name not in _DESCRIPTIONS]:
+    if other := [path.name for path in listed if path.suffix.lower() in JSON_SUFFIXES]:
         raise UsageError(
             f"{inputs} has tables ({found[0].name}) and JSON ({other[0]}).",
             "which of them are the rows is not clear.",
@@ -93,6 +84,7 @@ def _plan(
         )
     check_missing(missing)
     root = inputs if inputs.is_dir() else inputs.parent
+    tables = [path.relative_to(root).as_posix() for path in found]
     find_media_folders(root, media, ())
     names = () if modality is None else parse_media_modalities(modality)
     stems = make_keys_unique(n.rpartition(".")[0].replace(".", "_") for n in tables)

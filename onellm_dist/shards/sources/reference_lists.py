@@ -45,6 +45,7 @@ from onellm_dist.shards.sources.readers.delimited import (
 from onellm_dist.shards.sources.readers.json_stream import read_rows as read_objects
 from onellm_dist.shards.sources.readers.json_stream import split_rows
 from onellm_dist.shards.sources.readers.listing import list_files
+from onellm_dist.shards.sources.readers.saved_datasets import refuse_saved_dataset
 from onellm_dist.shards.storage.paths import StoragePath, to_storage_path
 
 _ROWS = 5000
@@ -86,6 +87,7 @@ def plan(
     modalities = () if modality == TEXT_ONLY else (get_modality(modality).name,)
     _parse_replacements(replace)
     _parse_replacements(maps)
+    refuse_saved_dataset(inputs, "onellm shards build parquet IN OUT reads it, split by split.")
     folder, tables = _list_tables(inputs)
     return DatasetDescription(
         modalities, chain.from_iterable(_make_splits(folder, t) for t in tables)

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.names import make_safe_key
 from onellm_dist.shards.sources.base import (
@@ -346,7 +347,10 @@ def read_raw_samples(
             )
         samples = read(item)
         if len(samples) != planned:
-            raise ValueError(f"{len(samples)} samples where {planned} were planned")
+            raise ValueError(
+                f"{format_count(len(samples), 'sample')} where {planned} "
+                f"{'was' if planned == 1 else 'were'} planned"
+            )
         for sample in samples:
             meta = {**sample.meta, "conversations": list(sample.conversations)}
             yield RawSample(sample.key, item.where, sample.parts, sample.caption, meta)

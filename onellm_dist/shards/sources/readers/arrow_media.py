@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import get_modality_parts
 from onellm_dist.shards.sources.base import BadSampleError, Media
@@ -86,7 +87,8 @@ def read_listed_items(
     for (column, _), items in zip(own, lists, strict=True):
         if items and len(items) != len(lists[0]):
             raise BadSampleError(
-                f"unreadable row: {column} has {len(items)} items for {len(lists[0])} of "
+                f"unreadable row: {column} has {format_count(len(items), 'item')} for "
+                f"{len(lists[0])} of "
                 f"{own[0][0]}"
             )
     for number in range(len(lists[0]) if lists else 0):
@@ -95,11 +97,6 @@ def read_listed_items(
             for (column, accepted), items in zip(own, lists, strict=True)
             if items
         )
-
-
-def has_media(value: Any) -> bool:
-    """Check whether a cell holds at least one medium."""
-    return bool(list_items(value))
 
 
 def list_items(value: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.hidden_files import is_hidden
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
@@ -206,7 +207,9 @@ def find_side_file_samples(
             f"captions are the names of the folders ({names}), as class_captions=true says"
         )
     if renamed := sum(key != old for key, old in zip(keys, safe, strict=True)):
-        notes.append(f"names that differ in dots alone: {renamed} keys got a number")
+        notes.append(
+            f"names that differ in dots alone: {format_count(renamed, 'key')} got a number"
+        )
     return (
         wanted,
         sorted(raw_samples, key=lambda c: (os.fsencode(c.key), os.fsencode(c.where))),

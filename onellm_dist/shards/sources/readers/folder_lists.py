@@ -29,6 +29,7 @@ from onellm_dist.shards.sources.readers.table_columns import (
 from onellm_dist.shards.sources.readers.table_rows import TableRow, normalise_column, read_rows
 from onellm_dist.shards.sources.readers.table_texts import read_row_texts
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
+from onellm_dist.shards.sources.readers.unread_media import find_unread_column, is_empty
 
 _Columns = Mapping[str, tuple[str, ...]]
 """Column of files to the modalities that its files may have."""
@@ -109,8 +110,14 @@ def _find_media(
     """Yield modality, and extension to file, of each medium of a row.
 
     Raises:
-        BadSampleError: a file is missing, remote, or of no modality of the column.
+        BadSampleError: a file is missing, remote, of no modality of the column, or in a column that
+            is not read.
     """
+    has_media = any(not is_empty(row.values.get(column)) for column in files)
+    modalities = {name for own in files.values() for name in own}
+    unread = find_unread_column(row.values, files, modalities, has_media=has_media)
+    if unread is not None:
+        raise BadSampleError(f"unread media: the column {unread} names a file, and is not read")
     for column, value in row.values.items():
         if column not in files:
             continue

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.hidden_files import is_hidden
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
@@ -47,6 +48,7 @@ from onellm_dist.shards.sources.readers.table_rows import (
 from onellm_dist.shards.sources.readers.table_texts import read_row_texts
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
+from onellm_dist.shards.sources.readers.unread_media import find_unread_column, is_empty
 
 _SHOWN = 3
 """Missing files that an error names."""
@@ -138,6 +140,7 @@ def _find_parts(
     for column in (*columns.roles, columns.generic):
         value = row.values.get(column) if column is not None else None
         if isinstance(value, list):
+            value = [item for item in value if not is_empty(item)]
             if len(value) > 1:
                 return found, (
                     f"several media: {column} lists {len(value)} files; a sample has one of a "
@@ -163,6 +166,10 @@ def _find_parts(
         if extension is None:
             return found, f"unknown kind of file: {name}"
         found.setdefault(extension, path)
+    known = all_modalities()
+    unread = find_unread_column(row.values, columns.files, known, has_media=bool(found))
+    if unread is not None:
+        return found, f"unread media: the column {unread} names a file, and is not read"
     return found, None if found else "missing file: the row names none"
 
 
@@ -292,7 +299,7 @@ def _require_files(
     reasons = list(dict.fromkeys(p for p in problems if p is not None))
     more = f", and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
     raise UsageError(
-        f"{table}: none of the files of its {len(problems)} rows was found: "
+        f"{table}: none of the files of its {format_count(len(problems), 'row')} was found: "
         f"{'; '.join(reasons[:_SHOWN])}{more}.",
         "there is nothing to build from.",
         "correct the paths, or name the folder in which they begin: -o media=FOLDER.",
@@ -358,6 +365,13 @@ def _make_raw_sample(
         _add_siblings(found, modalities)
         media, problem = select_parts(found, modalities)
     texts = read_row_texts(row, columns)
+    medium = None
+    if not modalities:
+        medium = find_unread_column(row.values, (columns.caption or "",), (), has_media=False)
+    if medium is not None:
+        return RawSample(
+            key, row.where, skip=f"has a medium (the column {medium}): not a row of text alone"
+        )
     return RawSample(
         key,
         row.where,

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards.format.names import make_safe_key
@@ -111,7 +112,8 @@ def split_tars(
     named = _name_some([inputs / f"{s}.tar" for s in bad], inputs)
     if bad and unfinished == "refuse":
         raise UsageError(
-            f"{inputs}: {len(bad)} of {len(stems)} tars are unfinished (no {_STATS}): {named}.",
+            f"{inputs}: {len(bad)} of {format_count(len(stems), 'tar')} "
+            f"{'is' if len(bad) == 1 else 'are'} unfinished (no {_STATS}): {named}.",
             "the download was stopped, or is still running: samples would be missing.",
             "download them to the end (incremental_mode does), or use -o unfinished=skip or "
             "-o unfinished=take.",
@@ -159,7 +161,8 @@ def _check_compressed(inputs: Path, packed: Sequence[Path], unfinished: str) -> 
     """
     if packed and unfinished != "skip":
         raise UsageError(
-            f"{inputs}: {len(packed)} tars are compressed: {_name_some(packed, inputs)}.",
+            f"{inputs}: {format_count(len(packed), 'tar is', 'tars are')} compressed: "
+            f"{_name_some(packed, inputs)}.",
             "samples are read by their place in a tar, so these would be missing.",
             "unpack them (gunzip gives .tar), or leave them out: -o unfinished=skip.",
         )
@@ -219,7 +222,7 @@ def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
     lost = members.keys() - {str(_restore_key(row, members).get("key")) for row in rows}
     if lost:
         raise OneLLMError(
-            f"{tar} holds {len(lost)} samples that {table.name} does not list, "
+            f"{tar} holds {format_count(len(lost), 'sample')} that {table.name} does not list, "
             f"{min(lost)} the first.",
             "the two are of different downloads, and the samples' metadata would be wrong or lost.",
             "download both again, or remove the parquet to use the .json in the tar.",

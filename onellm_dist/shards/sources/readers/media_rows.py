@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.placeholders import check_placeholders
-from onellm_dist.common.turns import get_part_modality
+from onellm_dist.common.turns import find_conversation, get_part_modality
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.media import make_numbered_parts
 from onellm_dist.shards.format.names import parse_modalities
@@ -36,11 +36,19 @@ from onellm_dist.shards.sources.readers.conversations import (
     require_conversation,
 )
 from onellm_dist.shards.sources.readers.media_files import list_picture_names
+from onellm_dist.shards.sources.readers.unread_media import (
+    find_unread_column,
+    is_empty,
+    list_media_parts,
+    list_part_modalities,
+)
 
 _ALIASES = (
     (re.compile(r"<(video|image|audio)>\s*</\1>", re.IGNORECASE), lambda m: f"<{m[1].lower()}>"),
     (re.compile(r"<speech>", re.IGNORECASE), lambda _: "<audio>"),
 )
+_FIELDS = {n: (n, f"{n}s") for n in ("image", "video", "audio", "point", "imu", "fmri")}
+"""Modality to the columns of its media."""
 _IMAGE = "<image>"
 _VIDEO = "<video>"
 
@@ -84,6 +92,7 @@ def read_media_row(
         TurnsError: the conversation cannot be used.
     """
     names = list(list_row_media(row))
+    require_all_read(row, modalities, has_media=bool(names))
     if unknown := sorted({name for name, _ in names} - set(modalities)):
         raise BadSampleError(
             f"media of another modality: the row has {', '.join(unknown)} (modality="
@@ -101,26 +110,65 @@ def read_media_row(
 def list_row_media(row: Mapping[str, Any]) -> Iterator[tuple[str, str | Mapping[str, Any]]]:
     """Yield each medium of a row, in order.
 
+    Null, an empty text and an object of nulls are no media, as tables have them in all other rows.
+
     Yields:
         Its modality, and the name of its file; `{bytes, path}` where a table has the content.
 
     Raises:
         BadSampleError: a medium is neither the name of a file nor its content.
     """
-    for name in ("image", "video", "audio", "point", "imu", "fmri"):
-        for field in (name, f"{name}s"):
+    for name, fields in _FIELDS.items():
+        for field in fields:
             value = row.get(field)
             for item in value if isinstance(value, list) else [value]:
-                if item is not None and item != "":
+                if not is_empty(item):
                     yield name, _get_path(item, field)
-    for turn in row.get("messages") or row.get("conversations") or ():
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind != "text":
-                held = part.get(kind, part.get("path", part.get("url")))
-                if held is not None:
-                    yield get_part_modality(kind), _get_path(held, str(kind))
+    for kind, held in list_media_parts(find_conversation(row)):
+        if held is not None:
+            yield get_part_modality(kind), _get_path(held, kind)
+
+
+def require_all_read(row: Mapping[str, Any], modalities: Sequence[str], *, has_media: bool) -> None:
+    """Check that no other column of a row holds media.
+
+    Args:
+        row: the row.
+        modalities: those of the dataset.
+        has_media: whether `list_row_media` finds some.
+
+    Raises:
+        BadSampleError: one does.
+    """
+    read = {field for fields in _FIELDS.values() for field in fields}
+    column = find_unread_column(row, read, modalities, has_media=has_media)
+    if column is not None:
+        raise BadSampleError(
+            f"unread media: the column {column} holds a medium; media are read from image, images, "
+            "video, ... (lists, where there are several)"
+        )
+
+
+def require_text_alone(row: Mapping[str, Any], *more: Any) -> None:
+    """Check that a row has no media, for datasets of text alone.
+
+    Args:
+        row: the row.
+        more: turns besides its conversation.
+
+    Raises:
+        BadSampleError: it has some, without which its texts would be about nothing.
+    """
+    found = {name for name, _ in list_row_media(row)}
+    for turns in (find_conversation(row), *more):
+        found.update(list_part_modalities(turns))
+    if found:
+        media = ",".join(sorted(found))
+        raise BadSampleError(
+            f"media: the row has {media.replace(',', ', ')}, and the dataset is text alone "
+            f"(-o modality={media} builds such rows)"
+        )
+    require_all_read(row, (), has_media=False)
 
 
 def _get_path(item: Any, field: str) -> str | Mapping[str, Any]:

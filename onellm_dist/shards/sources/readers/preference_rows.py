@@ -45,6 +45,8 @@ from onellm_dist.shards.sources.readers.media_rows import (
     check_tags,
     find_medium,
     list_row_media,
+    require_all_read,
+    require_text_alone,
     unify_tags,
 )
 
@@ -75,11 +77,16 @@ def read_preference_row(
         TurnsError: a conversation cannot be used.
     """
     shared, chosen, rejected = split_row(row)
-    names = list(list_row_media({**row, "messages": shared}))
+    asked = {**row, "conversations": shared}
+    names = list(list_row_media(asked))
+    if modalities:
+        require_all_read(asked, modalities, has_media=bool(names))
+    else:
+        require_text_alone(asked, chosen, rejected)
     if unknown := sorted({name for name, _ in names} - set(modalities)):
         raise BadSampleError(
             f"media of another modality: the row has {', '.join(unknown)} (-o modality="
-            f"{','.join(modalities) or ','.join(unknown)})"
+            f"{','.join(modalities)})"
         )
     pair = parse_pair(
         {"conversations": shared, "chosen": chosen, "rejected": rejected},
@@ -123,7 +130,7 @@ def split_row(row: Mapping[str, Any]) -> tuple[_Turns, _Turns, _Turns]:
     """
     row = _read_text(row)
     shared, chosen, rejected = _split(row)
-    _check_media({**row, "messages": shared})
+    _check_media({**row, "conversations": shared})
     system = row.get("system")
     has_own = bool(shared) and _speaks(shared[0]) == "system"
     if isinstance(system, str) and system.strip() and not has_own:
