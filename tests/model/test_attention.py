@@ -8,7 +8,7 @@ import pytest
 import torch
 from packs import relative
 
-from onellm_dist.model.attention import packed_attention, varlen_attention
+from onellm_dist.model.attention import packed_attention
 from onellm_dist.model.sequence_lengths import SequenceLengths
 
 
@@ -71,33 +71,6 @@ def test_an_empty_pack_stays_in_the_graph() -> None:
         )
         assert out.shape == (0, 4, 8)
         assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [(0, 4, 8)] * 3
-
-
-def test_cumulative_lengths_say_the_same() -> None:
-    torch.manual_seed(0)
-    q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
-    cu = torch.tensor([0, 2, 9], dtype=torch.int32)
-    out = varlen_attention(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu,
-        cu_seqlens_k=cu,
-        max_seqlen_q=7,
-        max_seqlen_k=7,
-        causal=True,
-        scale=0.5,
-    )
-    assert torch.equal(
-        out,
-        packed_attention(
-            q, k, v, SequenceLengths.from_lengths([2, 7], device=q.device), causal=True, scale=0.5
-        ),
-    )
-    with pytest.raises(ValueError, match="longer than max_seqlen_q=6"):
-        varlen_attention(
-            q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=6, max_seqlen_k=7, causal=True
-        )
 
 
 def test_causal_attention_needs_equal_lengths() -> None:
