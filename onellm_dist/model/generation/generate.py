@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -202,7 +203,9 @@ def _generate_like_reference(
     sequences: torch.Tensor = first.sequences
     if total == 1:
         return sequences
-    cache = first.past_key_values
+    # transformers 5.24 calls both `cache`, and warns of the old name.
+    keyword = "cache" if "cache" in {field.name for field in fields(first)} else "past_key_values"
+    cache = getattr(first, keyword)
     cache.crop(-REFERENCE_SHORTFALL)
     kept = mask.shape[1] - REFERENCE_SHORTFALL
     # Ids of cached positions are never read; transformers only counts them.
@@ -211,7 +214,7 @@ def _generate_like_reference(
     decode = copy.deepcopy(config)
     decode.update(max_new_tokens=total - 1, min_new_tokens=max(least - 1, 0) or None)
     new: torch.Tensor = llm.generate(
-        ids, attention_mask=mask, past_key_values=cache, generation_config=decode, **options
+        ids, attention_mask=mask, generation_config=decode, **options, **{keyword: cache}
     )[:, kept:]
     return _mask_ended(sequences, new, config)
 

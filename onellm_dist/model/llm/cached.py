@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.model.llm.call import LLMSupport, run_packed
+from onellm_dist.model.llm.call import LLMSupport, get_cache_keyword, run_packed
 from onellm_dist.model.llm.rope import set_lengths
 from onellm_dist.model.sequence_lengths import to_device_tensor
 
@@ -134,8 +134,8 @@ def decode(llm: Any, rows: CachedRows, tokens: torch.Tensor) -> torch.Tensor:
         input_ids=tokens[:, None],
         attention_mask=mask,
         position_ids=count[:, None],
-        past_key_values=rows.cache,
         use_cache=True,
+        **{get_cache_keyword(llm.__class__): rows.cache},
     )
     rows.lengths = [length + 1 for length in rows.lengths]
     logits: torch.Tensor = output.logits[:, -1]

@@ -85,7 +85,7 @@ def run_packed(
         return _run_rows(llm, sequence, token_ids, lengths, places)
     set_lengths(llm, lengths)
     seq_lengths = SequenceLengths.from_lengths(lengths, device=sequence.device)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {get_cache_keyword(llm.__class__): cache}
     keeps = takes_logits_to_keep(llm.__class__)
     if keeps:
         options["logits_to_keep"] = places
@@ -95,7 +95,6 @@ def run_packed(
             position_ids=position_ids[None],
             attention_mask=build_packed_mask(seq_lengths),
             use_cache=cache is not None,
-            past_key_values=cache,
             seq_lengths=seq_lengths,
             **options,
         )
@@ -201,6 +200,17 @@ def takes_logits_to_keep(llm_class: type) -> bool:
     """Whether the forward of an LLM class computes the logits of chosen positions alone."""
     forward: Any = llm_class.forward  # type: ignore[attr-defined]  # of a torch module
     return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+@cache
+def get_cache_keyword(llm_class: type) -> str:
+    """The keyword under which the forward of an LLM class takes its keys and values.
+
+    transformers 5.24 calls `past_key_values` `cache`, and takes the old name until 5.40. Code of
+    others has a name of its own time.
+    """
+    forward: Any = llm_class.forward  # type: ignore[attr-defined]  # of a torch module
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 @contextmanager
