@@ -32,6 +32,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from onellm_dist.common.output import write_error
+
 T = TypeVar("T")
 PLAIN_SECONDS = 10.0
 """Seconds between plain lines."""
@@ -171,7 +173,7 @@ class Progress(Generic[T]):
         elif self.total and self.done:
             left = elapsed * (self.total - self.done) / self.done
             words.append(f"ETA {format_seconds(left)}")
-        print(", ".join([*words, self._note] if self._note else words), file=sys.stderr, flush=True)
+        write_error(", ".join([*words, self._note] if self._note else words))
 
 
 @overload

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED
+from onellm_dist.common.output import write_output
 from onellm_dist.diagnostics.check_result import CheckResult
 from onellm_dist.diagnostics.machine_checks import (
     check_devices,
@@ -38,12 +39,12 @@ def run_doctor() -> int:
     failures = sum(result.state == "fail" for result in results)
     warnings = sum(result.state == "warn" for result in results)
     if failures or warnings:
-        print(
+        write_output(
             f"{_count(failures, 'problem')} that would break training, "
             f"{_count(warnings, 'warning')}."
         )
     else:
-        print("This machine is ready to train.")
+        write_output("This machine is ready to train.")
     return EXIT_FAILED if failures else EXIT_DONE
 
 
@@ -69,9 +70,9 @@ def print_results(results: Iterable[CheckResult]) -> None:
     """
     if not sys.stdout.isatty():
         for result in results:
-            print(f"[{result.state:4}] {result.part}: {result.name}: {result.detail}")
+            write_output(f"[{result.state:4}] {result.part}: {result.name}: {result.detail}")
             if result.remedy:
-                print(f"       -> {result.remedy}")
+                write_output(f"       -> {result.remedy}")
         return
     from rich.console import Console
     from rich.table import Table

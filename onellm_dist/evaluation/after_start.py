@@ -19,6 +19,7 @@ from pathlib import Path
 
 from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
+from onellm_dist.common.output import write_error, write_output
 from onellm_dist.common.refusals import find_refusal
 from onellm_dist.common.run_files import STOP
 from onellm_dist.evaluation.answer_folder import (
@@ -203,8 +204,8 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_DONE
     ended = End(given.launcher_status, given.stop_asked, given.preflight_status)
     action = record_end(given.out, os.environ, given.tasks, ended, max_requeues=given.max_requeues)
-    print(action.message, file=sys.stderr)
-    print(action.action, action.delay_s, action.exit_code)
+    write_error(action.message)
+    write_output(f"{action.action} {action.delay_s} {action.exit_code}")
     return EXIT_DONE
 
 

@@ -16,6 +16,7 @@ import torch
 
 from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.common.files import write_atomic
+from onellm_dist.common.output import write_output
 from onellm_dist.common.resources import user_cache
 from onellm_dist.config.yaml_text import dump_yaml
 from onellm_dist.model.presets import build_config
@@ -75,14 +76,14 @@ def run_calibration(*, seconds: float = SECONDS, out: Path | None = None) -> int
             "what was measured is lost.",
             "give another file: --write FILE, or set ONELLM_CACHE.",
         ) from None
-    print(f"{name}, measured in {taken:.0f} s:")
+    write_output(f"{name}, measured in {taken:.0f} s:")
     for constant in kind.measured:
         value = _format(getattr(kind, constant))
         old = "" if before is None else f"  (before: {_format(getattr(before, constant))})"
-        print(f"  {constant:<18} {value}{old}")
-    print(f"written: {path}")
+        write_output(f"  {constant:<18} {value}{old}")
+    write_output(f"written: {path}")
     if out is None:
-        print(f"`onellm plan --here` and `--gpu {kind.kind}` use it now")
+        write_output(f"`onellm plan --here` and `--gpu {kind.kind}` use it now")
     return EXIT_DONE
 
 

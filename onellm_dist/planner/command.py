@@ -11,6 +11,7 @@ from typing import Any
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from onellm_dist.common.files import write_atomic
+from onellm_dist.common.output import write_output
 from onellm_dist.common.resources import recipes_dir
 from onellm_dist.config.load import load_config
 from onellm_dist.config.recipe_files import find_recipe
@@ -132,14 +133,14 @@ def run_plan(recipe: Path | str, overrides: Sequence[str], options: PlanOptions)
                 "overrides": list(found.overrides),
                 "step_seconds_before": _compute_time_before(planner),
             }
-        print(json.dumps(content, indent=2))
+        write_output(json.dumps(content, indent=2))
     else:
         if found is not None:
-            print(f"the fastest of {found.combinations} combinations that fits:")
-            print(" ".join(found.overrides) or "the recipe as it is")
-        print("\n".join(format_plan(plan, config, planner.cluster, notes)))
+            write_output(f"the fastest of {found.combinations} combinations that fits:")
+            write_output(" ".join(found.overrides) or "the recipe as it is")
+        write_output("\n".join(format_plan(plan, config, planner.cluster, notes)))
         if not plan.memory.fits:
-            print("\n".join(explain_shortage(plan.memory, config)))
+            write_output("\n".join(explain_shortage(plan.memory, config)))
     if options.write is not None and found is not None:
         write_recipe(options.write, recipe, found.config)  # `auto` stays what each start decides
     return EXIT_DONE if plan.memory.fits else EXIT_FAILED

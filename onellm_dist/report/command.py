@@ -7,6 +7,7 @@ from pathlib import Path
 
 from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.common.html.page import write_page
+from onellm_dist.common.output import write_output
 from onellm_dist.common.text_table import format_table
 from onellm_dist.report.comparison import (
     build_comparison,
@@ -49,18 +50,18 @@ def run_report(run: Path, out: Path | None, *, as_json: bool) -> int:
     if as_json:
         content = summary_to_json(facts, summary, findings)
         content["prediction"] = None if prediction is None else prediction.to_json()
-        print(json.dumps(content, indent=1, ensure_ascii=False))
+        write_output(json.dumps(content, indent=1, ensure_ascii=False))
         if out is None:
             return EXIT_DONE
     path = out or run / PAGE
     _write(path, build_page(facts, summary, findings, prediction))
     if not as_json:
-        print(summary_to_text(facts, summary, findings))
+        write_output(summary_to_text(facts, summary, findings))
         if prediction is not None and prediction.figures:
-            print(f"predicted and measured ({prediction.device}):")
+            write_output(f"predicted and measured ({prediction.device}):")
             lines = format_table(make_prediction_rows(prediction), right=(1, 2, 3))
-            print("\n".join(f"  {line}" for line in lines))
-        print(f"page: {path}")
+            write_output("\n".join(f"  {line}" for line in lines))
+        write_output(f"page: {path}")
     return EXIT_DONE
 
 
@@ -80,14 +81,14 @@ def compare_runs(folder: Path, out: Path | None, *, as_json: bool) -> int:
     """
     runs = load_runs(folder)
     if as_json:
-        print(json.dumps(comparison_to_json(runs), indent=1, ensure_ascii=False))
+        write_output(json.dumps(comparison_to_json(runs), indent=1, ensure_ascii=False))
         if out is None:
             return EXIT_DONE
     path = out or folder / COMPARISON
     _write(path, build_comparison(folder, runs))
     if not as_json:
-        print("\n".join(format_table(make_rows(runs))))
-        print(f"page: {path}")
+        write_output("\n".join(format_table(make_rows(runs))))
+        write_output(f"page: {path}")
     return EXIT_DONE
 
 

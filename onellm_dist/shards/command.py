@@ -8,6 +8,7 @@ from typing import Any
 
 from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, UsageError
+from onellm_dist.common.output import write_output
 from onellm_dist.shards.build.arguments import format_source_help
 from onellm_dist.shards.build.build_dataset import find_inputs, format_summary
 from onellm_dist.shards.build.dry_run import describe_build
@@ -63,15 +64,15 @@ def build_command(
     else:
         chosen = get_source(source)
         if "help" in options:
-            print(format_source_help(chosen))
+            write_output(format_source_help(chosen))
             return EXIT_DONE
         values = _read_paths(chosen, paths) | {"workers": workers, "seed": seed}
         own = dict(_parse_options(options))
     if dry_run:
-        print(_describe(values, own))
+        write_output(_describe(values, own))
         return EXIT_DONE
     report = build_values(values, own, overwrite=overwrite, restart=restart, task=share)
-    print(format_summary(report, values["out"]))
+    write_output(format_summary(report, values["out"]))
     return EXIT_DONE
 
 
@@ -152,7 +153,9 @@ def index_command(
             if done.manifest
             else "to train from it, index its folder"
         )
-        print(f"{path}: {tars}, {format_count(done.samples, 'sample')} indexed{kept}; {state}")
+        write_output(
+            f"{path}: {tars}, {format_count(done.samples, 'sample')} indexed{kept}; {state}"
+        )
         for note in done.notes:
-            print(f"{path}: {note}")
+            write_output(f"{path}: {note}")
     return EXIT_DONE

@@ -14,6 +14,7 @@ import numpy as np
 
 from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, UsageError
+from onellm_dist.common.output import write_output
 from onellm_dist.config.load import load_recipe
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.corpus import Corpus, open_datasets
@@ -60,8 +61,8 @@ def count_recipe(
             datasets, encoder, split=split, workers=workers, task=(share.index, share.count)
         )
         left = find_missing_token_counts(datasets, encoder.fingerprint, split)
-        print(
-            f"{split}: {counted} of {before} samples counted now; "
+        write_output(
+            f"{split}: {counted} of {format_count(before, 'sample')} counted now; "
             + (
                 f"{format_count(len(left), 'shard')} left to other tasks"
                 if left
@@ -70,7 +71,7 @@ def count_recipe(
         )
         corpus = Corpus(datasets, part, encoder, config.run.seed, names, split=split)
         for line in _describe_spans(corpus, share):
-            print(line)
+            write_output(line)
     return EXIT_DONE
 
 
@@ -107,7 +108,9 @@ def _describe_spans(corpus: Corpus, share: ArrayTask) -> list[str]:
             continue
         means = zip(corpus.media.names, total / max(1, samples), strict=True)
         said = ", ".join(f"{mean:.2f} of {name}" for name, mean in means if mean)
-        lines.append(f"{dataset.name}: spans a sample: {said or 'none'} ({samples} samples)")
+        lines.append(
+            f"{dataset.name}: spans a sample: {said or 'none'} ({format_count(samples, 'sample')})"
+        )
     if problems:
         raise UsageError(
             "\n".join(p.what for p in problems), problems[0].why, "\n".join(p.do for p in problems)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import tempfile
 import traceback
 import uuid
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from onellm_dist.common.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
 from onellm_dist.common.files import FileStamp, stamp_file
 from onellm_dist.common.logging import configure_logging, get_logger
+from onellm_dist.common.output import write_error, write_output
 from onellm_dist.common.patient_stream import drain_output, patient_output, replace_output
 from onellm_dist.common.processes import make_module_command, make_safe_environment
 from onellm_dist.common.refusals import START_VARIABLE, describe_start, was_refused
@@ -219,7 +219,7 @@ def run_command_line(arguments: Sequence[str]) -> int:
     """Run `python -m onellm_dist.train RECIPE [key=value ...]`; return the exit code."""
     given = [decode_argument(argument) for argument in drop_launcher_arguments(arguments)]
     if not given or given[0] in ("-h", "--help"):
-        print(
+        write_output(
             "usage: python -m onellm_dist.train RECIPE [key=value ...]\n"
             "example: deepspeed --num_accelerators 2 --module onellm_dist.train toy/align_image "
             "run.dir=runs/first"
@@ -228,5 +228,5 @@ def run_command_line(arguments: Sequence[str]) -> int:
     try:
         return main(Path(given[0]), given[1:])
     except OneLLMError as error:
-        print(f"onellm: {error}", file=sys.stderr)
+        write_error(f"onellm: {error}")
         return error.exit_code

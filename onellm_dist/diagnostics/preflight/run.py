@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from onellm_dist.common import run_files
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, UsageError
 from onellm_dist.common.files import write_atomic
+from onellm_dist.common.output import write_error, write_output
 from onellm_dist.common.processes import make_module_command, make_safe_environment
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
@@ -123,10 +124,7 @@ def _run_rank(options: PreflightOptions, config: RunConfig | None, ranks: Ranks)
         rendezvous = Rendezvous(ranks, options.wait, agent=agent)
         roster, missing = build_roster(rendezvous, ranks, node, options, expected)
         if roster is None:
-            print(
-                f"rank {ranks.rank} on {node} joined too late: the others began without it",
-                file=sys.stderr,
-            )
+            write_error(f"rank {ranks.rank} on {node} joined too late: the others began without it")
             return EXIT_FAILED
         probe = RankProbe(rendezvous, ranks, roster, node, options, simulated)
         skews = _run_probe(probe, config)
@@ -210,9 +208,9 @@ def _conclude(
     result = result_to_json(found, faults, exclude, collected.seconds)
     text = json.dumps(result, indent=1)
     if not options.as_json:
-        print(format_result(found, faults, exclude, collected.seconds), flush=True)
+        write_output(format_result(found, faults, exclude, collected.seconds), flush=True)
     else:
-        print(text, flush=True)
+        write_output(text, flush=True)
     _write_exclude(options, exclude)
     if config is not None:
         _try_write(config.run.dir / run_files.PREFLIGHT, text + "\n")
@@ -225,12 +223,9 @@ def _report_missing_rank_0(
     """Without rank 0, one of the other ranks on each node reports it."""
     if ranks.local_rank != 0:
         return
-    print(f"rank {ranks.rank}: {error}", file=sys.stderr)
+    write_error(f"rank {ranks.rank}: {error}")
     if node:
-        print(
-            f"[fail] {node}: rank 0 never joined or is gone\nwithout it: --exclude={node}",
-            file=sys.stderr,
-        )
+        write_error(f"[fail] {node}: rank 0 never joined or is gone\nwithout it: --exclude={node}")
         _write_exclude(options, [node])
 
 
@@ -246,7 +241,7 @@ def _try_write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
     except OSError as error:
-        print(f"{path} could not be written: {error}", file=sys.stderr)
+        write_error(f"{path} could not be written: {error}")
 
 
 def get_expected_nodes(env: Mapping[str, str]) -> dict[int, str]:

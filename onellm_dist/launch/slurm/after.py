@@ -20,6 +20,7 @@ from pathlib import Path
 
 from onellm_dist.common import run_files
 from onellm_dist.common.errors import EXIT_CODES, EXIT_DONE, EXIT_USAGE
+from onellm_dist.common.output import write_error, write_output
 from onellm_dist.common.refusals import describe_start, find_refusal
 from onellm_dist.launch.slurm.attempts import (
     ADDRESS_VARIABLE,
@@ -234,7 +235,7 @@ def main(arguments: Sequence[str]) -> int:
         record_begin(given.run_dir, os.environ, ranks_per_node=given.ranks_per_node)
         if given.grace_period:
             warning = get_grace_period_warning(given.run_dir, given.grace_period)
-            print(warning, end="", file=sys.stderr)
+            write_error(warning, end="")
         return EXIT_DONE
     action = record_end(
         given.run_dir,
@@ -244,8 +245,8 @@ def main(arguments: Sequence[str]) -> int:
         max_requeues=given.max_requeues,
         preflight_status=given.preflight_status,
     )
-    print(action.message, file=sys.stderr)
-    print(action.action, action.delay_s, action.exit_code)
+    write_error(action.message)
+    write_output(f"{action.action} {action.delay_s} {action.exit_code}")
     return EXIT_DONE
 
 

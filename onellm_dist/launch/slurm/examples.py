@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from onellm_dist.common.output import write_output
 from onellm_dist.common.resources import recipes_dir
 from onellm_dist.config.load import load_config
 from onellm_dist.config.recipe_files import find_recipe
@@ -58,7 +59,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for name, text in render_examples().items():
         (folder / name).write_text(text, encoding="utf-8")
-        print(f"written: {folder / name}")
+        write_output(f"written: {folder / name}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
+from onellm_dist.common.output import write_output
 from onellm_dist.common.resources import count_cpus
 from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.model.adapters.adapter_set import AdapterSet, NamedAdapter, check_adapters
@@ -241,7 +242,7 @@ def run(
     class Announcing(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(message, flush=True)
+            write_output(message, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again once it has ended; a proper end is not a failure.

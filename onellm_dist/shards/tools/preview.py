@@ -20,6 +20,7 @@ from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.common.html.charts import choose_ticks, format_short
 from onellm_dist.common.html.page import build_html_page, build_html_table, write_page
+from onellm_dist.common.output import write_output
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.build.finish import STATISTICS
 from onellm_dist.shards.build.staging import DAMAGED, QUARANTINE
@@ -364,7 +365,9 @@ def preview_command(
         samples = find_samples(dataset, keys)
         faults = find_media_faults(dataset, [(s.shard, s.row) for s in samples])
         for sample, found in zip(samples, faults, strict=True):
-            print("\n".join([describe_sample(dataset, sample), *(f"  {fault}" for fault in found)]))
+            write_output(
+                "\n".join([describe_sample(dataset, sample), *(f"  {fault}" for fault in found)])
+            )
         html = build_samples_page(dataset, samples)
     else:
         html = build_page(location, previews=previews, seed=seed, follow_links=follow_links)
@@ -374,7 +377,7 @@ def preview_command(
         raise UsageError(
             f"{out}: {error.strerror}.", "the page cannot be written.", "choose another --out."
         ) from error
-    print(f"{out}: {len(html):,} bytes; open it in a browser")
+    write_output(f"{out}: {len(html):,} bytes; open it in a browser")
     return EXIT_DONE
 
 

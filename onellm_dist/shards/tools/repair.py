@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError, UsageError
 from onellm_dist.common.files import sha256_file
+from onellm_dist.common.output import write_output
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import (
@@ -321,7 +322,8 @@ def _rewrite_shard(
                     content[extension] = file.read(location.size)
                 writer.add(key, content)
         info = writer.close()
-        result = f"written again with {len(samples)} of its {shard.samples} samples, as {path}"
+        whole = format_count(shard.samples, "sample")
+        result = f"written again with {len(samples)} of its {whole}, as {path}"
     else:
         result = "it holds no good sample; removed from the manifest"
     damaged = change.retire(tar)
@@ -343,7 +345,11 @@ def repair_command(root: Path, *, workers: int = 1) -> int:
         )
     done = repair_dataset(root, workers=workers)
     for line in done:
-        print(line)
+        write_output(line)
     left = f"see what is left: onellm shards verify {shlex.quote(str(root))}"
-    print(f"{root}: {len(done)} repairs; {left}" if done else f"{root}: nothing to repair")
+    write_output(
+        f"{root}: {format_count(len(done), 'repair')}; {left}"
+        if done
+        else f"{root}: nothing to repair"
+    )
     return EXIT_DONE

@@ -19,6 +19,7 @@ from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, SampleError
 from onellm_dist.common.files import STAGED, sha256_file
 from onellm_dist.common.hidden_files import has_hidden_part
+from onellm_dist.common.output import write_output
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import Manifest, ShardInfo
@@ -387,10 +388,10 @@ def verify_command(path: Path | str, *, workers: int = 1, follow_links: bool = F
         problems = verify_dataset(str(dataset), workers=workers, follow_links=follow_links)
         total += len(problems)
         for problem in problems:
-            print(problem)
+            write_output(str(problem))
         where = str(dataset)
         count = format_count(len(problems), "problem")
         if problems and not is_url(where):
             count += f"; repair what can be repaired: onellm shards repair {shlex.quote(where)}"
-        print(f"{where}: {count if problems else 'every byte is as it was written'}")
+        write_output(f"{where}: {count if problems else 'every byte is as it was written'}")
     return EXIT_FAILED if total else EXIT_DONE

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, UsageError
+from onellm_dist.common.output import write_error, write_output
 from onellm_dist.common.progress import progress
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig
 from onellm_dist.model.initialisation import initialise
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         match arguments:
             case ["dino", out, *overrides]:
                 results = make_dino(Path(out), override(DinoPretraining(), overrides))
-                print(f"equal neighbours {results['equal_neighbours']:.2f}")
+                write_output(f"equal neighbours {results['equal_neighbours']:.2f}")
             case ["assemble", encoder, llm, seed, out, *upm]:
                 pairs = (item.partition("=") for item in upm)
                 changed = {key: yaml.safe_load(value) for key, _, value in pairs}
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
                     (__doc__ or "").strip(),
                 )
     except OneLLMError as error:
-        print(f"onellm: {error}", file=sys.stderr)
+        write_error(f"onellm: {error}")
         return error.exit_code
     return EXIT_DONE
 

@@ -19,6 +19,7 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, UsageError
+from onellm_dist.common.output import write_error, write_output
 from onellm_dist.common.progress import progress
 from onellm_dist.model.presets import load_model
 from onellm_dist.testing.demo.toy_clip import (
@@ -184,10 +185,12 @@ def main(arguments: Sequence[str]) -> int:
         match [argument for argument in arguments if argument != ANY_QUALITY]:
             case ["clip", out, *overrides]:
                 clip = override(ClipPretraining(), overrides)
-                print(_format_results(make_clip(Path(out), clip, wanted * LEAST_TOP1)))
+                write_output(_format_results(make_clip(Path(out), clip, wanted * LEAST_TOP1)))
             case ["llm", out, *overrides]:
                 llm_recipe = override(LLMPretraining(), overrides)
-                print(_format_results(make_llm(Path(out), llm_recipe, wanted * LEAST_COMPOSITION)))
+                write_output(
+                    _format_results(make_llm(Path(out), llm_recipe, wanted * LEAST_COMPOSITION))
+                )
             case ["assemble", clip, llm, out]:
                 assemble(Path(clip), Path(llm), Path(out))
             case _:
@@ -197,7 +200,7 @@ def main(arguments: Sequence[str]) -> int:
                     (__doc__ or "").strip(),
                 )
     except OneLLMError as error:
-        print(f"onellm: {error}", file=sys.stderr)
+        write_error(f"onellm: {error}")
         return error.exit_code
     return EXIT_DONE
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import configure_logging
+from onellm_dist.common.output import write_error
 from onellm_dist.launch.local import exit_by_signal, handle_termination
 from onellm_dist.testing.integration.run import run_integration
 
@@ -46,7 +47,7 @@ def main() -> int:
             preset=given.preset,
         )
     except OneLLMError as error:
-        print(f"integration run: {error}", file=sys.stderr)
+        write_error(f"integration run: {error}")
         return error.exit_code
 
 

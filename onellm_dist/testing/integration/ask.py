@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.output import write_output
 from onellm_dist.serving.generate import (
     DecodingOptions,
     build_prompt,
@@ -46,4 +47,4 @@ def ask_questions(
 
 if __name__ == "__main__":
     for answer in ask_questions(Path(sys.argv[1]), json.load(sys.stdin), int(sys.argv[2])):
-        print(json.dumps(answer), flush=True)
+        write_output(json.dumps(answer), flush=True)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onellm_dist.common.output import write_output
+
 if TYPE_CHECKING:
     import torch
 
@@ -79,4 +81,4 @@ if __name__ == "__main__":
     shares = compare_stages(
         Path(sys.argv[1]), Path(sys.argv[2]), preset=sys.argv[3], seed=int(sys.argv[4])
     )
-    print(json.dumps(shares))
+    write_output(json.dumps(shares))

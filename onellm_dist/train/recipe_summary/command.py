@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_USAGE, OneLLMError
+from onellm_dist.common.output import write_output
 from onellm_dist.config.load import LoadedRecipe, load_recipe
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.config.valid_parts import ValidParts
@@ -39,17 +40,17 @@ def show_recipe(
     """
     loaded = load_recipe(recipe, overrides)
     for line in (*_describe_files(loaded), *format_values(loaded)):
-        print(line)
+        write_output(line)
     problems = find_problems(ValidParts.from_config(loaded.config))
     lines, refused = _describe_work(loaded.config)
     for line in lines:
-        print(line)
+        write_output(line)
     if describe_plan is not None:
-        print("\nPlan", *describe_plan(recipe, overrides), sep="\n")
+        write_output("\nPlan", *describe_plan(recipe, overrides))
     if problems:
-        print("\nA start would be refused:")
+        write_output("\nA start would be refused:")
     for problem in problems:
-        print(f"  - {problem}")
+        write_output(f"  - {problem}")
     return EXIT_USAGE if problems or refused else EXIT_DONE
 
 

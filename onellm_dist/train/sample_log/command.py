@@ -12,6 +12,7 @@ from typing import Any
 
 from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_DONE, UsageError
+from onellm_dist.common.output import write_output
 from onellm_dist.train.sample_log.status import RunStatus, StepStatus
 from onellm_dist.train.sample_log.stream import RunStream, SampleUse
 
@@ -45,7 +46,7 @@ def samples_command(run_dir: Path, step: int | None, key: str | None, *, as_json
         answer, text = describe_sample(stream, status, key)
     else:
         answer, text = describe_run(stream, status)
-    print(json.dumps(answer, ensure_ascii=False) if as_json else "\n".join(text))
+    write_output(json.dumps(answer, ensure_ascii=False) if as_json else "\n".join(text))
     return EXIT_DONE
 
 
@@ -124,7 +125,7 @@ def describe_sample(
     text = [
         f"{sample.name} ({_format_modalities(modalities)}): seen "
         f"{format_count(done, 'time')}, "
-        f"{len(uses) - done} still to come (of {stream.steps} steps)"
+        f"{len(uses) - done} still to come (of {format_count(stream.steps, 'step')})"
     ]
     text += [
         f"  step {use.step}  epoch {use.epoch}  {_format_status(status.get_status(use.step))}"

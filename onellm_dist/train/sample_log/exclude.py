@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, UsageError
+from onellm_dist.common.output import write_output
 from onellm_dist.common.run_files import EXCLUDE_LIST
 from onellm_dist.data.exclusions import add_entries
 from onellm_dist.train.sample_log.stream import RunStream, UnopenedDatasetError
@@ -40,8 +41,8 @@ def exclude_command(run_dir: Path, keys: Sequence[str]) -> int:
     path = run_dir / EXCLUDE_LIST
     new = add_entries(path, entries)
     for entry in dict.fromkeys(entries):
-        print(f"{entry}: {'left out' if entry in new else 'was left out already'}")
-    print(f"{path} holds from the next start of the run on")
+        write_output(f"{entry}: {'left out' if entry in new else 'was left out already'}")
+    write_output(f"{path} holds from the next start of the run on")
     return EXIT_DONE
 
 
