@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onellm_dist.cli.evaluate_group import check_group, evaluate_in_group
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import EXIT_CODES, EXIT_PREEMPTED, OneLLMError, UsageError
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def score(
 
     if len(out) != (2 if compare else 1):
         raise UsageError(
-            f"{len(out)} folders{' to compare' if compare else ''}",
+            f"{format_count(len(out), 'folder')}{' to compare' if compare else ''}",
             "one evaluation is scored, two are compared.",
             "see onellm score --help.",
         )

@@ -21,6 +21,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from onellm_dist.common.control_tokens import find_control_token, list_control_tokens
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.turns import ConversationTurn
@@ -197,7 +198,7 @@ class ChatTemplate:
         count = sum(message["role"] == "assistant" for message in messages)
         if len(answers) != count:
             raise SampleError(
-                f"the chat template marks {len(answers)} of {count} answers",
+                f"the chat template marks {len(answers)} of {format_count(count, 'answer')}",
                 "the others would not be supervised.",
                 "fix the template.",
             )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import SampleError
 
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
@@ -151,7 +152,8 @@ def place_media(
         count, have = sum(n == name for n, _ in found), len(numbers.get(name, ()))
         if count != have:
             raise SampleError(
-                f"its text has {count} <{name}> for {have} media of modality {name}",
+                f"its text has {count} <{name}> for "
+                f"{format_count(have, 'medium', 'media')} of modality {name}",
                 "texts would be shown with the wrong media.",
                 "write one placeholder for each medium, or none: they then stand before the text.",
             )

@@ -22,7 +22,8 @@ def describe_checkpoint(opened: OpenedCheckpoint) -> list[str]:
         config = opened.config
         lines.append(f"modalities: {', '.join(config.modalities)}")
         lines.append(
-            f"UPM: {config.upm.experts} experts of {config.upm.blocks} blocks, "
+            f"UPM: {format_count(config.upm.experts, 'expert')} of "
+            f"{format_count(config.upm.blocks, 'block')}, "
             f"router {config.upm.router}"
         )
         if config.span_positions != "none":
@@ -42,7 +43,7 @@ def describe_checkpoint(opened: OpenedCheckpoint) -> list[str]:
         shown = ", ".join(opened.ignored[:8])
         lines.append(f"{format_count(len(opened.ignored), 'key')} that nothing uses: {shown}{dots}")
     if opened.problems:
-        lines.append(f"{len(opened.problems)} keys do not fit:")
+        lines.append(f"{format_count(len(opened.problems), 'key does', 'keys do')} not fit:")
         lines += [f"  - {problem}" for problem in opened.problems]
     else:
         lines.append("no part is missing")

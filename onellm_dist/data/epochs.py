@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.config.schema import DataSection, RunConfig
 from onellm_dist.data.mixture import quantize_weights
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
@@ -54,6 +55,7 @@ def describe_length(data: DataSection, datasets: Sequence[Dataset], steps: int) 
         if size
     )
     return (
-        f"length: {steps} steps, {read / max(1, sum(sizes)):.3g} epochs of {sum(sizes):,} samples; "
+        f"length: {format_count(steps, 'step')}, {read / max(1, sum(sizes)):.3g} epochs of "
+        f"{format_count(sum(sizes), 'sample')}; "
         f"times each dataset is read: {passes}"
     )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.data.corpus import Corpus
@@ -233,7 +234,7 @@ def _describe_pair(
     what = f"preference pair {corpus.sample_id(ref)} ({corpus.describe_media(ref)})"
     if name.startswith("data."):
         return UsageError(
-            f"{what} needs {size} tokens; {name} is {limit}",
+            f"{what} needs {format_count(size, 'token')}; {name} is {limit}",
             "both of its texts stand in one micro-batch.",
             f"raise {name} to {size} or more"
             + (", or lower data.max_text_tokens." if name == "data.pack_llm_tokens" else "."),
@@ -244,7 +245,7 @@ def _describe_pair(
         else f"leave out media: their spans alone take {fixed} positions"
     )
     return UsageError(
-        f"{what} may need {size} tokens; {name} is {limit}",
+        f"{what} may need {format_count(size, 'token')}; {name} is {limit}",
         "it knows no later position, and either text of a pair may be so long: the token counts "
         "say how long both are together.",
         f"{shorten}, or use an LLM with more positions.",
@@ -300,8 +301,10 @@ def _describe(corpus: Corpus, found: TooLong, limit: Limit, fixed: int) -> Usage
     )
     key = limit.name.startswith("data.")
     return UsageError(
-        f"sample {corpus.sample_id(ref)} ({media}, {ref.text_tokens} text tokens) needs "
-        f"{needed} tokens; {limit.name} is {limit.positions} ({found.count} of {found.total} "
+        f"sample {corpus.sample_id(ref)} ({media}, "
+        f"{format_count(ref.text_tokens, 'text token')}) needs "
+        f"{format_count(needed, 'token')}; {limit.name} is {limit.positions} ({found.count} of "
+        f"{found.total} "
         f"samples of the dataset {'are' if found.count > 1 else 'is'} too long)",
         "a micro-batch holds whole samples, so these do not fit in any."
         if key
@@ -363,7 +366,7 @@ def _find_unsupervised(corpus: Corpus, number: int) -> Iterator[UsageError]:
         log.warning("dataset %s: %s samples teach nothing: %s", name, share, "; ".join(reasons))
         return
     yield UsageError(
-        f"dataset {name}: none of its {samples} samples has a supervised token: "
+        f"dataset {name}: none of its {format_count(samples, 'sample')} has a supervised token: "
         + "; ".join(reasons),
         "training on it would change nothing.",
         "raise data.max_text_tokens, use another data.text_format, or remove the dataset.",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.corpus import Corpus
@@ -326,8 +327,9 @@ class Plan:
         )
         media = self.corpus.describe_media(ref)
         return UsageError(
-            f"sample {self.corpus.sample_id(ref)} ({media}, {ref.text_tokens} text tokens) needs "
-            f"{size} tokens; {key} is {limit}",
+            f"sample {self.corpus.sample_id(ref)} ({media}, "
+            f"{format_count(ref.text_tokens, 'text token')}) needs "
+            f"{format_count(size, 'token')}; {key} is {limit}",
             "a micro-batch holds whole samples, so this one does not fit in any.",
             f"raise {key} to {size} or more"
             + (", or lower data.max_text_tokens." if over_llm else "."),

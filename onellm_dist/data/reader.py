@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import MachineError, OneLLMError, SampleError
 from onellm_dist.common.placeholders import PlacedMedium
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
@@ -271,8 +272,8 @@ class Reader:
                 )
         if len(values) != medium.spans:
             raise OneLLMError(
-                f"sample {sample_id}: modality {modality.name} returned {len(values)} values for "
-                f"{medium.spans} spans",
+                f"sample {sample_id}: modality {modality.name} returned "
+                f"{format_count(len(values), 'value')} for {format_count(medium.spans, 'span')}",
                 f"this is a fault of {type(modality).__module__}, not of the data.",
                 "report it to whoever made that modality, with the sample's id.",
             )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.logging import ONCE, get_logger
 from onellm_dist.common.workers.sandbox import decoding
@@ -107,7 +108,8 @@ def list_media(
     expected = attributes.get("questions", {}).get(split)
     if left is None and not any_count and expected is not None and len(seen) != expected:
         raise UsageError(
-            f"{dataset.location}: {task.name} {split} has {len(seen):,} of {expected:,} questions",
+            f"{dataset.location}: {task.name} {split} has {len(seen):,} of "
+            f"{format_count(expected, 'question')}",
             "the media of the others could not be read when it was built; quarantine.jsonl there "
             "names them.",
             "repair them and build again, or score what is there: --any-count.",

@@ -190,7 +190,8 @@ def evaluate_folder(
         said.append(
             f"rank {options.rank}{f', {name}' if name else ''}: "
             f"{format_count(found.prompts, 'question')} "
-            f"answered, {found.new_tokens:,} tokens, {found.padding_share:.0%} padding"
+            f"answered, {format_count(found.new_tokens, 'token')}, {found.padding_share:.0%} "
+            f"padding"
         )
     return "\n".join(said)
 

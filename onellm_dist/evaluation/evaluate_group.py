@@ -46,7 +46,7 @@ def answer_as_group(
     form = QuestionFormat(tokenizer, options.format)
     group = GroupGeneration(model, run, form, options.batch)
     if not group.is_leader:
-        return f"followed in {group.follow():,} batches"
+        return f"followed in {format_count(group.follow(), 'batch', 'batches')}"
     try:
         found = evaluate_model(
             model,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.logging import get_logger
@@ -88,7 +89,7 @@ class TaskScore:
         """How many of the split's questions the scores are of, for people; "" if of all."""
         if self.is_complete:
             return ""
-        return f"{len(self.answers):,} of {self.whole:,} questions"
+        return f"{len(self.answers):,} of {format_count(self.whole, 'question')}"
 
     @property
     def whole(self) -> int:
@@ -130,7 +131,8 @@ def score_task(folder: Path, *, partial: bool = False, without: Collection[str] 
     lacking = [q.id for q in questions if q.id not in answers]
     if lacking and not partial:
         raise UsageError(
-            f"{folder}: {len(lacking):,} of {len(questions):,} questions have no answer "
+            f"{folder}: {len(lacking):,} of {format_count(len(questions), 'question')} "
+            f"{'has' if len(lacking) == 1 else 'have'} no answer "
             f"({lacking[0]}, ...)",
             "scores of a part cannot be compared.",
             "run the same `onellm evaluate` again, or score what is there: --partial.",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.html.page import build_html_page, build_html_table, write_page
 from onellm_dist.evaluation.answer_folder import EXAMPLES, name_picture
 from onellm_dist.evaluation.compare import ScoreDifference
@@ -171,5 +172,6 @@ def _build_example(
         f"{'<br>'.join(asked)}"
         f"<p{kind}>{escape(answer.answer) or '<i>(empty)</i>'}</p>"
         f'<p class="dim">{said}reference: {escape(references)}<br>'
-        f"ended by {escape(answer.ended)} after {answer.tokens} tokens</p></div></div>"
+        f"ended by {escape(answer.ended)} after "
+        f"{format_count(answer.tokens, 'token')}</p></div></div>"
     )

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import SampleError
 from onellm_dist.common.media_size import MediaSize
 from onellm_dist.modalities.base import Modality, Part
@@ -221,7 +222,7 @@ def _compute_features(raw: Sound) -> torch.Tensor:
     """
     if raw.rate <= 0 or len(raw.wave) * RATE < WINDOW * raw.rate:
         raise SampleError(
-            f"{len(raw.wave)} samples of sound at {raw.rate} Hz",
+            f"{format_count(len(raw.wave), 'sample')} of sound at {raw.rate} Hz",
             "a spectrogram needs at least 25 ms.",
             "drop the sample; its file is empty or cut short.",
         )

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.planner.hardware import GIGA
 from onellm_dist.planner.run_plan import RunPlan
@@ -98,6 +99,7 @@ def make_speed_rows(plan: RunPlan, cluster: GpuCluster) -> Rows:
     traffic = plan.traffic
     gathered = traffic.gather_micro_batch * plan.micro_batches + traffic.gather_step
     reduced = traffic.reduce_micro_batch * plan.micro_batches + traffic.reduce_step
+    times = format_count(saved.count, "time")
     return [
         ("micro-batches a step", f"{plan.micro_batches} (largest: {pack})"),
         ("step", f"{time.total:.3f} s"),
@@ -110,7 +112,7 @@ def make_speed_rows(plan: RunPlan, cluster: GpuCluster) -> Rows:
         ("samples/s", f"{plan.samples_per_second:.0f} ({per_gpu:.1f} a GPU)"),
         ("MFU", f"{100 * plan.mfu:.1f}%"),
         ("loader", f"{loading.cores_per_gpu:.1f} cores a GPU, {loading.read_mb_s:.0f} MB/s a node"),
-        ("checkpoint", f"{format_gb(saved.bytes)}, {saved.count} times; training waits "
+        ("checkpoint", f"{format_gb(saved.bytes)}, {times}; training waits "
          + (f"{saved.stall:.2f} s for each" if saved.asynchronous
             else f"{saved.stall:.2f} s and its write, which is not in the hours")),
         ("run", f"{plan.hours:.1f} h, {plan.gpu_hours:.0f} GPU hours"),

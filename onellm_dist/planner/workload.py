@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.costs import CostModel
@@ -108,7 +109,7 @@ def describe_data(
     notes = [note for *_, note in found if note]
     if text_tokens is None:
         notes.append(
-            f"texts of {tokens} tokens, {targets} of them supervised "
+            f"texts of {format_count(tokens, 'token')}, {targets} of them supervised "
             f"({data.text_format}; --text-tokens)"
         )
     _check_modalities({name: spans for name, spans, *_ in found}, modalities)

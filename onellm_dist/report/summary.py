@@ -144,8 +144,10 @@ def summary_to_text(facts: RunFacts, summary: RunSummary, findings: Sequence[Fin
 
 
 def _format_progress(summary: RunSummary) -> str:
-    of = f"/{summary.steps_wanted}" if summary.steps_wanted else ""
-    parts = [f"{summary.steps_done}{of} steps done"]
+    done = format_count(summary.steps_done, "step")
+    if summary.steps_wanted:
+        done = f"{summary.steps_done}/{format_count(summary.steps_wanted, 'step')}"
+    parts = [f"{done} done"]
     if summary.loss is not None:
         parts.append(f"loss {summary.loss:.4f}")
     if summary.tokens_per_second is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import distributed as torch_dist
 from torch.distributed import distributed_c10d
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.logging import get_logger
@@ -252,9 +253,11 @@ def select_gpu(local_rank: int, local_world_size: int, visible: int) -> int:
         return 0
     if visible < local_world_size:
         raise UsageError(
-            f"{local_world_size} ranks on this node, and this process sees {visible} GPUs",
+            f"{format_count(local_world_size, 'rank')} on this node, and this process sees "
+            f"{format_count(visible, 'GPU')}",
             "two ranks cannot share a GPU: NCCL refuses it.",
-            f"start {visible} ranks per node, or show each rank every GPU (--gpus-per-node) or its "
+            f"start {format_count(visible, 'rank')} per node, or show each rank every GPU "
+            f"(--gpus-per-node) or its "
             "own alone (--gpus-per-task=1).",
         )
     return local_rank

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.train.checkpoint.files import find_damage
@@ -86,7 +87,8 @@ def check_rollbacks_left(error: RollbackError, *, done: int, allowed: int) -> No
     """
     if done >= allowed:
         raise OneLLMError(
-            f"step {error.step}: {error.anomaly.reason}; the run was rolled back {done} times, "
+            f"step {error.step}: {error.anomaly.reason}; the run was rolled back "
+            f"{format_count(done, 'time')}, "
             f"and stability.max_rollbacks is {allowed}",
             f"the offending samples now: {format_samples(error.offending)}.",
             "see events.jsonl; lower optim.lr, repair the data, or raise stability.max_rollbacks.",

@@ -12,6 +12,7 @@ from datetime import timedelta
 from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
@@ -186,7 +187,10 @@ class _Waiting:
 
     def _describe_source(self) -> str:
         source = self._ranks.source or "the launcher"
-        return f"That there are {self._ranks.world_size} ranks is what {source} say"
+        be = "is" if self._ranks.world_size == 1 else "are"
+        return (
+            f"That there {be} {format_count(self._ranks.world_size, 'rank')} is what {source} say"
+        )
 
 
 def _format_ranks(ranks: Iterable[int]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist import __version__
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.config.schema import DataSection, RunConfig
@@ -166,7 +167,8 @@ def check_validation_targets(plan: Plan) -> None:
     totals = plan.step(0, 1).totals
     if not totals.supervised_tokens:
         raise UsageError(
-            f"data.validation: none of its {totals.samples} samples has a supervised token",
+            f"data.validation: none of its {format_count(totals.samples, 'sample')} has a "
+            f"supervised token",
             "its loss would always be 0.",
             "raise data.max_text_tokens, or use another split.",
         )

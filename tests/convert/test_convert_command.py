@@ -67,7 +67,7 @@ def test_a_model_from_parts_to_the_reference_and_back(
     assert onellm("convert", "verify", tmp_path / "back", tmp_path / "start") == 1
     assert "bfloat16 and float32" in capsys.readouterr().out
     assert onellm("convert", "inspect", tmp_path / "back") == 0
-    assert "UPM: 2 experts of 1 blocks, router soft" in capsys.readouterr().out
+    assert "UPM: 2 experts of 1 block, router soft" in capsys.readouterr().out
 
 
 def test_wrong_usage_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,7 @@ def test_content_parts_are_placeholders() -> None:
 @pytest.mark.parametrize(
     ("text", "media", "words"),
     [
-        ("<image> <image>", ["image"], "2 <image> for 1 media"),
+        ("<image> <image>", ["image"], "2 <image> for 1 medium"),
         ("<image>", [], "1 <image> for 0 media"),
         ("<audio>", ["image"], "1 <audio> for 0 media"),
         ("<image>", ["image", "image"], "1 <image> for 2 media"),

@@ -141,12 +141,12 @@ def test_a_repaired_shard_keeps_the_media_of_its_good_samples(many: Dataset) -> 
     ("parts", "words"),
     [
         ({"0.jpg": b"x", **sample(["image", "image"])}, "lists 2 media .* parts of 1"),
-        ({"0.jpg": b"x", "1.jpg": b"x", **sample(["image"])}, "lists 1 media .* parts of 2"),
+        ({"0.jpg": b"x", "1.jpg": b"x", **sample(["image"])}, "lists 1 medium .* parts of 2"),
         ({"0.jpg": b"x", **sample(["audio"])}, "not a modality of the dataset"),
         ({"0.jpg": b"x", **sample(["imu"])}, "medium 0: no imu part"),
         ({"0.jpg": b"x", "jpg": b"x", **sample(None)}, "numbered media and .jpg beside"),
         ({"0.wav": b"x", **sample(None)}, "media of no modality of the dataset"),
-        (sample(["image"]), "lists 1 media .* parts of 0"),
+        (sample(["image"]), "lists 1 medium .* parts of 0"),
     ],
 )
 def test_media_that_do_not_fit_are_refused(

@@ -186,7 +186,7 @@ def test_broken_rows_are_named(folder: Path) -> None:
     for reason, words in zip(
         reasons,
         (
-            "placeholders: its text has 2 <image> for 1 media",
+            "placeholders: its text has 2 <image> for 1 medium",
             "placeholders: its text has 1 <image> for 0 media",
             "placeholders: its text has 1 <image> for 2 media",
             "missing file: pics/none.jpg",

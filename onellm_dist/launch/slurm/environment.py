@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.launch.variables import read_number
 
@@ -73,7 +74,8 @@ def read_slurm_ranks(
     )
     if not 0 <= node < len(counts):
         raise UsageError(
-            f"SLURM_NODEID={node}, and SLURM_STEP_TASKS_PER_NODE={tasks} names {len(counts)} nodes",
+            f"SLURM_NODEID={node}, and SLURM_STEP_TASKS_PER_NODE={tasks} names "
+            f"{format_count(len(counts), 'node')}",
             "the local ranks cannot be counted.",
             "start with srun inside the job, and without variables of another job.",
         )

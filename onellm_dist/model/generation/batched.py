@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model.generation.media_cache import MediaCache, Medium
 from onellm_dist.model.generation.rows import AnswerRow, Continuation, Ending, Prompt
@@ -164,7 +165,7 @@ def check_prompts(model: Any, prompts: Sequence[Prompt]) -> None:
     for place, prompt in enumerate(prompts):
         if not len(prompt.ids) or prompt.max_new_tokens < 1:
             raise UsageError(
-                f"prompt {place} has {len(prompt.ids)} tokens and asks for "
+                f"prompt {place} has {format_count(len(prompt.ids), 'token')} and asks for "
                 f"{prompt.max_new_tokens} new ones",
                 "there is nothing to continue.",
                 "give at least BOS, and ask for at least one token.",

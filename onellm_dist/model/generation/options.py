@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 
 _LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
@@ -79,7 +80,7 @@ def choose_settings(
             continue
         if total == "max_length" and length <= text:
             raise UsageError(
-                f"max_length={length}, and the prompt has {text} tokens",
+                f"max_length={length}, and the prompt has {format_count(text, 'token')}",
                 "there is no room for an answer.",
                 "give max_new_tokens.",
             )

@@ -14,6 +14,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 import torch
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import Modality, Part, all_modalities, get_modality
 from onellm_dist.modalities.files import read_file_spans, read_file_value
@@ -66,7 +67,7 @@ def list_media(name: str, given: Any, prompts: int) -> list[Any]:
         flat.append(item[0] if nested else item)
     if len(flat) != prompts:
         raise UsageError(
-            f"{len(flat)} {name} inputs for {prompts} prompts",
+            f"{format_count(len(flat), f'{name} input')} for {format_count(prompts, 'prompt')}",
             "every prompt needs one input.",
             "give as many inputs as prompts.",
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model.llm.per_layer import MEDIA
 from onellm_dist.packed import IGNORE
@@ -69,7 +70,7 @@ def check_values(
     for key, value in given.items():
         if batch is not None and len(value) != batch:
             raise UsageError(
-                f"{key} has {len(value)} rows for {batch} texts",
+                f"{key} has {format_count(len(value), 'row')} for {format_count(batch, 'text')}",
                 "every text needs one row.",
                 "give as many rows as texts.",
             )

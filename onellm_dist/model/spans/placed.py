@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.media_size import MOST_SPANS
 from onellm_dist.common.placeholders import PlacedSpan
@@ -68,7 +69,8 @@ def check_placed_spans(
     lengths = [shape[1]] * shape[0] if attention_mask is None else attention_mask.sum(1).tolist()
     if len(spans) != shape[0]:
         raise UsageError(
-            f"media_spans of {len(spans)} rows for {shape[0]} texts",
+            f"media_spans of {format_count(len(spans), 'row')} for "
+            f"{format_count(shape[0], 'text')}",
             "every text needs a list of its spans, which may be empty.",
             "give one list for each text.",
         )
@@ -76,7 +78,8 @@ def check_placed_spans(
         places = [span.place for span in own]
         if places != sorted(places) or any(not 1 <= place <= length for place in places):
             raise UsageError(
-                f"media_spans: row {row} has spans at {places} in a text of {length} tokens",
+                f"media_spans: row {row} has spans at {places} in a text of "
+                f"{format_count(length, 'token')}",
                 "a span stands behind one of the text's tokens, and the spans ascend.",
                 "give places of 1 (behind BOS) to the number of tokens, in order.",
             )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.modalities import get_modality
@@ -86,7 +87,8 @@ class ChatDesk:
         count = len(session.attached) + sum(len(turn.media) for turn in session.turns)
         if count >= most:
             raise ChatError(
-                f"This conversation has {count} media, and may have {most}. Start a new one."
+                f"This conversation has {format_count(count, 'medium', 'media')}, and may have "
+                f"{most}. Start a new one."
             )
         with _Words():
             parts = get_modality(modality).required_parts
@@ -228,7 +230,8 @@ class ChatDesk:
                 now = time.monotonic()
                 if isinstance(item, Ending):
                     turn.ending = (
-                        f"{_ENDINGS[item.reason]}; {item.tokens} tokens in {now - began:.1f} s, "
+                        f"{_ENDINGS[item.reason]}; {format_count(item.tokens, 'token')} in "
+                        f"{now - began:.1f} s, "
                         f"seed {chat.prompt.seed}"
                     )
                 else:

@@ -126,8 +126,11 @@ class BuildCounts:
                 self.bad, self.seen, samples, self.max_failures, self.failures
             )
         if not self.written:
+            left_out = f"all {self.skipped} samples were"
+            if self.skipped == 1:
+                left_out = "the only sample was"
             raise NoSamplesLeftError(
-                f"all {self.skipped} samples were left out by filters.",
+                f"{left_out} left out by filters.",
                 "an empty dataset cannot be read.",
                 "check the filters' options.",
             )

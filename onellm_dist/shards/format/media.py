@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import SampleError
 from onellm_dist.common.media_size import MediaSize, SampleMedium
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
@@ -214,7 +215,8 @@ def _check_modality(
 
 def _make_count_error(listed: Sequence[str], parts: int) -> SampleError:
     return SampleError(
-        f"its .json lists {len(listed)} media ({', '.join(listed)}), and it has parts of {parts}",
+        f"its .json lists {format_count(len(listed), 'medium', 'media')} ({', '.join(listed)}), "
+        f"and it has parts of {parts}",
         "texts would be shown with the wrong media.",
         "list each medium once, in the order of the numbers of its parts.",
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.progress import progress
@@ -125,12 +126,17 @@ def write_overlap(out: Path, report: OverlapReport) -> None:
 def format_overlap(out: Path, report: OverlapReport) -> str:
     """What was found, in lines for a terminal."""
     lines = [
-        f"{report.compared:,} training samples compared with {report.questions:,} questions",
-        f"{len(report.media):,} questions have a medium of the training data: {out / 'media.txt'}",
-        f"{len(report.texts):,} have words of it: {out / 'texts.txt'}",
+        f"{format_count(report.compared, 'training sample')} compared with "
+        f"{format_count(report.questions, 'question')}",
+        f"{format_count(len(report.media), 'question has', 'questions have')} a medium of the "
+        f"training "
+        f"data: {out / 'media.txt'}",
+        f"{format_count(len(report.texts), 'has', 'have')} words of it: {out / 'texts.txt'}",
     ]
     if report.unreadable:
-        lines.append(f"{len(report.unreadable):,} samples could not be read: overlap.json")
+        lines.append(
+            f"{format_count(len(report.unreadable), 'sample')} could not be read: overlap.json"
+        )
     return "\n".join(lines)
 
 

@@ -195,7 +195,8 @@ def _format_training(metrics: Lines) -> str:
         return "no step"
     samples = sum(line["samples"] for line in metrics)
     loss = metrics[-1]["loss"]
-    return f"{len(metrics):,} steps, {samples:,} samples, last loss {loss:.3f}"
+    counts = f"{format_count(len(metrics), 'step')}, {format_count(samples, 'sample')}"
+    return f"{counts}, last loss {loss:.3f}"
 
 
 def _format_resumes(runs: Mapping[str, Path]) -> str:

@@ -82,9 +82,10 @@ class Timetable:
         """Print the whole timetable."""
         for stage in self.stages:
             when = "done" if stage.taken is not None else f"about {format_seconds(stage.predicted)}"
-            print(f"  {stage.name:<34} {when}", file=self._out)
+            self._out.write(f"  {stage.name:<34} {when}\n")
         left = sum(s.predicted for s in self.stages if s.taken is None)
-        print(f"  {'all':<34} about {format_seconds(left)}", file=self._out, flush=True)
+        self._out.write(f"  {'all':<34} about {format_seconds(left)}\n")
+        self._out.flush()
 
     @property
     def taken(self) -> float:
@@ -110,7 +111,7 @@ class Timetable:
         stage.taken = time.monotonic() - self._started
         self._journal.record_stage(stage.name, stage.taken)
         taken, predicted = format_seconds(stage.taken), format_seconds(stage.predicted)
-        self._print(
+        self._write(
             f"{self._format_head()} done in {taken} (expected: about {predicted})", last=True
         )
 
@@ -132,7 +133,7 @@ class Timetable:
             f"{self._format_head()}{what}, {100 * share:.0f}%, {format_seconds(here)} left here, "
             f"{format_seconds(everything)} in all"
         )
-        self._print(line, last=not is_terminal)
+        self._write(line, last=not is_terminal)
 
     def estimate_left(self, share: float, elapsed: float) -> tuple[float, float]:
         """Estimate the seconds left.
@@ -163,6 +164,7 @@ class Timetable:
     def _format_head(self) -> str:
         return f"[{self._current + 1}/{len(self.stages)}] {self.stages[self._current].name}"
 
-    def _print(self, line: str, *, last: bool) -> None:
+    def _write(self, line: str, *, last: bool) -> None:
         start = "\r\033[K" if self._out.isatty() else ""
-        print(f"{start}{line}", file=self._out, end="\n" if last else "", flush=True)
+        self._out.write(f"{start}{line}" + ("\n" if last else ""))
+        self._out.flush()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from onellm_dist.common.checksums import write_sums
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.files import replace_folder, sha256_file, sync
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.config.train_sections import LoraSection
@@ -79,7 +80,11 @@ def plan_adapter(
     mark = PATTERN.strip("*")
     others = [n for n, p in model.named_parameters() if p.requires_grad and mark not in n]
     if others:
-        return None, f"{len(others)} parameters beside the adapters trained, such as {others[0]}"
+        return (
+            None,
+            f"{format_count(len(others), 'parameter')} beside the adapters trained, such as "
+            f"{others[0]}",
+        )
     if config.model.init_from_image:
         return None, "model.init_from_image changed the model that they were trained over"
     kind, path = config.model.span_positions, config.model.path

@@ -50,7 +50,9 @@ def format_first_steps(config: RunConfig, model: Any, tokenizer: Any) -> list[st
     if folder is not None:
         lines.append(f"after {folder} ({format_count(first, 'step')} done)")
     if not steps:
-        lines.append(f"none: all {config.train.steps} steps are done")
+        count = config.train.steps
+        done = "the only step is" if count == 1 else f"all {count} steps are"
+        lines.append(f"none: {done} done")
     else:
         lines += _format_steps(plan, steps, ranks, finds_budgets=config.data.finds_budgets)
     return [f"  {line}" for line in lines]

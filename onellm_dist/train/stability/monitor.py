@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.config.schema import StabilitySection
 
@@ -166,7 +167,8 @@ class StabilityMonitor:
         self.skipped_samples += new_skipped_samples
         if self._skipped_in_a_row >= self._config.max_skipped:
             raise OneLLMError(
-                f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a loss or "
+                f"{format_count(self._skipped_in_a_row, 'step')} in a row, up to step {step}, "
+                f"had a loss or "
                 "gradient that is not finite, or a spike",
                 "each was skipped, so the model no longer learns.",
                 "see events.jsonl for the samples; lower optim.lr, or resume from an older "
@@ -174,7 +176,8 @@ class StabilityMonitor:
             )
         if self.skipped_samples > self._max_skipped_samples:
             raise OneLLMError(
-                f"{self.skipped_samples} samples could not be read, and data.max_skipped_samples "
+                f"{format_count(self.skipped_samples, 'sample')} could not be read, and "
+                f"data.max_skipped_samples "
                 f"is {self._max_skipped_samples}",
                 "something is wrong with the shards or the storage.",
                 "see samples/ for the samples and reasons; repair the shards, or raise "

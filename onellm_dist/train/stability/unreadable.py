@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.reasons import ALIKE, MIN_SAMPLES, normalize_reason
 from onellm_dist.data.micro_batch import StepPlan
@@ -58,7 +59,8 @@ class UnreadableSamples:
             raise explain_empty_step(plan, reasons)
         if self._empty_steps >= self._max_empty_steps:
             raise OneLLMError(
-                f"every sample of the last {self._empty_steps} steps, up to step {plan.step}, is "
+                f"every sample of the last {format_count(self._empty_steps, 'step')}, up to step "
+                f"{plan.step}, is "
                 "left out",
                 "the run would learn nothing any more.",
                 "see samples/ for the reasons, and data.exclude for what lists leave out.",
@@ -117,7 +119,8 @@ def check_supervision(plan: StepPlan, max_text_tokens: int) -> None:
     if plan.totals.supervised_tokens:
         return
     raise OneLLMError(
-        f"step {plan.step}: none of its {plan.totals.samples} samples has a supervised token",
+        f"step {plan.step}: none of its {format_count(plan.totals.samples, 'sample')} has a "
+        f"supervised token",
         f"the step would teach nothing and its loss would be 0: their answers lie behind "
         f"data.max_text_tokens={max_text_tokens}, or their texts cannot be read.",
         "raise data.max_text_tokens or data.global_batch, or change the mixture "
@@ -134,8 +137,8 @@ def explain_empty_step(plan: StepPlan, reasons: Iterable[str]) -> OneLLMError:
     """
     kinds = Counter(map(normalize_reason, reasons)).most_common(SHOWN)
     return OneLLMError(
-        f"step {plan.step}: none of its {plan.totals.samples} samples could be read: "
-        + "; ".join(kind for kind, _ in kinds),
+        f"step {plan.step}: none of its {format_count(plan.totals.samples, 'sample')} could be "
+        f"read: " + "; ".join(kind for kind, _ in kinds),
         "the step would teach nothing, and its loss would be 0.",
         "look at the storage, the libraries and the shards (`onellm doctor`, `onellm shards "
         "verify`). If the samples are really bad, start the run again: they are known then, and "

@@ -60,7 +60,8 @@ def check_steps_left(config: RunConfig, target: ResumeTarget, manifest: Mapping[
         raise UsageError(
             f"train.steps={steps}, and the checkpoint {target.folder} has "
             f"{format_count(done, 'step')} done",
-            f"no step is left to train, and a model of {done} steps is not one of {steps}.",
+            f"no step is left to train, and a model of {format_count(done, 'step')} is not one "
+            f"of {steps}.",
             f"raise train.steps above {done}; or resume an earlier checkpoint "
             "(checkpoint.resume=.../step-...) in another run.dir; `onellm convert run` writes the "
             "model of a checkpoint.",

@@ -162,7 +162,7 @@ def test_several_sequences_of_a_prompt(
     [
         ({"decode_offset": "30"}, "decode_offset='30'"),
         ({"smell_values": torch.zeros(3, 1)}, "unknown input smell_values"),
-        ({"fmri_values": torch.zeros(1, 1, 15724)}, "1 rows for 3 texts"),
+        ({"fmri_values": torch.zeros(1, 1, 15724)}, "1 row for 3 texts"),
         ({"modality_order": ["image"]}, "modality_order"),
     ],
 )

@@ -70,7 +70,7 @@ def test_wrong_media_is_refused(processor: OneLLMProcessor, tmp_path: Path) -> N
         processor(text="", image=tmp_path / "none.jpg")
     with pytest.raises(UsageError, match="unknown modality 'smell'"):
         processor(text="", smell="x")
-    with pytest.raises(UsageError, match="1 imu inputs for 2 prompts"):
+    with pytest.raises(UsageError, match="1 imu input for 2 prompts"):
         processor(text=["a", "b"], imu=torch.zeros(6, 400))
     (tmp_path / "x.jpg").write_bytes(b"no image")
     with pytest.raises(SampleError):

@@ -257,7 +257,7 @@ def test_spans_behind_bos_are_the_default(model: OneLLMForConditionalGeneration)
 @pytest.mark.parametrize(
     ("spans", "words"),
     [
-        ([[("image", 1)], []], "2 rows for 1 texts"),
+        ([[("image", 1)], []], "2 rows for 1 text"),
         ([[("image", 0)]], "in a text of 4 tokens"),
         ([[("image", 5)]], "in a text of 4 tokens"),
         ([[("image", 2), ("image", 1)]], "in a text of 4 tokens"),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.train.engine.description import (
     BlockSize,
@@ -68,7 +69,8 @@ class FsdpDescription(EngineDescription):
         ranks = section.shard_ranks
         if ranks is not None and world_size % ranks:
             raise UsageError(
-                f"engine.shard_ranks={ranks} does not divide the {world_size} ranks of the run",
+                f"engine.shard_ranks={ranks} does not divide the "
+                f"{format_count(world_size, 'rank')} of the run",
                 "every group of ranks holds a full copy of the model.",
                 "set it to the number of ranks on a node, or remove it to shard over all ranks.",
             )
