@@ -35,9 +35,12 @@ def test_a_rank_takes_its_own_gpu_or_the_only_one_it_sees(
     assert select_gpu(local_rank, local_world_size, visible) == gpu
 
 
-def test_fewer_gpus_than_ranks_are_refused() -> None:
-    with pytest.raises(UsageError, match="8 ranks on this node, and this process sees 4 GPUs"):
-        select_gpu(0, 8, 4)
+@pytest.mark.parametrize(("visible", "says"), [(4, "4 GPUs"), (1, "1 GPU")])
+def test_fewer_gpus_than_ranks_are_refused(visible: int, says: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        select_gpu(1, 8, visible)
+    assert refused.value.what == f"8 ranks on this node, and this process sees {says}"
+    assert f"start {says.replace('GPU', 'rank')} per node" in refused.value.do
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import QUERY_TOKENS, SPAN_TOKENS
 from onellm_dist.packed import PackedBatch
@@ -132,12 +133,13 @@ class PackedLayout:
             OneLLMError: the pack contradicts itself.
         """
         wrong = [
-            f"{name}: {len(value)} rows for {self.counts.get(name, 0)} spans"
+            f"{name}: {format_count(len(value), 'row')} for "
+            f"{format_count(self.counts.get(name, 0), 'span')}"
             for name, value in batch.values.items()
             if len(value) != self.counts.get(name, 0)
         ]
         wrong += [
-            f"{name}: no values for {count} spans"
+            f"{name}: no values for {format_count(count, 'span')}"
             for name, count in self.counts.items()
             if count and name not in batch.values
         ]
@@ -195,7 +197,8 @@ def _check_arguments(
 ) -> None:
     if len(text_token_counts) != len(modalities):
         raise OneLLMError(
-            f"{len(text_token_counts)} token counts but modalities of {len(modalities)} samples",
+            f"{format_count(len(text_token_counts), 'token count')} but modalities of "
+            f"{format_count(len(modalities), 'sample')}",
             "every sample needs one of each.",
             _DO,
         )

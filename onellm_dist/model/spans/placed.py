@@ -85,7 +85,8 @@ def check_placed_spans(
             )
     counts = Counter(span.modality for own in spans for span in own)
     wrong = [
-        f"{counts[name]} spans and {len(values[name]) if name in values else 0} values of {name}"
+        f"{format_count(counts[name], 'span')} and "
+        f"{format_count(len(values[name]) if name in values else 0, 'value')} of {name}"
         for name in sorted({*counts, *values})
         if counts[name] != (len(values[name]) if name in values else 0)
     ]

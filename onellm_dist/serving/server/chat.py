@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.placeholders import mark_placeholders, remove_marks
 from onellm_dist.common.turns import ConversationTurn
@@ -184,8 +185,8 @@ class ChatService:
         """
         if len(conversation.media) > self.settings.media:
             raise RequestError(
-                f"{len(conversation.media)} media; this server takes {self.settings.media} in a "
-                "request"
+                f"{format_count(len(conversation.media), 'medium', 'media')}; this server takes "
+                f"{self.settings.media} in a request"
             )
         known = self.model.config.modalities
         media: list[HeldMedium] = []

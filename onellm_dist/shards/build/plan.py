@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards.build.settings import BuildSettings
 from onellm_dist.shards.sources.base import RawSample
@@ -275,9 +276,10 @@ def read_raw_samples(
             to_its_end = part.stop == planned.samples and (
                 plan.settings.limit is None or part.input_split < len(plan.input_splits) - 1
             )
+            now = format_count(seen, "sample") if seen < part.stop else "more samples"
             if seen < part.stop or (to_its_end and next(rows, None) is not None):
                 raise OneLLMError(
-                    f"{planned.name}: it has {seen if seen < part.stop else 'more'} samples; when "
+                    f"{planned.name}: it has {now}; when "
                     f"the build was planned it had {planned.samples}.",
                     "the input changed under the builder, so shards built before and after would "
                     "not fit together.",

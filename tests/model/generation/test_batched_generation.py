@@ -25,6 +25,8 @@ from onellm_dist.model.generation.media_cache import MediaCache, Medium
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.llm.probe import GAINS, build_llm, own_context
 
+# transformers renames arguments, and warns where an old name is used.
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 NEW = 9
 
 

@@ -12,6 +12,8 @@ from transformers import GenerationConfig
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model import OneLLMForConditionalGeneration
 
+# transformers renames arguments, and warns where an old name is used.
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 NEW = 7
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
 

@@ -51,7 +51,7 @@ def test_every_position_is_where_a_walk_puts_it(samples: list[tuple[int, list[st
 @pytest.mark.parametrize(
     ("lengths", "modalities", "message"),
     [
-        ([3], [], "1 token counts but modalities of 0"),
+        ([3], [], "1 token count but modalities of 0"),
         ([2, 0], [[], []], r"samples \[1\]"),
         ([2], [["smell"]], "the pack has smell"),
     ],

@@ -261,8 +261,8 @@ def test_spans_behind_bos_are_the_default(model: OneLLMForConditionalGeneration)
         ([[("image", 0)]], "in a text of 4 tokens"),
         ([[("image", 5)]], "in a text of 4 tokens"),
         ([[("image", 2), ("image", 1)]], "in a text of 4 tokens"),
-        ([[("image", 1)] * 2], "2 spans and 1 values of image"),
-        ([[("imu", 1)]], "0 spans and 1 values of image; 1 spans and 0 values of imu"),
+        ([[("image", 1)] * 2], "2 spans and 1 value of image"),
+        ([[("imu", 1)]], "0 spans and 1 value of image; 1 span and 0 values of imu"),
     ],
 )
 def test_spans_that_do_not_fit_are_refused(

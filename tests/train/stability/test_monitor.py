@@ -116,8 +116,13 @@ def test_only_steps_skipped_in_a_row_stop_the_run() -> None:
 def test_skipped_samples_of_earlier_starts_count() -> None:
     monitor = StabilityMonitor(StabilitySection(), max_skipped_samples=5, skipped_samples=4)
     monitor.count_step(0, applied=True, new_skipped_samples=1)
-    with pytest.raises(OneLLMError, match="max_skipped_samples is 5"):
+    with pytest.raises(OneLLMError, match=r"6 samples could not be read, and .*_samples is 5"):
         monitor.count_step(1, applied=True, new_skipped_samples=1)
+    monitor = StabilityMonitor(StabilitySection(max_skipped=1), max_skipped_samples=0)
+    with pytest.raises(OneLLMError, match=r"^1 sample could not be read"):
+        monitor.count_step(0, applied=True, new_skipped_samples=1)
+    with pytest.raises(OneLLMError, match=r"^1 step in a row, up to step 1"):
+        monitor.count_step(1, applied=False, new_skipped_samples=0)
 
 
 def test_an_undecided_pair_late_in_a_run_is_no_spike() -> None:
