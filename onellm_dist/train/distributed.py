@@ -257,8 +257,7 @@ def select_gpu(local_rank: int, local_world_size: int, visible: int) -> int:
             f"{format_count(visible, 'GPU')}",
             "two ranks cannot share a GPU: NCCL refuses it.",
             f"start {format_count(visible, 'rank')} per node, or show each rank every GPU "
-            f"(--gpus-per-node) or its "
-            "own alone (--gpus-per-task=1).",
+            "(--gpus-per-node) or its own alone (--gpus-per-task=1).",
         )
     return local_rank
 

@@ -45,6 +45,9 @@ def test_pairs_of_a_dict_keep_their_splits(tmp_path: Path) -> None:
     assert not report.failures and report.notes == ("cache files of datasets left out: 2",)
     _, dataset = build_source("parquet", root, tmp_path / "texts", modality="text", max_failures=1)
     assert dataset.samples("test") == 2
+    with pytest.raises(UsageError, match=r"dataset_dict\.json describes it") as refused:
+        build_dataset("preferences", root / "dataset_dict.json", tmp_path / "none")
+    assert "name its folder" in refused.value.do
 
 
 def test_documents_of_a_dict(tmp_path: Path) -> None:

@@ -35,12 +35,13 @@ def test_a_rank_takes_its_own_gpu_or_the_only_one_it_sees(
     assert select_gpu(local_rank, local_world_size, visible) == gpu
 
 
-@pytest.mark.parametrize(("visible", "says"), [(4, "4 GPUs"), (1, "1 GPU")])
-def test_fewer_gpus_than_ranks_are_refused(visible: int, says: str) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "visible", "says"), [(8, 4, "8 ranks|4 GPUs"), (1, 0, "1 rank|0 GPUs")]
+)
+def test_fewer_gpus_than_ranks_are_refused(ranks: int, visible: int, says: str) -> None:
     with pytest.raises(UsageError) as refused:
-        select_gpu(1, 8, visible)
-    assert refused.value.what == f"8 ranks on this node, and this process sees {says}"
-    assert f"start {says.replace('GPU', 'rank')} per node" in refused.value.do
+        select_gpu(0, ranks, visible)
+    assert refused.value.what == says.replace("|", " on this node, and this process sees ")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from onellm_dist.shards.sources.readers.saved_datasets import (
     SUFFIXES,
     find_split,
     list_dataset_files,
+    refuse_saved_dataset,
 )
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
@@ -75,6 +76,7 @@ def _plan(
     listed, notes = list_dataset_files(inputs)
     found = [path for path in listed if path.suffix.lower() in SUFFIXES]
     if not found:
+        refuse_saved_dataset(inputs, "name its folder, if that holds its Arrow files.")
         return plan(inputs, seed=seed, modality=modality, media=media, missing=missing)
     if other := [path.name for path in listed if path.suffix.lower() in JSON_SUFFIXES]:
         raise UsageError(

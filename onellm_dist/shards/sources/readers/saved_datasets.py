@@ -47,9 +47,10 @@ def refuse_saved_dataset(inputs: Path, do: str) -> None:
     """
     folder = inputs.parent if inputs.name in DESCRIPTIONS else inputs
     if is_dataset_dict(folder) or _read_state(folder) is not None:
+        described = "" if folder == inputs else f"{inputs.name} describes it: "
         raise UsageError(
             f"{folder} is a data set of Hugging Face's save_to_disk.",
-            "its rows are in Arrow files, which this source does not read.",
+            f"{described}its rows are in Arrow files, which are not read here.",
             do,
         )
 
