@@ -191,7 +191,7 @@ def evaluate_folder(
             f"rank {options.rank}{f', {name}' if name else ''}: "
             f"{format_count(found.prompts, 'question')} "
             f"answered, {format_count(found.new_tokens, 'token')}, {found.padding_share:.0%} "
-            f"padding"
+            "padding"
         )
     return "\n".join(said)
 

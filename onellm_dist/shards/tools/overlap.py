@@ -129,7 +129,7 @@ def format_overlap(out: Path, report: OverlapReport) -> str:
         f"{format_count(report.compared, 'training sample')} compared with "
         f"{format_count(report.questions, 'question')}",
         f"{format_count(len(report.media), 'question has', 'questions have')} a medium of the "
-        f"training "
+        "training "
         f"data: {out / 'media.txt'}",
         f"{format_count(len(report.texts), 'has', 'have')} words of it: {out / 'texts.txt'}",
     ]

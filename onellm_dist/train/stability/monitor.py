@@ -168,7 +168,7 @@ class StabilityMonitor:
         if self._skipped_in_a_row >= self._config.max_skipped:
             raise OneLLMError(
                 f"{format_count(self._skipped_in_a_row, 'step')} in a row, up to step {step}, "
-                f"had a loss or "
+                "had a loss or "
                 "gradient that is not finite, or a spike",
                 "each was skipped, so the model no longer learns.",
                 "see events.jsonl for the samples; lower optim.lr, or resume from an older "
@@ -177,7 +177,7 @@ class StabilityMonitor:
         if self.skipped_samples > self._max_skipped_samples:
             raise OneLLMError(
                 f"{format_count(self.skipped_samples, 'sample')} could not be read, and "
-                f"data.max_skipped_samples "
+                "data.max_skipped_samples "
                 f"is {self._max_skipped_samples}",
                 "something is wrong with the shards or the storage.",
                 "see samples/ for the samples and reasons; repair the shards, or raise "
