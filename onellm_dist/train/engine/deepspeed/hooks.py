@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from onellm_dist.train.engine.deepspeed.release import quicken_release
+
 PROFILER_VARIABLE = "NSYS_PROFILING_SESSION_ID"
 """Nsight Systems sets it for the processes that it watches."""
+COORDINATOR = "PartitionedParameterCoordinator"
 _HOOKS = ("pre_bwd_fn", "post_bwd_fn")
 """Attributes in which ZeRO-3 keeps the autograd functions of a module."""
 _KEPT = "_onellm_parameters"
@@ -29,6 +32,7 @@ def quicken_hooks(model: nn.Module) -> None:
       `setup_context` of its own (2.15: `torch.autograd.function._bind_default_args`);
     - the coordinator, which fetches and releases, looks for the parameters of a module, and of all
       modules in a leaf (the hooks of `parameter_offload` that look for them too are left alone);
+    - it searches the rest of the step for what it may give up after a module (`quicken_release`);
     - every function is marked for a profiler; here, only if there is one.
 
     What is replaced in DeepSpeed's modules is so for the whole process. A version that has no such
@@ -39,6 +43,7 @@ def quicken_hooks(model: nn.Module) -> None:
     """
     _replace("utils.nvtx", "enable_nvtx", lambda _: PROFILER_VARIABLE in os.environ)
     _replace("runtime.zero.partitioned_param_coordinator", "iter_params", lambda _: list_parameters)
+    _replace("runtime.zero.partitioned_param_coordinator", COORDINATOR, _quicken_coordinator)
     _replace("runtime.zero.linear", "LinearFunctionForZeroStage3", join_setup)
     for module in model.modules():
         vars(module).pop(_KEPT, None)
@@ -55,6 +60,11 @@ def _replace(module: str, name: str, change: Callable[[Any], Any]) -> None:
         return
     if name in found:
         found[name] = change(found[name])
+
+
+def _quicken_coordinator(coordinator: Any) -> Any:
+    quicken_release(coordinator, list_parameters)
+    return coordinator
 
 
 def join_setup(function: Any) -> Any:
