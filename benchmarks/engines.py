@@ -5,7 +5,7 @@
 
 The model is a OneLLM in fp32 whose LLM of 36 million weights outweighs everything else. All
 measures are growth of this process's anonymous memory over what it had before the model was built
-(malloc returns what is freed: see `malloc_environment`):
+(malloc returns what is freed: see `return_freed_memory`):
 
     load    peak while an `align` model is built (LLM frozen, random or read from files), over the
             bytes of the whole model
@@ -22,6 +22,7 @@ engine_speed.py.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -33,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 0.35
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of glibc's `mallopt` (malloc.h)."""
 WIDTH, LAYERS, VOCABULARY, STEPS = 768, 5, 512, 3
 _SMALL: dict[str, Any] = {"reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
 _ZERO3: dict[str, Any] = {
@@ -104,16 +107,15 @@ def report(found: dict[str, dict[int, dict[str, float]]]) -> int:
     return int(missed > 0)
 
 
-def malloc_environment() -> dict[str, str]:
+def return_freed_memory() -> None:
     """Make glibc return freed blocks of 64 kB and more.
 
     Otherwise a peak of the past looks like memory that is still held.
     """
-    return {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-    }
+    mallopt = ctypes.CDLL(None).mallopt
+    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        if not mallopt(option, 65536):
+            raise RuntimeError("this C library does not take the sizes from which it returns memory")
 
 
 def launch(out: Path, ranks: int, name: str) -> dict[str, float]:
@@ -121,7 +123,7 @@ def launch(out: Path, ranks: int, name: str) -> dict[str, float]:
     from onellm_dist.launch.local import launch_local
 
     out.mkdir(parents=True)
-    os.environ.update(malloc_environment())
+    os.environ["OMP_NUM_THREADS"] = "1"
     code = launch_local(
         [sys.executable, str(Path(__file__).resolve()), "--worker", str(out), "--engines", name],
         ranks,
@@ -140,6 +142,7 @@ def worker(out: Path, name: str) -> None:
     from onellm_dist.train.distributed import join, leave
 
     end_with_parent()
+    return_freed_memory()
     ranks = discover_ranks()
     assert ranks is not None
     dist = join(ranks)

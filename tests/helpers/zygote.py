@@ -27,14 +27,8 @@ from typing import Any, NoReturn
 
 def serve() -> None:
     """The program."""
-    from torch.utils import tensorboard  # noqa: F401
-
-    import onellm_dist.train.setup
-    import onellm_dist.train.trainer  # noqa: F401
-    from onellm_dist.train.engine.deepspeed.engine import import_deepspeed
-
     with contextlib.redirect_stdout(sys.stderr):
-        import_deepspeed()
+        prepare()
     _answer({"ready": os.getpid()})
     children: dict[int, int] = {}
     """Pid -> number of the process: a pid may come again."""
@@ -54,6 +48,21 @@ def serve() -> None:
             children |= {pid: started + rank for rank, pid in enumerate(pids)}
             _answer({"pids": pids, "first": started})
             started += len(pids)
+
+
+def prepare() -> None:
+    """Import and make what ranks would each import and make."""
+    from torch.utils import tensorboard  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    import onellm_dist.train.setup
+    import onellm_dist.train.trainer  # noqa: F401
+    from onellm_dist.model.folder_code.files import build_files
+    from onellm_dist.train.engine.deepspeed.engine import import_deepspeed
+    from onellm_dist.train.optim.optimizers import make_optimizer  # noqa: F401
+
+    import_deepspeed()
+    build_files()
 
 
 def _answer(value: dict[str, Any]) -> None:
