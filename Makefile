@@ -13,6 +13,8 @@ ABLATIONS_OUT ?= ablations_run
 PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 SLOW_REPORT := --durations=10
 COVERAGE := --cov=onellm_dist --cov-report=term:skip-covered --cov-report=xml
+# Where it is set, every process of every test would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup slurm demo demo-full test test-fast soak lint format types integration bounds docs constraints ablations clean
 .DEFAULT_GOAL := help

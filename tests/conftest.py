@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,18 +75,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """The lines that imports run are measured by one of the processes that run tests."""
+    worker = getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"]
+    with pause_coverage(session.config, worker != "gw0"):
+        return (yield)
+
+
+@contextlib.contextmanager
+def pause_coverage(config: pytest.Config, wanted: bool) -> Iterator[None]:
+    """Measure nothing within the context, if coverage is measured at all."""
+    plugin = config.pluginmanager.get_plugin("_cov")
+    coverage = getattr(plugin, "cov_controller", None)
+    if coverage is None or not wanted:
+        yield
+        return
+    coverage.pause()
+    try:
+        yield
+    finally:
+        coverage.resume()
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """The coverage report is that of the fast tests: measuring doubles the time of pure Python.
 
     Most slow tests start other processes, which are not measured anyway.
     """
-    plugin = item.config.pluginmanager.get_plugin("_cov")
-    coverage = getattr(plugin, "cov_controller", None)
     left_out = item.get_closest_marker("slow") or item.get_closest_marker("unmeasured")
-    if coverage is None or not left_out:
+    with pause_coverage(item.config, left_out is not None):
         return (yield)
-    coverage.pause()
-    try:
-        return (yield)
-    finally:
-        coverage.resume()
