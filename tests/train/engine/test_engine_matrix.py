@@ -60,32 +60,26 @@ def job(
 
 
 JOBS: dict[int, list[dict[str, Any]]] = {
-    1: [
-        job("zero3", 1),
-        job("fsdp", 4),
-        *(job(engine, 2, stage="lora") for engine in ("zero2", "fsdp")),
-    ],
+    1: [job("fsdp", 4), job("zero2", 2, stage="lora")],
     2: [
-        job("zero1", 2),
         job("zero2", None),
         job("offload", 2),
-        job("fsdp", None),
         job("fsdp_once", 4),
         job("zero3", 2, 32, "tune"),
-        job("zero3", 2, recompute="selective"),
         job("fsdp", 2, stage="tune", recompute="full"),
-        *(job(engine, 2, stage="encoder") for engine in ("zero3", "fsdp")),
+        job("zero3", 2, stage="encoder"),
         *(job(engine, 2, bf16=True) for engine in ("zero3", "fsdp")),
         job("zero3", 2, stage="lora"),
         job("fsdp", 2, stage="joint", optimizer="lion"),
-        *(job(engine, 2) for engine in KEPT),
-        *(job(engine, 2, stage="tune", recompute="full", layers=4) for engine in UNITS),
+        job("zero3_leaves", 2, recompute="selective"),
+        job("fsdp_resident", None),
+        job("fsdp_joined", 2, stage="tune", recompute="full", layers=4),
     ],
-    3: [job("fsdp", 1)],
-    4: [*(job(engine, 2) for engine in ("zero3", "fsdp", *WIDE))],
+    3: [job("zero1", 1)],
+    4: [job(engine, 2) for engine in ("zero3_hpz", "fsdp_hybrid_once")],
 }
-"""What `make test` runs: each engine, number of ranks, accumulation and recomputation somewhere;
-`make soak` has everything with everything."""
+"""What `make test` runs: each kind of engine, number of ranks, accumulation, stage and recomputation
+somewhere; `make soak` has everything with everything."""
 TUNING = ("both", "joint", "lora", "lora_llm", "dora")
 TUNING_ROWS = [
     *((stage, "adamw") for stage in TUNING),
@@ -120,6 +114,7 @@ SOAK_JOBS = {
         ),
         *(job(e, 2, stage=s) for e in ("zero1", "offload", "fsdp_once") for s in TUNING),
         *(job(engine, 2, stage="dora", recompute="full") for engine in ("zero3", "fsdp")),
+        *(job(engine, 2, stage="encoder") for engine in ("zero3", "fsdp")),
         *(job(e, 4, stage="joint", optimizer=o) for e in BASIC for o in ("sgd", "lion")),
         *(job(e, n, stage="lora") for e in ("zero2", "zero3", "fsdp") for n in (1, 4, None)),
     ]
