@@ -115,7 +115,7 @@ def return_freed_memory() -> None:
     mallopt = ctypes.CDLL(None).mallopt
     for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
         if not mallopt(option, 65536):
-            raise RuntimeError("this C library does not take the sizes from which it returns memory")
+            raise RuntimeError("this C library has no thresholds of malloc")
 
 
 def launch(out: Path, ranks: int, name: str) -> dict[str, float]:

@@ -78,8 +78,8 @@ JOBS: dict[int, list[dict[str, Any]]] = {
     3: [job("zero1", 1)],
     4: [job(engine, 2) for engine in ("zero3_hpz", "fsdp_hybrid_once")],
 }
-"""What `make test` runs: each kind of engine, number of ranks, accumulation, stage and recomputation
-somewhere; `make soak` has everything with everything."""
+"""What `make test` runs: each kind of engine, number of ranks, accumulation, stage and
+recomputation somewhere; `make soak` has everything with everything."""
 TUNING = ("both", "joint", "lora", "lora_llm", "dora")
 TUNING_ROWS = [
     *((stage, "adamw") for stage in TUNING),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
 
-ListParameters = Callable[[Any, bool], Iterator[nn.Parameter]]
+ListParameters = Callable[[Any, bool], Iterator[Any]]
 _TABLES = "_onellm_reads"
 """Attribute of a coordinator: the order of modules that was read, and a table for each way to list
 their parameters."""
@@ -47,9 +47,7 @@ class ReadTable:
         """
         places = self._places.get(weight, [])
         later = bisect_left(places, place)
-        return (
-            later < len(places) and self._before[places[later]] - self._before[place] < distance
-        )
+        return later < len(places) and self._before[places[later]] - self._before[place] < distance
 
 
 def quicken_release(coordinator: Any, list_parameters: ListParameters) -> None:
@@ -78,7 +76,7 @@ def quicken_release(coordinator: Any, list_parameters: ListParameters) -> None:
     ):
         return
 
-    @lru_cache(maxsize=None)  # noqa: B019 (as DeepSpeed's own)
+    @cache  # as DeepSpeed does
     def look_up(self: Any, module: nn.Module, place: int) -> set[int]:
         if not self.is_complete_trace():
             raise RuntimeError("the modules of a step have not been recorded yet")
