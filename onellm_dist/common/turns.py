@@ -54,6 +54,7 @@ class ConversationTurn(NamedTuple):
     """0 for an answer that is not trained on."""
 
 
+_SPEAKER_KEYS, _TEXT_KEYS = ("from", "role"), ("value", "content")
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call")
 
 
@@ -116,17 +117,28 @@ def get_role(turn: Mapping[str, Any]) -> Role | None:
 
 
 def _get_speaker(turn: Mapping[str, Any]) -> str:
-    return str(_get_first(turn, "from", "role")).lower()
+    return str(_get_first(turn, *_SPEAKER_KEYS)).lower()
 
 
 def get_said(turn: Mapping[str, Any]) -> Any:
     """Return what is said in a turn, a text or content parts; None: it has neither."""
-    return _get_first(turn, "value", "content")
+    return _get_first(turn, *_TEXT_KEYS)
 
 
 def _get_first(turn: Mapping[str, Any], *keys: str) -> Any:
     """The first value that is not null."""
     return next((value for key in keys if (value := turn.get(key)) is not None), None)
+
+
+def find_contradiction(turn: Mapping[str, Any]) -> str | None:
+    """Say how two keys of a turn contradict each other, as `from` and `role`; None: they do not."""
+    speakers = [str(x).lower() for key in _SPEAKER_KEYS if (x := turn.get(key)) is not None]
+    if len({ROLES.get(speaker, speaker) for speaker in speakers}) > 1:
+        return f"is of two speakers, {' and '.join(map(repr, speakers))}"
+    said = [x for key in _TEXT_KEYS if (x := turn.get(key)) is not None]
+    if any(other != said[0] for other in said[1:]):
+        return f"says two things, {' and '.join(f'{x!r:.40}' for x in said)}"
+    return None
 
 
 def parse_pair(
@@ -193,6 +205,8 @@ def _parse_turn(
     number: int, raw: Any, modalities: Collection[str], placeholders: bool
 ) -> ConversationTurn:
     fields = raw if isinstance(raw, dict) else {}
+    if problem := find_contradiction(fields):
+        raise TurnsError(f"turn {number} {problem}")
     speaker = _get_speaker(fields)
     if speaker in _TOOL_ROLES or fields.get("tool_calls") or fields.get("function_call"):
         raise TurnsError(

@@ -25,6 +25,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "sharegpt": [HUMAN, {"from": "chatgpt", "value": "a"}, HUMAN, {"from": "bing", "value": "b"}],
     "two answers": [HUMAN, GPT, GPT],
     "last question unanswered": [HUMAN, GPT, HUMAN],
+    "both keys": [HUMAN | {"role": "user", "content": "what is it"}, GPT],
     "other fields": [HUMAN | {"weight": 3}, GPT],
 }
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -37,6 +38,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "null speaker": ([HUMAN, {"from": None, "value": "a"}], "turn 1 is not"),
     "unknown speaker": ([{"from": "dog", "value": "woof"}, GPT], "turn 0 is not"),
     "value is a list": ([HUMAN, {"from": "gpt", "value": ["a"]}], "turn 1 is not"),
+    "two speakers": ([{"from": "human", "role": "assistant", "value": "a"}], "of two speakers"),
+    "two texts": ([{"from": "human", "value": "How?", "content": "Why?"}, GPT], "says two things"),
     "late system turn": ([HUMAN, GPT, {"from": "system", "value": "x"}], "turn 2 is a system turn"),
     "half a surrogate pair": ([HUMAN, {"from": "gpt", "value": "a\ud83d"}], "turn 1 is not valid"),
     "no answer": ([HUMAN], "the conversation has no answer"),
