@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,46 @@ def test_the_hubs_description_is_no_row(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no \.json or \.jsonl") as refused:
         build_dataset("sharegpt", tmp_path / "in", tmp_path / "out")
     assert "build parquet IN OUT" in refused.value.do
+
+
+def test_what_a_saved_data_set_lacks_is_named(tmp_path: Path) -> None:
+    root = write_dict(tmp_path / "in", [FORMS["trl"]] * 3, "train", "test")
+    files = [{"filename": f"data-0000{number}-of-00002.arrow"} for number in range(2)]
+    (root / "train/data-00000-of-00001.arrow").rename(root / "train" / files[0]["filename"])
+    (root / "train/state.json").write_text(json.dumps({"_data_files": files}))
+    lacks = r"state\.json lists data-00001-of-00002\.arrow, which is missing \(1 of 2 files\)"
+    for source, options in (("preferences", {}), ("parquet", {"modality": "text"})):
+        for inputs in (root, root / "train"):
+            with pytest.raises(UsageError, match=lacks):
+                build_dataset(source, inputs, tmp_path / "out", options=options)
+    one = root / "train" / files[0]["filename"]
+    assert len(read_samples(build_source("preferences", one, tmp_path / "one")[1])) == 3
+    shutil.rmtree(root / "train")
+    with pytest.raises(UsageError, match=r"dataset_dict\.json lists train/state\.json"):
+        build_dataset("preferences", root, tmp_path / "out")
+
+
+def test_tables_below_a_folder_are_read_or_named(tmp_path: Path) -> None:
+    """A clone of the Hub has its tables in data/; a split may have a folder of its own."""
+    hub, mixed = tmp_path / "hub", tmp_path / "mixed"
+    for path in (hub / "data/train-0.parquet", hub / "test/test-0.parquet", mixed / "b/c.parquet"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, [FORMS["trl_text"]])
+    (hub / "dataset_infos.json").write_text("{}")
+    _, dataset = build_source("preferences", hub, tmp_path / "out")
+    assert [dataset.samples(split) for split in ("train", "test")] == [1, 1]
+    write_parquet(hub / "cache-1.parquet", [FORMS["trl_text"]])
+    report, dataset = build_source("preferences", hub, tmp_path / "again")
+    assert dataset.samples("train") == 2 and not report.notes
+    (mixed / "rows.jsonl").write_text(json.dumps(FORMS["ours"]))
+    (mixed / "dataset_infos.json").write_text("{}")
+    report, dataset = build_source("preferences", mixed, tmp_path / "rows")
+    assert dataset.samples() == 1 and not report.quarantined
+    assert any("ignored in folders below: 1 x .parquet" in note for note in report.notes)
+
+
+def test_a_cache_that_is_named_is_read(tmp_path: Path) -> None:
+    write_split(tmp_path / "in", [FORMS["trl_text"]])
+    named = (tmp_path / "in/cache-12.arrow").rename(tmp_path / "cache-12.arrow")
+    _, dataset = build_source("preferences", named, tmp_path / "out")
+    assert dataset.samples() == 1

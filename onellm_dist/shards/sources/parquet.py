@@ -60,6 +60,7 @@ from onellm_dist.shards.sources.readers.media_rows import check_tags, parse_medi
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 from onellm_dist.shards.sources.readers.saved_datasets import (
     SUFFIXES,
+    check_complete,
     find_split,
     leave_out_caches,
 )
@@ -99,7 +100,8 @@ def plan(
     listed = list_files(inputs, recursive=True) if inputs.is_dir() else ListedFiles((inputs,), 0)
     root = inputs if inputs.is_dir() else inputs.parent
     tables = [p for p in listed.files if p.suffix.lower() in SUFFIXES]
-    tables, notes = leave_out_caches(tables)
+    check_complete(listed.files if inputs.is_dir() else ())
+    tables, notes = leave_out_caches(tables, named=not inputs.is_dir())
     if not tables:
         raise UsageError(
             f"{inputs} has no {' or '.join(SUFFIXES)}.",

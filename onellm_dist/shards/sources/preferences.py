@@ -8,6 +8,7 @@ readers/preference_rows.py. For `train.loss: dpo`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 from onellm_dist.common.errors import UsageError
@@ -77,7 +78,8 @@ def _plan(
     found = [path for path in listed if path.suffix.lower() in SUFFIXES]
     if not found:
         refuse_saved_dataset(inputs, "name its folder, if that holds its Arrow files.")
-        return plan(inputs, seed=seed, modality=modality, media=media, missing=missing)
+        planned = plan(inputs, seed=seed, modality=modality, media=media, missing=missing)
+        return replace(planned, notes=(*notes, *planned.notes))
     if other := [path.name for path in listed if path.suffix.lower() in JSON_SUFFIXES]:
         raise UsageError(
             f"{inputs} has tables ({found[0].name}) and JSON ({other[0]}).",

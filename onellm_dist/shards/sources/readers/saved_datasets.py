@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
+from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.readers.listing import list_files
 from onellm_dist.shards.sources.readers.split_folders import SPLIT_FOLDERS
+from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 
 SUFFIXES = (".parquet", ".arrow")
 DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
@@ -26,11 +29,17 @@ _DICT = "dataset_dict.json"
 
 def is_dataset_dict(folder: Path) -> bool:
     """Check whether a folder is a saved DatasetDict, with a folder for each split."""
+    return _read_splits(folder) is not None
+
+
+def _read_splits(folder: Path) -> list[Any] | None:
+    """Read the names of a DatasetDict's splits; None: the folder is not one."""
     try:
         value = json.loads((folder / _DICT).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and isinstance(value.get("splits"), list)
+        return None
+    splits = value.get("splits") if isinstance(value, dict) else None
+    return splits if isinstance(splits, list) else None
 
 
 def refuse_saved_dataset(inputs: Path, do: str) -> None:
@@ -56,7 +65,10 @@ def refuse_saved_dataset(inputs: Path, do: str) -> None:
 
 
 def list_dataset_files(inputs: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """List the files that may hold the rows of a data set, in a folder or those of its splits.
+    """List the files that may hold the rows of a data set.
+
+    Tables may lie in folders below, as those of the Hub (`data/`) and of a DatasetDict's splits do.
+    Beside JSON they are not looked for: a folder of media may have some.
 
     Args:
         inputs: the folder; or a file, which is the only one.
@@ -65,13 +77,35 @@ def list_dataset_files(inputs: Path) -> tuple[list[Path], tuple[str, ...]]:
         The files, without what `datasets` writes beside tables; and notes.
 
     Raises:
-        UsageError: a saved data set is a selection of its rows, or has caches alone.
+        UsageError: a saved data set is a selection of its rows, lacks files, or has caches alone.
     """
-    listed: Sequence[Path] = (inputs,)
-    if inputs.is_dir():
-        listed = list_files(inputs, recursive=is_dataset_dict(inputs)).files
+    if not inputs.is_dir():
+        return _leave_out(inputs, [inputs], named=True)
+    listed = list_files(inputs, recursive=True).files
+    top = [p for p in listed if "/" not in p.relative_to(inputs).as_posix()]
+    below = [p for p in listed if p not in set(top)]
+    taken = top
+    if not any(p.suffix.lower() in JSON_SUFFIXES and p.name not in DESCRIPTIONS for p in top):
+        check_complete(listed)
+        taken = [*top, *(p for p in below if p.suffix.lower() in SUFFIXES)]
+    ignored = Counter(
+        p.suffix.lower()
+        for p in {*below} - {*taken}
+        if p.suffix.lower() in (*SUFFIXES, *JSON_SUFFIXES) and p.name not in DESCRIPTIONS
+    )
+    files, notes = _leave_out(inputs, sorted(taken), named=False)
+    if ignored:
+        what = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(ignored.items()))
+        notes += (f"ignored in folders below: {what}; name such a folder to read it",)
+    return files, notes
+
+
+def _leave_out(
+    inputs: Path, listed: Sequence[Path], *, named: bool
+) -> tuple[list[Path], tuple[str, ...]]:
+    """Leave out what `datasets` writes beside tables."""
     tables = [path for path in listed if path.suffix.lower() in SUFFIXES]
-    own, notes = leave_out_caches(tables)
+    own, notes = leave_out_caches(tables, named=named)
     left_out = {*tables} - {*own}
     if tables and not own:
         raise UsageError(
@@ -83,16 +117,46 @@ def list_dataset_files(inputs: Path) -> tuple[list[Path], tuple[str, ...]]:
     return [p for p in listed if p not in left_out and p.name not in beside], notes
 
 
-def leave_out_caches(tables: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
+def check_complete(listed: Collection[Path]) -> None:
+    """Check that the data sets of `save_to_disk` among some files have all of theirs.
+
+    Raises:
+        UsageError: a file or a split is missing; its rows would be lost without a word.
+    """
+    present = {*listed}
+    for path in listed:
+        folder, expected = path.parent, list[Path]()
+        if path.name == _STATE:
+            expected = [folder / name for name in sorted(_read_state(folder) or ())]
+        elif path.name == _DICT:
+            expected = [folder / str(split) / _STATE for split in _read_splits(folder) or ()]
+        if missing := [file for file in expected if file not in present]:
+            raise UsageError(
+                f"{folder}: {path.name} lists {missing[0].relative_to(folder).as_posix()}, which "
+                f"is missing ({len(missing)} of {format_count(len(expected), 'file')}).",
+                "the rows in it would be lost.",
+                "fetch or copy the data set again; or name the files that are there one by one.",
+            )
+
+
+def leave_out_caches(
+    tables: Sequence[Path], *, named: bool = False
+) -> tuple[list[Path], tuple[str, ...]]:
     """Keep the files that are a data set's own; `datasets` leaves caches of its work beside them.
+
+    Args:
+        tables: the files.
+        named: whether the user named them, which the name `cache-...` alone does not revoke.
 
     Raises:
         UsageError: a saved data set is a selection of its rows, which the files do not show.
     """
     kept, caches = list[Path](), Counter[str]()
     for table in tables:
-        own = _read_state(table.parent) if table.suffix.lower() == ".arrow" else None
-        if (own is not None and table.name not in own) or table.name.startswith("cache-"):
+        is_arrow = table.suffix.lower() == ".arrow"
+        own = _read_state(table.parent) if is_arrow else None
+        is_cache = is_arrow and not named and table.name.startswith("cache-")
+        if (own is not None and table.name not in own) or is_cache:
             caches["cache files of datasets left out"] += 1
         else:
             kept.append(table)
