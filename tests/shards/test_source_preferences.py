@@ -147,7 +147,8 @@ def test_the_column_system_is_the_system_turn(name: str) -> None:
 
 
 def test_a_system_turn_of_the_prompt_stays() -> None:
-    row = {**FORMS["ours"], "conversations": [SYSTEM, QUESTION], "system": "Be long."}
+    """The column may repeat it; another text there is refused (test_preference_prompts.py)."""
+    row = {**FORMS["ours"], "conversations": [SYSTEM, QUESTION], "system": " Be brief."}
     assert split_row(row)[0] == [SYSTEM, QUESTION]
 
 

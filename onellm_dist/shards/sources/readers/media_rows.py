@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 from urllib.parse import unquote
 
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.placeholders import check_placeholders
 from onellm_dist.common.turns import find_conversation, get_part_modality
-from onellm_dist.modalities import get_modality
+from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.shards.format.media import make_numbered_parts
 from onellm_dist.shards.format.names import parse_modalities
 from onellm_dist.shards.sources.base import BadSampleError, Media
@@ -47,7 +48,7 @@ _ALIASES = (
     (re.compile(r"<(video|image|audio)>\s*</\1>", re.IGNORECASE), lambda m: f"<{m[1].lower()}>"),
     (re.compile(r"<speech>", re.IGNORECASE), lambda _: "<audio>"),
 )
-_FIELDS = {n: (n, f"{n}s") for n in ("image", "video", "audio", "point", "imu", "fmri")}
+MEDIA_FIELDS = {n: (n, f"{n}s") for n in ("image", "video", "audio", "point", "imu", "fmri")}
 """Modality to the columns of its media."""
 _IMAGE = "<image>"
 _VIDEO = "<video>"
@@ -110,7 +111,7 @@ def read_media_row(
 def list_row_media(row: Mapping[str, Any]) -> Iterator[tuple[str, str | Mapping[str, Any]]]:
     """Yield each medium of a row, in order.
 
-    Null, an empty text and an object of nulls are no media, as tables have them in all other rows.
+    Null, an empty text and an object of nulls, as tables have them, do not count.
 
     Yields:
         Its modality, and the name of its file; `{bytes, path}` where a table has the content.
@@ -118,7 +119,7 @@ def list_row_media(row: Mapping[str, Any]) -> Iterator[tuple[str, str | Mapping[
     Raises:
         BadSampleError: a medium is neither the name of a file nor its content.
     """
-    for name, fields in _FIELDS.items():
+    for name, fields in MEDIA_FIELDS.items():
         for field in fields:
             value = row.get(field)
             for item in value if isinstance(value, list) else [value]:
@@ -140,7 +141,7 @@ def require_all_read(row: Mapping[str, Any], modalities: Sequence[str], *, has_m
     Raises:
         BadSampleError: one does.
     """
-    read = {field for fields in _FIELDS.values() for field in fields}
+    read = {field for fields in MEDIA_FIELDS.values() for field in fields}
     column = find_unread_column(row, read, modalities, has_media=has_media)
     if column is not None:
         raise BadSampleError(
@@ -199,6 +200,27 @@ def unify_tags(text: str, media: Sequence[str]) -> str:
     if "video" in media and "image" not in media:
         text = text.replace(_IMAGE, _VIDEO)
     return text
+
+
+def normalise_tags(text: str, around: str = "") -> tuple[str, int]:
+    """Write placeholders of all modalities in one form, without white space around them.
+
+    Args:
+        text: the text.
+        around: what replaces a placeholder and the white space; "": its tag.
+
+    Returns:
+        The text, stripped, and how many placeholders it has.
+    """
+    for pattern, replacement in _ALIASES:
+        text = pattern.sub(replacement, text)
+    text, count = _compile_tags().subn(lambda tag: around or f"<{tag[1].lower()}>", text)
+    return text.strip(), count
+
+
+@cache
+def _compile_tags() -> re.Pattern[str]:
+    return re.compile(rf"\s*<({'|'.join(map(re.escape, all_modalities()))})>\s*", re.IGNORECASE)
 
 
 def check_tags(turns: Iterable[Turn], media: Sequence[str], modalities: Sequence[str]) -> None:

@@ -13,35 +13,26 @@
 
 Of whole conversations the row's prompt, where it has one, must be part of what both begin with, or
 precede it. Of several columns of the prompt each must be part of the others, or precede or follow
-them. The column `system` is the system turn of a prompt that has none. Both answers are about
-the same media: names of files, or bytes in tables (ultrafeedback_binarized, RLAIF-V and RLHF-V are
-parquet).
+them (preference_prompts.py). Several forms of the answers must say the same
+(preference_columns.py). The column `system` is the system turn. Both answers are about the same
+media: names of files, or bytes in tables (ultrafeedback_binarized, RLAIF-V and RLHF-V are parquet).
 
 A sample's `.json` has `conversations` (the shared turns), `chosen` and `rejected` (turns).
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onellm_dist.common.turns import (
-    CONVERSATION_KEYS,
-    PAIR_KEYS,
-    ConversationTurn,
-    Role,
-    get_role,
-    get_said,
-    parse_pair,
-)
+from onellm_dist.common.turns import CONVERSATION_KEYS, ConversationTurn, parse_pair
 from onellm_dist.modalities import all_modalities
 from onellm_dist.shards.format.media import make_numbered_parts
 from onellm_dist.shards.sources.base import BadSampleError
 from onellm_dist.shards.sources.readers.annotations import AnnotatedSample, AnnotationContext
 from onellm_dist.shards.sources.readers.img2dataset import to_plain_json
 from onellm_dist.shards.sources.readers.media_rows import (
+    MEDIA_FIELDS,
     check_tags,
     find_medium,
     list_row_media,
@@ -49,15 +40,23 @@ from onellm_dist.shards.sources.readers.media_rows import (
     require_text_alone,
     unify_tags,
 )
+from onellm_dist.shards.sources.readers.preference_columns import find_answers, list_prompts
+from onellm_dist.shards.sources.readers.preference_prompts import (
+    PromptColumn,
+    add_system,
+    join_columns,
+)
+from onellm_dist.shards.sources.readers.preference_turns import (
+    ALIKE,
+    Turns,
+    is_given,
+    split_common,
+)
 
 _KEPT = ("id", "source", "data_source", "sample_id", "dataset", "metadata", "origin_dataset")
 """Values of a row that the `.json` keeps."""
-_ALIKE = "answers: chosen and rejected are the same"
-_MEDIA = ("image", "video", "audio")
-_TAG = re.compile(r"<(?:image|video|audio|speech)>", re.IGNORECASE)
 _STORED = {"system": "system", "user": "human", "assistant": "gpt"}
 """Role to the speaker that shards store."""
-_Turns = list[dict[str, Any]]
 
 
 def read_preference_row(
@@ -78,11 +77,11 @@ def read_preference_row(
     """
     shared, chosen, rejected = split_row(row)
     asked = {**row, "conversations": shared}
-    names = list(list_row_media(asked))
+    if not modalities:
+        require_text_alone(asked, chosen, rejected)
+    names = _list_media(row, shared, chosen, rejected)
     if modalities:
         require_all_read(asked, modalities, has_media=bool(names))
-    else:
-        require_text_alone(asked, chosen, rejected)
     if unknown := sorted({name for name, _ in names} - set(modalities)):
         raise BadSampleError(
             f"media of another modality: the row has {', '.join(unknown)} (-o modality="
@@ -100,7 +99,7 @@ def read_preference_row(
     ]
     said = [[turn["value"] for turn in turns] for turns in texts]
     if said[0] == said[1]:
-        raise BadSampleError(_ALIKE)
+        raise BadSampleError(ALIKE)
     count = len(shared)
     if not all(text for values in said for text in values[count:]):
         raise BadSampleError("answers: one of them is empty")
@@ -121,21 +120,57 @@ def read_preference_row(
     return AnnotatedSample(key, parts, texts[0][:count], meta=meta)
 
 
-def split_row(row: Mapping[str, Any]) -> tuple[_Turns, _Turns, _Turns]:
+def split_row(row: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
     """The turns that both answers of a row follow, and the turns of either; see the module.
 
     Raises:
         BadSampleError: the row has none of the known forms, its answers are the same, they are
-            about different media, or its prompt is not what they begin with.
+            about different media, or its columns contradict each other.
+        TurnsError: two keys of a turn contradict each other.
     """
-    row = _read_text(row)
-    shared, chosen, rejected = _split(row)
+    pair, prompts, answers = find_answers(row, list_prompts(row))
+    chosen, rejected = pair.chosen, pair.rejected
+    columns = [PromptColumn("", pair.shared), *prompts] if pair.shared else prompts
+    if columns:
+        shared = join_columns(columns, answers)
+    else:
+        shared, chosen, rejected = split_common(chosen, rejected)
+    if is_given(system := row.get("system")):
+        shared = add_system(shared, system)
     _check_media({**row, "conversations": shared})
-    system = row.get("system")
-    has_own = bool(shared) and _speaks(shared[0]) == "system"
-    if isinstance(system, str) and system.strip() and not has_own:
-        shared = [{"role": "system", "content": system}, *shared]
     return shared, chosen, rejected
+
+
+def _list_media(
+    row: Mapping[str, Any], shared: Turns, chosen: Turns, rejected: Turns
+) -> list[tuple[str, str | Mapping[str, Any]]]:
+    """List the media of both conversations, in the order of their placeholders.
+
+    Raises:
+        BadSampleError: the conversations have others, or their order is not clear.
+    """
+    columns = list(list_row_media({k: v for k, v in row.items() if k not in CONVERSATION_KEYS}))
+    begun, *ends = (
+        list(list_row_media({"conversations": turns})) for turns in (shared, chosen, rejected)
+    )
+    if ends[0] != ends[1]:
+        said = (", ".join(map(_quote_medium, media)) or "no medium" for media in ends)
+        raise BadSampleError(
+            "media inside an answer: behind what both share chosen has {}, and rejected {}; both "
+            "are about the same media".format(*said)
+        )
+    parts = [*begun, *ends[0]]
+    if both := sorted({name for name, _ in columns} & {name for name, _ in parts}):
+        raise BadSampleError(
+            f"media of two places: {both[0]} in a column, and among content parts; their order is "
+            "not clear"
+        )
+    return [*columns, *parts]
+
+
+def _quote_medium(medium: tuple[str, str | Mapping[str, Any]]) -> str:
+    name, held = medium
+    return f"{name} {held if isinstance(held, str) else held.get('path') or 'bytes'}"
 
 
 def _check_media(row: Mapping[str, Any]) -> None:
@@ -145,8 +180,8 @@ def _check_media(row: Mapping[str, Any]) -> None:
         BadSampleError: they are others.
     """
     both = list(list_row_media(row))
-    for name in _MEDIA:
-        other = {f: row.get(f"rejected_{f}") for f in (name, f"{name}s")}
+    for name, fields in MEDIA_FIELDS.items():
+        other = {f: row.get(f"rejected_{f}") for f in fields}
         rejected = list(list_row_media(other))
         if rejected and rejected != [item for item in both if item[0] == name]:
             key = next(f for f in other if other[f])
@@ -154,230 +189,6 @@ def _check_media(row: Mapping[str, Any]) -> None:
                 f"media of the rejected answer alone: rejected_{key} is not {key}, and both "
                 "answers of a pair are about the same media"
             )
-
-
-def _split(row: Mapping[str, Any]) -> tuple[_Turns, _Turns, _Turns]:
-    chosen, rejected = (_make_turns(row.get(key), "assistant") for key in PAIR_KEYS)
-    prompts = _list_prompts(row)
-    beside, shared = prompts[0] if prompts else ("", [])
-    explicit = all(row.get(key) is not None for key in PAIR_KEYS)
-    response, messages = row.get("rejected_response"), row.get("rejected_messages")
-    wholes = None
-    if all(turns and _speaks(turns[0]) in ("user", "system") for turns in (chosen, rejected)):
-        wholes = chosen, rejected
-    elif response or messages or (response is not None and not explicit):
-        other = messages or [*shared[:-1], *_make_turns(response, "assistant")]
-        wholes, prompts = (shared, _make_turns(other, "assistant")), prompts[1:]
-    if wholes is not None:
-        shared, *answers = _split_common(*wholes)
-        for field, prompt in prompts:
-            shared = _join_prompt(field, prompt, shared, answers)
-        return shared, answers[0], answers[1]
-    has_outputs = all(row.get(key) is not None for key in ("output_1", "output_2"))
-    for field, prompt in prompts[1:]:
-        after = [] if has_outputs else [chosen, rejected]
-        shared = _join_prompt(field, prompt, shared, after, beside)
-    if has_outputs:
-        return _split_outputs(row, shared)
-    if not explicit:
-        raise BadSampleError("unreadable row: it has no chosen and rejected answer")
-    return (shared, chosen, rejected) if shared else _split_common(chosen, rejected)
-
-
-def _split_outputs(row: Mapping[str, Any], shared: _Turns) -> tuple[_Turns, _Turns, _Turns]:
-    """LLaVA-RLHF's two outputs, the better one first."""
-    better = row.get("preference")
-    if isinstance(better, bool) or better not in (1, 2):
-        raise BadSampleError(f"unreadable row: preference is {better!r:.40}, neither 1 nor 2")
-    better = int(better)  # pandas writes whole numbers as floats where one is missing
-    if shared and _speaks(shared[-1]) == "assistant":
-        shared = shared[:-1]  # the outputs take its place
-    outputs = [_make_output(row, f"output_{number}") for number in (better, 3 - better)]
-    return shared, outputs[0], outputs[1]
-
-
-def _join_prompt(
-    field: str, prompt: _Turns, shared: _Turns, answers: Sequence[_Turns], beside: str = ""
-) -> _Turns:
-    """The shared turns, with those turns of a column of the prompt that they lack.
-
-    Args:
-        field: the column.
-        prompt: its turns; they may go on to the end of either conversation (ultrafeedback).
-        shared: what both conversations begin with, or what the columns before it say.
-        answers: how both go on; [] where the shared turns have an answer already.
-        beside: the first of the columns before it; "" where the row has whole conversations.
-
-    Raises:
-        BadSampleError: the column is neither part of the shared turns nor what precedes or, of
-            columns alone, follows them.
-    """
-    last = _read_both_ways(shared[-1])
-    asked = _read_turns(prompt)
-    for answer in map(_read_turns, answers):
-        count = len(asked) - len(answer)
-        if answer and count > 0 and asked[count - 1] in last and asked[count:] == answer:
-            asked = asked[:count]
-    prompt = prompt[: len(asked)]
-    first, end = _speaks(prompt[0]), _speaks(prompt[-1])
-    common_first, common_end = _speaks(shared[0]), _speaks(shared[-1])
-    may_follow = bool(beside and answers) and (common_end, end) != ("user", "assistant")
-    if joined := _overlay(prompt, shared, may_follow=may_follow):
-        return joined
-    is_open = common_end == "system" or (may_follow and (common_end, end) == ("assistant", "user"))
-    if beside and first == "user" and is_open:
-        return [*shared, *prompt]
-    is_answered = len(asked) > 1 and asked[-2] in last  # by neither of the two
-    is_earlier = (end, common_end) == ("assistant", "user") and not is_answered
-    if common_first == "user" and (end == "system" or is_earlier):
-        return [*prompt, *shared]
-    where = f"{beside} ends with {_quote(shared[-1])}"
-    if not beside:
-        where = f"both answers' conversations begin with {_quote(shared[0])}"
-    raise BadSampleError(
-        f"prompt: {field} ends with {_quote(prompt[-1])}, and {where}: the prompt is neither part "
-        f"of {'it nor what precedes or follows it' if beside else 'them nor what precedes them'}"
-    )
-
-
-def _overlay(prompt: _Turns, shared: _Turns, *, may_follow: bool) -> _Turns | None:
-    """The shared turns, with those of the prompt around them; None: the two have no turn in common.
-
-    A text may be that of a shared turn with media: it is the shared turn that is kept.
-    """
-    asked, said = _read_turns(prompt), [_read_both_ways(turn) for turn in shared]
-    end = len(said) - len(asked)
-    places = [*range(end, -len(asked), -1), *(range(end + 1, len(said)) if may_follow else ())]
-    for place in places:
-        before, start = max(-place, 0), max(place, 0)
-        count = min(len(asked) - before, len(said) - start)
-        if all(asked[before + i] in said[start + i] for i in range(count)):
-            return [*prompt[:before], *shared, *prompt[before + count :]]
-    return None
-
-
-def _read_both_ways(turn: Any) -> tuple[Any, Any]:
-    """A turn with and without its media."""
-    return _read_turn(turn), _read_turn(turn, media=False)
-
-
-def _quote(turn: Any) -> str:
-    said = _read_turn(turn)
-    return f"{said[0]}: {said[1]!r:.50}" if isinstance(said, tuple) else f"{said!r:.60}"
-
-
-def _read_text(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row of RLHF-V with what its `text` says; other rows as they are."""
-    text = row.get("text")
-    if not isinstance(text, str) or any(row.get(key) is not None for key in PAIR_KEYS):
-        return row
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError):
-        return row
-    if not isinstance(said, dict) or any(key not in said for key in PAIR_KEYS):
-        return row
-    return {**row, **{key: said.get(key) for key in ("question", *PAIR_KEYS)}}
-
-
-def _list_prompts(row: Mapping[str, Any]) -> list[tuple[str, _Turns]]:
-    """Each column that says what is asked, with its turns.
-
-    Raises:
-        BadSampleError: the history of an instruction cannot be read.
-    """
-    found = {key: row.get(key) for key in (*CONVERSATION_KEYS, "prompt", "question")}
-    prompts = [
-        (key, _make_turns(value, "user"))
-        for key, value in found.items()
-        if (value.strip() if isinstance(value, str) else value)
-    ]
-    asked = "\n".join(str(x) for k in ("instruction", "input") if (x := row.get(k)))
-    history = row.get("history") or []
-    if not asked.strip() and not (prompts and history):
-        return prompts
-    if not isinstance(history, list) or any(
-        not isinstance(pair, list) or len(pair) != 2 for pair in history
-    ):
-        raise BadSampleError("unreadable row: history is not a list of pairs of texts")
-    earlier = [
-        {"role": role, "content": text}
-        for pair in history
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
-    if not asked.strip():
-        return [*prompts, ("history", earlier)]
-    return [*prompts, ("instruction", [*earlier, {"role": "user", "content": asked}])]
-
-
-def _make_output(row: Mapping[str, Any], key: str) -> _Turns:
-    """The answer of a text, or of a turn of whoever answered (LLaVA-RLHF: `llava`)."""
-    output = row[key]
-    text = get_said(output) if isinstance(output, dict) else output
-    if not isinstance(text, str):
-        raise BadSampleError(f"unreadable row: {key} is {output!r:.60}, neither a text nor a turn")
-    return [{"role": "assistant", "content": text}]
-
-
-def _split_common(chosen: _Turns, rejected: _Turns) -> tuple[_Turns, _Turns, _Turns]:
-    """Take off the turns that two whole conversations begin with.
-
-    Raises:
-        BadSampleError: they are the same, or begin with different turns.
-    """
-    first, second = _read_turns(chosen), _read_turns(rejected)
-    if first == second:
-        raise BadSampleError(_ALIKE)
-    count = 0
-    while count < min(len(first), len(second)) and first[count] == second[count]:
-        count += 1
-    if not count:
-        alone = all(turns and _speaks(turns[0]) == "assistant" for turns in (chosen, rejected))
-        raise BadSampleError(
-            "unreadable row: the row has no prompt"
-            if alone or not chosen
-            else "unreadable row: chosen and rejected begin with different turns"
-        )
-    return chosen[:count], chosen[count:], rejected[count:]
-
-
-def _read_turns(turns: _Turns) -> list[Any]:
-    return [_read_turn(turn) for turn in turns]
-
-
-def _read_turn(turn: Any, *, media: bool = True) -> Any:
-    """Who says what in a turn, and calls which tool, however it is written.
-
-    What is not a turn is returned as it is.
-
-    Args:
-        turn: the turn.
-        media: whether media among its content parts, and their placeholders, are of what is said.
-    """
-    if not isinstance(turn, dict):
-        return turn
-    said = get_said(turn)
-    parts: list[Any] = said if isinstance(said, list) else [None]
-    if not media and isinstance(said, list):
-        parts = [p for p in said if not isinstance(p, dict) or p.get("type") == "text"]
-    if all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-        said = "".join(str(part.get("text") or "") for part in parts)
-    if isinstance(said, str):
-        said = (said if media else _TAG.sub("", said)).strip()
-    return _speaks(turn), said, [turn.get(key) or None for key in ("tool_calls", "function_call")]
-
-
-def _speaks(turn: Any) -> Role | None:
-    return get_role(turn) if isinstance(turn, dict) else None
-
-
-def _make_turns(value: Any, role: str) -> _Turns:
-    """Turns as they are; a turn alone, or a text, as a list."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return value if isinstance(value, list) else [value]
 
 
 def _store(turn: ConversationTurn, text: str) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def list_media_parts(turns: Any) -> Iterator[tuple[str, Any]]:
     """List the content parts of turns that are media.
 
     Args:
-        turns: a conversation; what is no turn or no list of parts is passed over.
+        turns: a conversation; anything that is not a turn with a list of parts is passed over.
 
     Yields:
         The part's type, and what it holds; None: its place alone is given.
@@ -112,8 +112,16 @@ def list_media_parts(turns: Any) -> Iterator[tuple[str, Any]]:
         for part in said if isinstance(said, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
             if isinstance(kind, str) and kind != "text":
-                held = (part.get(key) for key in (kind, "path", "url"))
-                yield kind, next((value for value in held if not is_empty(value)), None)
+                yield kind, get_part_medium(part)
+
+
+def get_part_medium(part: Mapping[str, Any]) -> Any:
+    """Return what a content part holds, under the name of its type, `path` or `url`.
+
+    None: its place alone is given.
+    """
+    held = (part.get(key) for key in (str(part.get("type")), "path", "url"))
+    return next((value for value in held if not is_empty(value)), None)
 
 
 def list_part_modalities(turns: Any) -> list[str]:
