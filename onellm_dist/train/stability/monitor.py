@@ -35,10 +35,10 @@ PAIR_LOG_NORM_FLOOR = 1.25
 threshold a spike is 270,000 times the median, more than one undecided pair makes."""
 NORM_FLOOR = 1e-30
 """Gradient norms below it count as it: 0 has no logarithm."""
-PAIR_NORM_FLOOR = 1e-4
-"""The same with preference pairs. Where all are decided the norm vanishes, and every later one
-would be a spike for good, as skipped steps never enter the window. The limit of this: with the
-default threshold no norm below 27 is a spike."""
+PAIR_SPIKE_NORM = 1e-4 * math.exp(10 * PAIR_LOG_NORM_FLOOR)
+"""With preference pairs no norm below it, 27, is a spike, whatever the threshold. Where all pairs
+are decided the norm vanishes, and every later one would be a spike for good, as skipped steps never
+enter the window."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class StabilityMonitor:
         skipped_samples: samples that earlier starts could not read.
         state: the `state()` of the checkpoint that this start resumes from.
         pairs: whether losses are those of preference pairs. Their smallest scatter is PAIR_SCATTER,
-            that of gradient norms PAIR_LOG_NORM_FLOOR, and norms below PAIR_NORM_FLOOR count as it:
-            with the default threshold no norm below 27 is a spike.
+            that of gradient norms PAIR_LOG_NORM_FLOOR, and no norm below PAIR_SPIKE_NORM is a
+            spike.
     """
 
     def __init__(
@@ -90,7 +90,10 @@ class StabilityMonitor:
         """Samples of the whole run that could not be read, earlier starts included."""
         self._config = config
         self._pairs = pairs
-        self._norm_floor = PAIR_NORM_FLOOR if pairs else NORM_FLOOR
+        self._least_log_norm = math.log(NORM_FLOOR)
+        if pairs:
+            least = math.log(PAIR_SPIKE_NORM) - config.threshold * PAIR_LOG_NORM_FLOOR
+            self._least_log_norm = max(least, self._least_log_norm)
         self._max_skipped_samples = max_skipped_samples
         self._losses: deque[float] = deque(maxlen=config.window)
         self._log_norms: deque[float] = deque(maxlen=config.window)
@@ -108,9 +111,7 @@ class StabilityMonitor:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Return to a `state()`; an empty one (another mixture, an old checkpoint) starts anew."""
         self._losses = deque(state.get("losses", ()), maxlen=self._config.window)
-        floor = math.log(self._norm_floor)
-        norms = (max(norm, floor) for norm in state.get("log_norms", ()))
-        self._log_norms = deque(norms, maxlen=self._config.window)
+        self._log_norms = deque(state.get("log_norms", ()), maxlen=self._config.window)
         self._skipped_in_a_row = int(state.get("skipped", 0))
 
     def check(self, loss: float, grad_norm: float) -> Anomaly | None:
@@ -138,19 +139,22 @@ class StabilityMonitor:
                 f"{median(self._losses):.4g}",
             )
         floor = PAIR_LOG_NORM_FLOOR if self._pairs else LOG_NORM_FLOOR
-        z = self._spike(self._log(grad_norm), self._log_norms, floor)
+        now, *earlier = (
+            max(norm, self._least_log_norm) for norm in (_log(grad_norm), *self._log_norms)
+        )
+        z = self._spike(now, earlier, floor)
         if z is not None:
             return Anomaly(
                 "gradient_spike",
                 f"gradient norm {grad_norm:.4g} is {z:.1f} robust standard deviations above the "
-                f"median {math.exp(median(self._log_norms)):.4g}",
+                f"median {math.exp(median(earlier)):.4g}",
             )
         return None
 
     def accept(self, loss: float, grad_norm: float) -> None:
         """Remember an applied step: later ones are compared with it."""
         self._losses.append(loss)
-        self._log_norms.append(self._log(grad_norm))
+        self._log_norms.append(_log(grad_norm))
 
     def count_step(self, step: int, *, applied: bool, new_skipped_samples: int) -> None:
         """Count a step that is done.
@@ -191,5 +195,6 @@ class StabilityMonitor:
         z = robust_z(value, window, floor)
         return z if z > self._config.threshold else None
 
-    def _log(self, norm: float) -> float:
-        return math.log(max(norm, self._norm_floor))
+
+def _log(norm: float) -> float:
+    return math.log(max(norm, NORM_FLOOR))

@@ -168,6 +168,44 @@ def test_pairs_without_a_gradient_make_no_spike_of_a_later_one(resumed: bool) ->
     assert found is not None and found.kind == "gradient_spike" and "0.0001" in found.reason
 
 
+@pytest.mark.parametrize("threshold", [1.0, 5.0, 8.0, 10.0, 20.0, 1e4])
+def test_below_27_no_gradient_of_pairs_is_a_spike_whatever_the_threshold(threshold: float) -> None:
+    """Steps whose loss is no spike: were their norm one, all later steps would be skipped."""
+    config = StabilitySection(window=16, threshold=threshold)
+    monitor = StabilityMonitor(config, max_skipped_samples=5, pairs=True)
+    for _ in range(16):
+        assert monitor.check(1e-9, 0.0) is None
+        monitor.accept(1e-9, 0.0)
+    for norm in (1e-3, 1.0, 5.0, 26.8):
+        assert monitor.check(0.01, norm) is None
+    found = monitor.check(0.01, 27.0)
+    assert (found is None) == (threshold == 1e4), "where even 1e-30 is near"
+    assert found is None or found.kind == "gradient_spike"
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 10.0), (5.0, 10.0), (10.0, 5.0), (20.0, 5.0)])
+def test_a_resumed_run_may_have_another_threshold(before: float, after: float) -> None:
+    """What counts as no gradient is that of today's threshold, not of the checkpoint's."""
+    monitors = [
+        StabilityMonitor(
+            StabilitySection(window=16, threshold=each), max_skipped_samples=5, pairs=True
+        )
+        for each in (before, after)
+    ]
+    for monitor in monitors:
+        for _ in range(16):
+            monitor.accept(1e-9, 0.0)
+    first, always = monitors
+    resumed = StabilityMonitor(
+        StabilitySection(window=16, threshold=after),
+        max_skipped_samples=5,
+        state=json.loads(json.dumps(first.state())),
+        pairs=True,
+    )
+    for norm in (1e-3, 1.0, 26.8, 27.0, 1e6):
+        assert resumed.check(0.01, norm) == always.check(0.01, norm)
+
+
 def test_a_collapse_of_pairs_to_chance_with_a_huge_gradient_is_a_spike() -> None:
     config = StabilitySection(window=128, threshold=10.0)
     monitor = StabilityMonitor(config, max_skipped_samples=5, pairs=True)
