@@ -20,7 +20,14 @@ IGNORED = -100
 
 
 def compute_chunked_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in fp32: logits [N, V], targets [N] -> [N]."""
+    """Cross-entropy in fp32: logits [N, V], targets [N] -> [N].
+
+    A target is 0 to V - 1, or IGNORED.
+
+    Raises:
+        RuntimeError: a target is anything else. On a GPU it is torch's assertion in the kernel that
+            reads the logit, which ends the process at its next synchronization.
+    """
     nll: torch.Tensor = _run_cross_entropy(logits, targets)[0]
     return nll
 
@@ -33,12 +40,13 @@ def _split(logits: torch.Tensor) -> Iterator[slice]:
 def _forward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """([N] losses, [N] log of each row's sum), fp32."""
     nll, lse = _forward_shapes(logits, targets)
-    known = targets.clamp_min(0)[:, None]
+    ignored = targets == IGNORED
+    known = targets.masked_fill(ignored, 0)[:, None]
     for rows in _split(logits):
         wide = logits[rows].float()
         torch.logsumexp(wide, 1, out=lse[rows])
         nll[rows] = lse[rows] - wide.gather(1, known[rows])[:, 0]
-    return nll.masked_fill_(targets == IGNORED, 0.0), lse
+    return nll.masked_fill_(ignored, 0.0), lse
 
 
 def _forward_shapes(
@@ -55,8 +63,9 @@ def _backward(
 ) -> torch.Tensor:
     """[N, V], in the dtype of the logits."""
     found = torch.empty_like(logits)
-    gradient = gradient.masked_fill(targets == IGNORED, 0.0)[:, None]
-    known = targets.clamp_min(0)[:, None]
+    ignored = targets == IGNORED
+    gradient = gradient.masked_fill(ignored, 0.0)[:, None]
+    known = targets.masked_fill(ignored, 0)[:, None]
     for rows in _split(logits):
         shares = logits[rows].float().sub_(lse[rows, None]).exp_()
         shares.scatter_add_(1, known[rows], shares.new_full((len(shares), 1), -1.0))

@@ -4,7 +4,8 @@ Each is an operation of torch's own registry (`onellm::name`), so that selective
 the planner, which counts on the meta device, see one operation. Forward and backward are written in
 plain torch: on a GPU inductor compiles each of them to one kernel, for all shapes at once;
 elsewhere, and where it cannot (no C compiler), they run as they are written. There are no second
-derivatives: asked for one, they raise NotImplementedError; the plain twins have them.
+derivatives and none in forward mode: asked for one, they raise NotImplementedError; the plain twins
+have them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from onellm_dist.common.error_text import get_first_line
 from onellm_dist.common.logging import get_logger
@@ -147,6 +149,14 @@ def refuse_gradients(name: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse)
 
 
+def _refuse_tangents(name: str, inputs: tuple[Any, ...]) -> None:
+    tensors = (each for each in inputs if isinstance(each, torch.Tensor))
+    if any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name}: fused kernels have no forward-mode derivative; use plain kernels"
+        )
+
+
 class Call:
     """Calls a registered operation by the shortest way that shows it to all who watch.
 
@@ -164,7 +174,13 @@ class Call:
         self._body = body
 
     def __call__(self, *inputs: Any) -> Any:
-        """Call it without gradients; where they are on, as torch does."""
+        """Call it without gradients; where they are on, as torch does.
+
+        Raises:
+            NotImplementedError: an input has a tangent, which would be lost below autograd.
+        """
+        if forward_ad._current_level >= 0:  # no call: this runs for every norm of a forward pass
+            _refuse_tangents(self.name, inputs)
         if torch.is_grad_enabled():  # a gradient's own gradient
             return self.operation(*inputs)
         first = inputs[0]

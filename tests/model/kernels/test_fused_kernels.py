@@ -115,6 +115,18 @@ def test_cross_entropy_in_chunks_equals_torch_s(rows: int, words: int, chunk: in
         cross_entropy.CHUNK_ELEMENTS = before
 
 
+@pytest.mark.parametrize("target", [-1, -99, -101, 8, 2**40])
+@pytest.mark.parametrize("chunk", [1, 2**24])
+def test_a_target_that_is_no_word_is_refused(
+    monkeypatch: pytest.MonkeyPatch, target: int, chunk: int
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk)
+    logits, targets = torch.randn(3, 8), torch.tensor([7, -100, target])
+    for wants_gradient in (False, True):
+        with pytest.raises(RuntimeError, match=f"index {target} is out of bounds"):
+            compute_chunked_cross_entropy(logits.requires_grad_(wants_gradient), targets)
+
+
 def test_extreme_logits_have_finite_losses_and_a_nan_stays_one() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [torch.nan, 0.0, 0.0]], requires_grad=True)
     nll = compute_chunked_cross_entropy(logits, torch.tensor([1, 1]))
@@ -200,17 +212,23 @@ class Dropped(torch.autograd.Function):
         return None
 
 
+FUSED = ["swiglu", "quick_gelu", "rms_norm", "frozen_rms_norm", "rotary", "cross_entropy"]
+
+
 def make_fused(name: str) -> tuple[Callable[..., torch.Tensor], list[torch.Tensor]]:
     """(fused, inputs), which want gradients."""
     if name == "cross_entropy":
         logits = torch.randn((5, 8), generator=torch.Generator().manual_seed(0))
         targets = torch.arange(5)
         return lambda x: compute_chunked_cross_entropy(x, targets), [logits.requires_grad_()]
+    if name == "frozen_rms_norm":
+        fused, _, (x, weight) = make_case("rms_norm", 5, 8, torch.float32)
+        return lambda x: fused(x, weight), [x.requires_grad_()]
     fused, _, inputs = make_case(name, 5, 8, torch.float32)
     return fused, [x.clone().requires_grad_() for x in inputs]
 
 
-@pytest.mark.parametrize("name", ["swiglu", "quick_gelu", "rms_norm", "cross_entropy"])
+@pytest.mark.parametrize("name", [name for name in FUSED if name != "rotary"])
 def test_without_a_gradient_of_the_result_the_inputs_get_none_or_zero(name: str) -> None:
     fused, own = make_fused(name)
     drop: Any = Dropped.apply
@@ -218,12 +236,38 @@ def test_without_a_gradient_of_the_result_the_inputs_get_none_or_zero(name: str)
     assert all(x.grad is None or not x.grad.any() for x in own)
 
 
-@pytest.mark.parametrize("name", ["swiglu", "quick_gelu", "rms_norm", "rotary", "cross_entropy"])
+@pytest.mark.parametrize("name", FUSED)
 def test_a_second_derivative_is_refused(name: str) -> None:
     fused, own = make_fused(name)
     first = torch.autograd.grad(fused(*own).square().sum(), own, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.stack([gradient.square().sum() for gradient in first]).sum().backward()
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("position", [0, -1])
+def test_a_forward_mode_derivative_is_refused_with_and_without_gradients(
+    name: str, position: int
+) -> None:
+    fused, own = make_fused(name)
+    out = fused(*own)
+    with torch.autograd.forward_ad.dual_level():
+        inputs = [x.detach() for x in own]
+        with torch.no_grad():  # a level that is open, and inputs that have no tangents
+            assert torch.equal(fused(*inputs), out)
+        inputs[position] = make_dual(inputs[position])
+        for gradients in (False, True):
+            with (
+                torch.set_grad_enabled(gradients),
+                pytest.raises(NotImplementedError, match=r"jvp|no forward-mode derivative"),
+            ):
+                fused(*inputs)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.autograd.grad(out, own, make_dual(torch.ones_like(out)))
+
+
+def make_dual(x: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
 
 
 class Names(TorchDispatchMode):
