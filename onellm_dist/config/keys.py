@@ -76,11 +76,6 @@ def format_key_list() -> str:
     return "\n".join(format_table(rows))
 
 
-def list_key_names(section: type[Section]) -> list[str]:
-    """Return the keys of one section as recipes spell them."""
-    return [field.alias or name for name, field in section.model_fields.items()]
-
-
 def find_section(path: list[str]) -> type[Section] | None:
     """Return the section at a path such as `["data", "mixture", "0"]`; None if there is none."""
     section: type[Section] | None = RunConfig

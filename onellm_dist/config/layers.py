@@ -1,7 +1,8 @@
 """The values of a recipe in layers: those of its bases, its own, and those of the command line.
 
 A later layer wins. Sections merge key by key; every other value, a list or the options of an
-optimizer included, replaces the earlier one as a whole.
+optimizer included, replaces the earlier one as a whole. A key with two names (`track.with` is
+`track.trackers`, too) is one key; a file that has both is left as it is, to be refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import yaml
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.recipe_files import BASE, RecipeFile
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.config.values import get_fields, parse_override, resolve
+from onellm_dist.config.values import get_aliases, get_fields, parse_override, resolve
 
 COMMAND_LINE = "command line"
 ALTERNATIVES = {"model": ("path", "preset"), "train": ("steps", "epochs")}
@@ -80,7 +81,8 @@ class LayeredRecipe:
                 f"write {BASE} at the top of a recipe of your own, and train that one.",
             )
         *sections, leaf = key.split(".")
-        node, annotation = self._enter(sections, item)
+        node, annotation, prefix = self._enter(sections, item)
+        leaf = get_aliases(annotation).get(leaf, leaf)
         try:
             kind = get_fields(annotation).get(leaf, Any)
             value = resolve(parse_override(text, kind), kind)
@@ -91,8 +93,8 @@ class LayeredRecipe:
                 "quote it for your shell.",
             ) from None
         node.pop(leaf, None)
-        self._forget(key)
-        self._put(node, {leaf: value}, annotation, "".join(f"{name}." for name in sections), None)
+        self._forget(f"{prefix}{leaf}")
+        self._put(node, {leaf: value}, annotation, prefix, None)
         if len(sections) == 1 and sections[0] in ALTERNATIVES:
             given = {leaf: value}
             if sections[0] in ONE_LAYER:
@@ -128,20 +130,26 @@ class LayeredRecipe:
                 return f" (in {origin})" if is_of_base else ""
         return ""
 
-    def _enter(self, sections: Sequence[str], item: str) -> tuple[dict[str, Any], Any]:
-        """Return the values of a section and its type; sections that are not there are made."""
+    def _enter(self, sections: Sequence[str], item: str) -> tuple[dict[str, Any], Any, str]:
+        """Return the values of a section, its type, and what its keys begin with (`train.`).
+
+        Sections that are not there are made.
+        """
         node: Any = self.values
         annotation: Any = RunConfig
-        for name in sections:
+        prefix = ""
+        for given in sections:
+            name = get_aliases(annotation).get(given, given)
+            prefix += f"{name}."
             node = node.setdefault(name, {})
             annotation = get_fields(annotation).get(name, Any)
             if not isinstance(node, dict):
                 raise UsageError(
-                    f"{item!r}: {name} is not a section",
+                    f"{item!r}: {given} is not a section",
                     "there are no keys below it.",
                     "see launch/recipes/ for the keys.",
                 )
-        return node, annotation
+        return node, annotation, prefix
 
     def _put(
         self,
@@ -151,8 +159,15 @@ class LayeredRecipe:
         prefix: str,
         file: RecipeFile | None,
     ) -> None:
-        fields = get_fields(annotation)
-        for name, value in values.items():
+        fields, aliases = get_fields(annotation), get_aliases(annotation)
+        for field, alias in aliases.items():
+            if not {field, alias}.isdisjoint(values):  # also where an earlier layer has both
+                node.pop(field, None)
+                self._forget(f"{prefix}{field}")
+        for written, value in values.items():
+            name = aliases.get(written, written)
+            if name != written and name in values:
+                name = written
             key, kind = f"{prefix}{name}", fields.get(name, Any)
             if isinstance(value, dict) and get_fields(kind):
                 if not isinstance(node.get(name), dict):
@@ -162,7 +177,7 @@ class LayeredRecipe:
             else:
                 self._forget(key)
                 node[name] = value
-                self._origins[key] = _Origin(file, key)
+                self._origins[key] = _Origin(file, f"{prefix}{written}")
 
     def _forget(self, key: str) -> None:
         """Forget where a key, and all below it, came from."""

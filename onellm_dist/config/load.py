@@ -19,13 +19,15 @@ from pydantic import ValidationError
 from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.secrets import MASK
+from onellm_dist.config.keys import find_section
 from onellm_dist.config.layers import LayeredRecipe
+from onellm_dist.config.meant_keys import suggest_keys
 from onellm_dist.config.old_keys import explain_old_key, explain_old_value
 from onellm_dist.config.recipe_files import RecipeFile, find_recipe, read_recipe_files
 from onellm_dist.config.schema import RunConfig, RunSection
 from onellm_dist.config.train_sections import NO_LENGTH
-from onellm_dist.config.valid_parts import ValidParts, find_meant_key, find_valid_parts
-from onellm_dist.config.values import list_ambiguous
+from onellm_dist.config.valid_parts import ValidParts, find_valid_parts
+from onellm_dist.config.values import get_aliases, list_ambiguous
 
 FindProblems = Callable[[ValidParts], Sequence[str]]
 """Finds further problems in what is valid of a recipe."""
@@ -158,7 +160,7 @@ def _describe_problem(error: Any) -> list[str]:
     location = [str(part) for part in error["loc"]]
     key, given = ".".join(location), error.get("input")
     if error["type"] == "extra_forbidden":
-        return explain_old_key(key, given) or [_describe_unknown(location)]
+        return explain_old_key(key, given) or [_describe_unknown(location, given)]
     if error["type"] == "missing":
         return [f"missing key {key}"]
     renamed = explain_old_value(key, given)
@@ -174,7 +176,14 @@ def _describe_problem(error: Any) -> list[str]:
     return [f"{key}: {message}{shown}" if key else message]
 
 
-def _describe_unknown(location: list[str]) -> str:
-    near = find_meant_key(location[:-1], location[-1])
-    hint = f"; did you mean {'.'.join([*location[:-1], near])}?" if near else ""
-    return f"unknown key {'.'.join(location)}{hint}"
+def _describe_unknown(location: list[str], given: Any) -> str:
+    *section, name = location
+    prefix, key = "".join(f"{part}." for part in section), ".".join(location)
+    alias = get_aliases(find_section(section)).get(name)
+    if alias is not None:  # alone, it is known
+        return f"{prefix}{alias} and {key} are one key: keep one"
+    near = suggest_keys(section, name, given)
+    if near == [key]:
+        above, _, leaf = name.rpartition(".")
+        return f"{key} is written as one key with a dot: in a file, {leaf} stands below {above}"
+    return f"unknown key {key}" + (f"; did you mean {' or '.join(near)}?" if near else "")

@@ -1,12 +1,12 @@
 """What a recipe with wrong keys says all the same: the sections and values that are valid.
 
 What they name can be looked for before the wrong keys are fixed. Nothing is guessed: a value or
-section whose key may be the one that was misspelt is not taken for its default.
+section whose key may be the one that was misspelt, or put into another section, is not taken for
+its default.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
@@ -14,8 +14,8 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from onellm_dist.config.keys import find_section, list_key_names
-from onellm_dist.config.old_keys import find_new_name
+from onellm_dist.config.keys import find_section
+from onellm_dist.config.meant_keys import list_missing_keys
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.config.section import Section
 
@@ -24,11 +24,13 @@ class ValidParts(NamedTuple):
     """The valid parts of a recipe."""
 
     sections: Mapping[str, Section]
-    """Section by name, if the section is valid but for unknown keys that are like none of its own.
-    """
+    """Section by name, if the section is valid but for unknown keys that are like none of its own,
+    and no key of another section is like one of them."""
     values: Mapping[str, Mapping[str, Any]]
     """Section's name to its valid values by field, defaults included; of a list, the valid items.
     """
+    shortened: frozenset[str] = frozenset()
+    """The lists in `values` that lack items, which are not valid: `train.parameters`."""
 
     @classmethod
     def from_config(cls, config: RunConfig) -> ValidParts:
@@ -45,39 +47,26 @@ def find_valid_parts(raw: Mapping[str, Any]) -> ValidParts:
     """
     sections: dict[str, Section] = {}
     values: dict[str, Mapping[str, Any]] = {}
-    meant_sections = {find_meant_key([], key) for key in raw.keys() - RunConfig.model_fields.keys()}
+    shortened: list[str] = []
+    missing = list_missing_keys(raw)
     for name in RunConfig.model_fields:
         section, given = find_section([name]), raw.get(name, {})
         assert section is not None
-        if name in meant_sections or not isinstance(given, Mapping):
+        if name in missing or not isinstance(given, Mapping):
             continue
         fields = _map_keys_to_fields(section)
+        absent = {field for key, field in fields.items() if f"{name}.{key}" in missing}
         known = {key: value for key, value in given.items() if key in fields}
-        meant = {find_meant_key([name], key) for key in given.keys() - known.keys()} - {None}
-        if not meant:
+        if not absent:
             with suppress(ValidationError):
                 sections[name] = section.model_validate(known)
                 values[name] = dict(sections[name])
                 continue
-        missing = {fields[key] for key in meant if key in fields}
-        clear = {fields[key]: value for key, value in known.items() if fields[key] not in missing}
-        values[name] = _list_valid_values(section, clear, missing)
-    return ValidParts(sections, values)
-
-
-def find_meant_key(section: list[str], key: Any) -> str | None:
-    """Return the key of a section that an unknown key stands for; None if it is like none.
-
-    Args:
-        section: the names of the section and of those around it.
-        key: the unknown key, misspelt or of 0.1.0.
-    """
-    renamed = find_new_name(".".join([*section, str(key)]))
-    if renamed is not None:
-        return renamed.rpartition(".")[2]
-    found = find_section(section)
-    names = [] if found is None else list_key_names(found)
-    return next(iter(difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)), None)
+        clear = {fields[key]: value for key, value in known.items() if fields[key] not in absent}
+        values[name] = found = _list_valid_values(section, clear, absent)
+        lists = (field for field in clear if isinstance(found.get(field), tuple))
+        shortened += (f"{name}.{each}" for each in lists if len(found[each]) < len(clear[each]))
+    return ValidParts(sections, values, frozenset(shortened))
 
 
 def _map_keys_to_fields(section: type[Section]) -> dict[str, str]:
@@ -94,7 +83,7 @@ def _list_valid_values(
     Args:
         section: the section.
         given: values as the recipe has them, by field.
-        missing: fields without a value here, because a misspelt key may be theirs.
+        missing: fields without a value here, because an unknown key may be theirs.
     """
     values: dict[str, Any] = {}
     for name, field in section.model_fields.items():

@@ -80,13 +80,29 @@ def parse_override(text: str, annotation: Any) -> Any:
 
 
 def get_fields(annotation: Any) -> dict[str, Any]:
-    """Key -> type, of the section that an annotation is or contains; {} if there is none."""
+    """Key -> type, of the section that an annotation is or contains; {} if there is none.
+
+    A field whose key has another name (`get_aliases`) is there under both.
+    """
     section = _find_section(annotation)
     if section is None:
         return {}
     return {
-        field.alias or name: _get_annotation(field) for name, field in section.model_fields.items()
+        key: _get_annotation(field)
+        for name, field in section.model_fields.items()
+        for key in (field.alias or name, name)
     }
+
+
+def get_aliases(annotation: Any) -> dict[str, str]:
+    """Field -> key, of the fields whose keys have another name; recipes may use either.
+
+    Args:
+        annotation: see `get_fields`.
+    """
+    section = _find_section(annotation)
+    fields = {} if section is None else section.model_fields
+    return {name: field.alias for name, field in fields.items() if field.alias is not None}
 
 
 def _get_annotation(field: Any) -> Any:

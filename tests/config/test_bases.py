@@ -233,6 +233,40 @@ def test_every_value_knows_its_place(write: Write) -> None:
     assert {key: layers.describe_origin(key) for key in places} == places
 
 
+NAMES = ("with", "trackers")
+"""Both are the same key of `track`."""
+
+
+@pytest.mark.parametrize(("earlier", "later"), [NAMES, NAMES[::-1], NAMES[:1] * 2, NAMES[1:] * 2])
+def test_a_later_layer_replaces_a_key_by_either_of_its_names(
+    write: Write, earlier: str, later: str
+) -> None:
+    first = write("first.yaml", COMPLETE.replace("track: {", f"track: {{{earlier}: [wandb, aim], "))
+    text = f"base: first.yaml\ntrack:\n  project: mine\n  {later}: [mlflow]\n"
+    second = write("second.yaml", text)
+    loaded = load_recipe(second)
+    assert loaded.config.track.trackers == ("mlflow",) and loaded.config.track.project == "mine"
+    assert loaded.layers.describe_origin("track.with") == f"{second}:4"
+    loaded = load_recipe(first, [f"track.{later}=[on]", f"track.{earlier}=[off]"])
+    assert loaded.config.track.trackers == ("off",), "a text, under either name"
+    assert loaded.layers.describe_origin("track.with") == "command line"
+    loaded = load_recipe(first, [f"track={{{later}: [mlflow]}}"])
+    assert loaded.config.track.trackers == ("mlflow",)
+
+
+@pytest.mark.parametrize("names", [NAMES, NAMES[::-1]])
+def test_both_names_of_a_key_in_one_file_are_refused(write: Write, names: tuple[str, str]) -> None:
+    both = ", ".join(f"{name}: [{name}]" for name in names)
+    first = write("first.yaml", COMPLETE.replace("track: {", f"track: {{{both}, "))
+    problem = "track.with and track.trackers are one key: keep one"
+    message = refuse(first)
+    assert problem in message and "1 problem in" in message
+    second = write("second.yaml", "base: first.yaml\n")
+    assert f"{problem} (in {first}:11)" in refuse(second)
+    for name in NAMES:
+        assert load_config(second, [f"track.{name}=[aim]"]).track.trackers == ("aim",)
+
+
 def test_a_section_that_is_replaced_has_no_old_places(write: Write) -> None:
     recipe = write("first.yaml", COMPLETE)
     whole = ["data.validation={split: val, samples: 2, every: 1}"]
@@ -246,9 +280,9 @@ def test_a_section_that_is_replaced_has_no_old_places(write: Write) -> None:
 def test_lines_of_merged_keys_are_those_of_the_anchor(write: Write) -> None:
     write("first.yaml", COMPLETE)
     second = write("second.yaml", "base: first.yaml\nrun: &r {seed: 3}\ncheckpoint:\n  <<: *r\n")
-    assert "did you mean checkpoint.keep?\n" in refuse(second)
+    assert "did you mean run.seed?\n" in refuse(second)
     third = write("third.yaml", "base: second.yaml\n")
-    assert f"did you mean checkpoint.keep? (in {second}:2)\n" in refuse(third)
+    assert f"did you mean run.seed? (in {second}:2)\n" in refuse(third)
 
 
 def test_the_run_directory_is_known_also_with_a_broken_base(write: Write) -> None:

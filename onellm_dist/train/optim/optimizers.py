@@ -66,13 +66,13 @@ def make_optimizer(optim: OptimSection) -> OptimizerComponent:
 
 
 def check_optim(
-    optim: OptimSection, rules: Sequence[ParameterRule] = (), steps: int | None = None
+    optim: OptimSection, rules: Sequence[ParameterRule] | None = (), steps: int | None = None
 ) -> None:
     """Refuse a wrong `optim` section; called before any rank starts.
 
     Args:
         optim: the recipe's `optim` section.
-        rules: `train.parameters`, which may name schedules of their own.
+        rules: `train.parameters`, which may name schedules of their own. None: not known.
         steps: `train.steps`; default: not known yet.
 
     Raises:
@@ -80,10 +80,11 @@ def check_optim(
             a decay that begins in the warm-up or never.
     """
     make_optimizer(optim)
-    schedules = {optim.schedule, *(rule.schedule for rule in rules if rule.schedule is not None)}
+    of_rules = (rule.schedule for rule in rules or ())
+    schedules = {optim.schedule, *(name for name in of_rules if name is not None)}
     for name in sorted(schedules):
         get_schedule(name)
-    if optim.decay_from is not None and WSD not in schedules:
+    if optim.decay_from is not None and WSD not in schedules and rules is not None:
         raise UsageError(
             f"optim.decay_from={optim.decay_from} is read by optim.schedule={WSD} alone",
             "the recipe would say something that does not hold.",

@@ -119,7 +119,8 @@ def _check_data(data: Values) -> Iterator[UsageError]:
 def _check_parts(valid: ValidParts) -> Iterator[UsageError]:
     """The engine, the optimizer, trackers and callbacks."""
     train = valid.values.get("train", {})
-    yield from _check_engine_and_optim(valid.sections, train.get("precision"))
+    yield from _check_engine(valid.sections, train.get("precision"))
+    yield from _check_optim(valid)
     trackers: tuple[str, ...] = valid.values.get("track", {}).get("trackers", ())
     if trackers:
         from onellm_dist.train.callbacks.trackers import tracker_class
@@ -131,34 +132,44 @@ def _check_parts(valid: ValidParts) -> Iterator[UsageError]:
             yield from _collect(find_module, name, key="train.callbacks")
 
 
-def _check_engine_and_optim(sections: Sections, precision: str | None) -> Iterator[UsageError]:
-    """The engine, if the precision is known, and the optimizer."""
+def _check_engine(sections: Sections, precision: str | None) -> Iterator[UsageError]:
+    """The engine, if the precision is known."""
     from onellm_dist.train.engine.compile_check import check_compile
     from onellm_dist.train.engine.frozen_weights import check_frozen_weights
     from onellm_dist.train.engine.select import get_engine
-    from onellm_dist.train.optim.optimizers import check_optim
 
     engine = cast("EngineSection | None", sections.get("engine"))
     train = cast("TrainSection | None", sections.get("train"))
-    if engine is not None and precision is not None:
-        wrong = [*_collect(get_engine(engine.name).check, engine, bf16=precision == "bf16")]
-        yield from wrong
-        if train is not None:
-            yield from _collect(check_frozen_weights, engine, train)
-            if not wrong:
-                yield from _collect(check_compile, engine, train)
-    optim = cast("OptimSection | None", sections.get("optim"))
-    if optim is not None:
-        known = () if train is None else (train.parameters, train.steps)
-        yield from _collect(check_optim, optim, *known)
+    if engine is None or precision is None:
+        return
+    wrong = [*_collect(get_engine(engine.name).check, engine, bf16=precision == "bf16")]
+    yield from wrong
+    if train is not None:
+        yield from _collect(check_frozen_weights, engine, train)
+        if not wrong:
+            yield from _collect(check_compile, engine, train)
+
+
+def _check_optim(valid: ValidParts) -> Iterator[UsageError]:
+    """The optimizer, with what is known of the rules and the length of the run."""
+    from onellm_dist.train.optim.optimizers import check_optim
+
+    optim = cast("OptimSection | None", valid.sections.get("optim"))
+    if optim is None:
+        return
+    train = valid.values.get("train", {})
+    rules = None if "train.parameters" in valid.shortened else train.get("parameters")
+    # Where epochs are given, or may be, it is not clear that the steps hold.
+    steps = train.get("steps") if train.get("epochs", "?") is None else None
+    yield from _collect(check_optim, optim, rules, steps)
 
 
 def _check_checkpoint(checkpoint: Values, run: Values) -> Iterator[UsageError]:
     """A named checkpoint; a requeued job that has applied it may have removed it since."""
     resume, folder = checkpoint.get("resume"), run.get("dir")
-    if not isinstance(resume, Path) or resume.is_dir():
+    if folder is None or not isinstance(resume, Path) or resume.is_dir():
         return
-    if folder is None or not was_applied(folder, resume, os.environ):
+    if not was_applied(folder, resume, os.environ):
         yield UsageError(
             f"checkpoint.resume={resume}: no complete checkpoint there (no such folder)",
             do="give a step-... folder of a run's checkpoints/, or auto",

@@ -142,8 +142,20 @@ def test_wrong_trackers_are_named_beside_another_wrong_key_of_their_section(
     assert "did you mean track.project?" in problems and "'nope' is not a tracker" in problems
 
 
+@pytest.mark.parametrize("second", ["nope2", "aim"])
+def test_trackers_under_both_names_are_not_looked_for(dataset: Path, second: str) -> None:
+    recipe = write_recipe(dataset)
+    values = json.loads(recipe.read_text())
+    values["track"] = {"with": ["nope"], "trackers": [second]}
+    recipe.write_text(json.dumps(values))
+    problems = find_problems_of(recipe)
+    assert "track.with and track.trackers are one key" in problems and "1 problem in" in problems
+
+
 def test_a_tracker_whose_key_may_be_misspelt_is_not_looked_for(dataset: Path) -> None:
     problems = find_problems_of(write_recipe(dataset), "track.with=[nope]", "track.wiht=[tensor]")
+    assert "did you mean track.with?" in problems and "1 problem in" in problems
+    problems = find_problems_of(write_recipe(dataset), "track.with=[nope]", "track.tracker=[aim]")
     assert "did you mean track.with?" in problems and "1 problem in" in problems
 
 
@@ -159,6 +171,94 @@ def test_the_engine_is_checked_with_the_precision_that_the_recipe_names(dataset:
     assert "did you mean train.precision?" in problems and "1 problem in" in problems
     problems = find_problems_of(recipe, engine, "train.stepz=2")
     assert "stage 0 with train.precision=bf16" in problems and "2 problems in" in problems
+
+
+RULE = "train.parameters=[{match: 'llm.*', schedule: wsd}]"
+"""A rule whose schedule reads `optim.decay_from`."""
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "train.stepz=2",
+        "train.precision=fp8",
+        "trian.steps=4",
+        "train.parameters=[{match: 'llm.*', schedule: wsd, lrr: 1}]",
+        "train.epoch=3",
+        "train.schedule=wsd",
+        "schedule=wsd",
+    ],
+)
+def test_a_schedule_is_checked_with_the_rules_and_steps_that_are_known(
+    dataset: Path, wrong: str
+) -> None:
+    recipe, decay = write_recipe(dataset), "optim.decay_from=50"
+    load_checked_config(recipe, ["train.steps=100", RULE, decay])
+    assert "1 problem in" in find_problems_of(recipe, "train.steps=100", RULE, decay, wrong)
+
+
+def test_a_wrong_schedule_is_named_beside_a_wrong_key_of_train(dataset: Path) -> None:
+    recipe, wrong = write_recipe(dataset), "train.colour=2"
+    problems = find_problems_of(recipe, "optim.decay_from=50", "train.steps=100", wrong)
+    assert "is read by optim.schedule=wsd alone" in problems and "2 problems in" in problems
+    problems = find_problems_of(recipe, "optim.decay_from=50", RULE, "train.steps=40", wrong)
+    assert "is not below train.steps=40" in problems and "2 problems in" in problems
+
+
+@pytest.mark.parametrize("wrong", ["run.dri=x", "dir=x", "train.dir=x", "rnu.dir=x", "run.dir="])
+def test_a_checkpoint_that_may_have_been_applied_is_not_missed(dataset: Path, wrong: str) -> None:
+    """Whether it was, the run directory says, which is not known."""
+    lost = f"checkpoint.resume={dataset}/step-9"
+    assert "1 problem in" in find_problems_of(write_recipe(dataset), lost, wrong)
+    assert "2 problems in" in find_problems_of(write_recipe(dataset), lost, "run.colour=red")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("precision=fp32", "train.precision"),
+        ("engine.precision=fp32", "train.precision"),
+        ("train.dtype=fp32", "train.precision"),
+        ("dtype=fp32", "train.precision"),
+        ("hardware.precision=fp32", ""),
+        ("root=/data", "data.root"),
+        ("run.root=/data", "data.root"),
+        ("data.folder=/data", ""),
+        ("backend=fsdp", "engine.name"),
+        ("train.engine.name=fsdp", "engine"),
+        ("train.name=fsdp", "engine.name"),
+        ("engine.compile=none", "train.compile"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_found_and_its_default_is_not_used(
+    dataset: Path, wrong: str, meant: str
+) -> None:
+    """Under its default, one of these would be wrong, too: each is right as the user meant it."""
+    recipe, config = write_recipe(dataset), dataset.parent / "zero0.json"
+    values = json.loads(recipe.read_text())
+    if wrong.endswith("/data"):
+        del values["data"]["root"]
+    elif wrong == "engine.compile=none":
+        values["train"]["compile"] = "blocks"
+    else:
+        config.write_text('{"zero_optimization": {"stage": 0}}')
+        values["engine"] = {"config": str(config)}
+    recipe.write_text(json.dumps(values))
+    problems = find_problems_of(recipe, wrong)
+    assert "1 problem in" in problems
+    assert ("did you mean" in problems) == bool(meant)
+    assert f"unknown key {wrong.partition('=')[0].replace('.name', '')}" in problems or not meant
+    assert not meant or f"did you mean {meant}?" in problems
+
+
+def test_a_key_with_dots_in_a_file_is_explained(dataset: Path) -> None:
+    recipe = write_recipe(dataset)
+    values = json.loads(recipe.read_text())
+    values["engine.name"] = "fsdp"
+    values["train"]["compile"] = "blocks"  # refused under the default engine
+    recipe.write_text(json.dumps(values))
+    problems = find_problems_of(recipe)
+    assert "engine.name is written as one key with a dot" in problems and "1 problem in" in problems
 
 
 def test_a_section_whose_name_is_misspelt_is_not_checked_with_its_defaults(dataset: Path) -> None:
