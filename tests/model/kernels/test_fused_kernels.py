@@ -267,7 +267,8 @@ def test_a_forward_mode_derivative_is_refused_with_and_without_gradients(
 
 
 def make_dual(x: torch.Tensor) -> torch.Tensor:
-    return torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+    dual: torch.Tensor = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+    return dual
 
 
 class Names(TorchDispatchMode):

@@ -170,7 +170,7 @@ def test_pairs_without_a_gradient_make_no_spike_of_a_later_one(resumed: bool) ->
 
 @pytest.mark.parametrize("threshold", [1.0, 5.0, 8.0, 10.0, 20.0, 1e4])
 def test_below_27_no_gradient_of_pairs_is_a_spike_whatever_the_threshold(threshold: float) -> None:
-    """Steps whose loss is no spike: were their norm one, all later steps would be skipped."""
+    """The loss of these steps makes none: did their norm, all later steps would be skipped."""
     config = StabilitySection(window=16, threshold=threshold)
     monitor = StabilityMonitor(config, max_skipped_samples=5, pairs=True)
     for _ in range(16):
