@@ -3,7 +3,7 @@
     for sample in progress(samples, "Checking media"):          # length from len(), or pass total=
         ...
 
-    with progress(5000, "Building shards", unit="sample") as bar:   # a number: advance it yourself
+    with progress(5000, "Building shards", unit="samples") as bar:   # a number: advance it yourself
         bar.advance()                # or bar.advance(16)
         bar.note("3 quarantined")    # shown after the numbers until the next note
 
@@ -212,7 +212,7 @@ def progress(
             `advance`); None if the number is unknown.
         description: what is being done, such as "Building shards".
         total: number of things to do if `work` is an iterable without a length.
-        unit: what is counted ("sample"), shown after the number.
+        unit: what is counted ("samples"), shown after the number.
         enabled: False shows nothing.
         every: seconds between plain lines if stderr is not a terminal.
     """

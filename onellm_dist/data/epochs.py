@@ -54,8 +54,9 @@ def describe_length(data: DataSection, datasets: Sequence[Dataset], steps: int) 
         for dataset, size, count in zip(datasets, sizes, counts, strict=True)
         if size
     )
+    epochs = f"{read / max(1, sum(sizes)):.3g}"
     return (
-        f"length: {format_count(steps, 'step')}, {read / max(1, sum(sizes)):.3g} epochs of "
-        f"{format_count(sum(sizes), 'sample')}; "
+        f"length: {format_count(steps, 'step')}, {epochs} {'epoch' if epochs == '1' else 'epochs'} "
+        f"of {format_count(sum(sizes), 'sample')}; "
         f"times each dataset is read: {passes}"
     )

@@ -258,7 +258,7 @@ def build_token_counts(
     total = sum(shard.samples for _, shard in jobs)
     if workers is None:
         workers = 1 if total < MIN_PARALLEL_SAMPLES else min(len(jobs), count_cpus())
-    with progress(total, "Counting text tokens", unit="sample", enabled=show) as bar:
+    with progress(total, "Counting text tokens", unit="samples", enabled=show) as bar:
         counted = (
             _count_here(jobs, encoder)
             if workers <= 1

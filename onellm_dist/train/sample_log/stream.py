@@ -247,7 +247,7 @@ class RunStream:
         # A key without a shard is looked up in every index.
         wanted = named or [(*entry, "") for entry in shards]
         with progress(
-            len(wanted), "Searching the shards", unit="shard", enabled=len(wanted) > MANY_SHARDS
+            len(wanted), "Searching the shards", unit="shards", enabled=len(wanted) > MANY_SHARDS
         ) as bar:
             for name, number, info, prefix in wanted:
                 rest = key.removeprefix(prefix) if key.startswith(prefix) else ""
