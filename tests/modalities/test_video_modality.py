@@ -70,6 +70,14 @@ def test_clip_starts_follow_pytorchvideos_formula(total: int, rate: float) -> No
     assert expected == sorted(expected)
 
 
+def test_a_films_range_is_not_that_of_the_film_before() -> None:
+    """Motion JPEG has 256 levels, H.264 usually 220: a converter that is kept mixes them up."""
+    data = video("mov", "mjpeg")
+    assert np.array_equal(decode(data).frames[0], every_frame(data)[0])
+    data = video("mp4", "libx264")
+    assert np.array_equal(decode(data).frames[0], every_frame(data)[0])
+
+
 def test_a_short_video_repeats_its_first_frame() -> None:
     data = video(frames=6)
     clip = decode(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def _describe(error: Exception, data: bytes) -> str:
         return "its table of contents (moov) is missing: it was not written or copied to its end"
     if isinstance(error, av.InvalidDataError):
         return "its header, or what follows it, is damaged or of another format"
-    if isinstance(error, av.ArgumentError):
+    if error.errno == errno.EINVAL:  # av.ArgumentError, which PyAV has from 17.0 on
         return f"it is in none of the containers that are read ({_FORMATS.replace(',', ', ')})"
     return error.strerror or type(error).__name__
 

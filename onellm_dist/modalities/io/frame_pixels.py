@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from typing import TYPE_CHECKING, Any
 
 import av
@@ -15,25 +13,16 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-_own = threading.local()
-
-
-def _get_reformatter() -> VideoReformatter:
-    """This thread's converter of colours.
-
-    PyAV's default converter (17.0 to 19.0) has a thread pool, which a forked worker does not
-    inherit and would wait for. This one runs in the calling thread, and belongs to this process.
-    """
-    if getattr(_own, "pid", None) != os.getpid():
-        _own.pid = os.getpid()
-        _own.reformatter = VideoReformatter()
-    reformatter: VideoReformatter = _own.reformatter
-    return reformatter
 
 
 def make_upright_rgb(frame: VideoFrame) -> np.ndarray:
-    """[H, W, 3] RGB, turned and mirrored by the container's display matrix, as players do."""
-    pixels = _get_reformatter().reformat(frame, format="rgb24", **_ONE_THREAD).to_ndarray()
+    """[H, W, 3] RGB, turned and mirrored by the container's display matrix, as players do.
+
+    Each frame has a converter of colours of its own. PyAV's default one (17.0 to 19.0) has a thread
+    pool, which a forked worker does not inherit and would wait for. One that is kept takes the
+    range of JPEG's films for that of later ones too (15.0 to 16.1).
+    """
+    pixels = VideoReformatter().reformat(frame, format="rgb24", **_ONE_THREAD).to_ndarray()
     stored: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
     if stored is None:
         return np.ascontiguousarray(pixels)
