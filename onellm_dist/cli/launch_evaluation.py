@@ -33,11 +33,13 @@ def make_job_of_evaluation(
 
     group: Any = typer.main.get_command(evaluate.app)
     given = group.commands["evaluate"].make_context("onellm evaluate", list(arguments)).params
-    if Path(arguments[0]) != given["model"]:
+    # Texts here where Typer converts when it calls the command (0.18), as it did on top of click.
+    model, data, out = (Path(given[name]) for name in ("model", "data", "out"))
+    if Path(arguments[0]) != model:
         raise UsageError(
             f"{arguments[0]} stands before the model",
             "the script names the model first.",
-            f"write: -- {given['model']} TASK... and the options behind them.",
+            f"write: -- {model} TASK... and the options behind them.",
         )
     for name in given["tasks"]:
         get_task(name).get_prompt(given["prompt"])
@@ -54,15 +56,15 @@ def make_job_of_evaluation(
             "submit a job for each: the folder of an adapter stands in the place of the model.",
         )
     job = make_evaluation_job(
-        given["model"],
+        model,
         arguments[1:],
         tasks=given["tasks"],
-        data=given["data"],
-        out=given["out"],
+        data=data,
+        out=out,
         nodes=nodes,
         **options,
     )
     fewest, most = job.nodes
     for count in range(fewest, most + 1):
-        check_group(given["group"], given["model"], (), count * job.ranks_per_node)
+        check_group(given["group"], model, (), count * job.ranks_per_node)
     return job
