@@ -193,8 +193,14 @@ class RemotePath:
         with ThreadPoolExecutor(_THREADS) as pool:
             for _ in pool.map(fs.rm_file, fs.find(self._key)):
                 pass
-        if fs.isdir(self._key):  # stores have no folders of their own; file systems do
-            fs.rm(glob.escape(self._key), recursive=True)
+        if not fs.isdir(self._key):  # stores have no folders of their own; file systems do
+            return
+        if not glob.has_magic(self._key):
+            fs.rm(self._key, recursive=True)
+            return
+        # Nor of an escaped name: before 2026.6, fsspec expands what it finds once more.
+        for folder in sorted(fs.find(self._key, withdirs=True), reverse=True):
+            fs.rmdir(folder)
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Make the folder. Object stores have no folders; file systems do."""
