@@ -146,7 +146,7 @@ def _run(command: list[str], what: str, cwd: Path | None = None) -> None:
         raise PackageUnavailableError(f"{what}: no answer in {FETCH_S} s") from None
     if done.returncode:
         output = (done.stderr or done.stdout).splitlines()
-        errors = [line for line in output if line.startswith(("ERROR", "E:"))]
+        errors = [line for line in output if line.startswith(("ERROR", "E:"))] or output
         reason = errors[-1] if errors else f"{command[0]} failed with {done.returncode}"
         raise PackageUnavailableError(f"{what}: {reason}")
 

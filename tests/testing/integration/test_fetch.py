@@ -65,6 +65,17 @@ def test_a_package_that_pip_cannot_find_is_tried_once(index: Path, tmp_path: Pat
     assert len(lines) == 1
 
 
+def test_a_python_without_pip_is_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "python: No module named pip" >&2\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    with pytest.raises(PackageUnavailableError, match=r"tiny-media==1\.0: .*No module named pip"):
+        PackageCache(tmp_path / "cache").pypi("tiny-media==1.0")
+
+
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="no dpkg-deb on this machine")
 def test_a_debian_package_is_unpacked_without_being_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
