@@ -77,8 +77,9 @@ def _compile_class(kind: Any) -> type:
 def _raise_limit() -> dict[str, Any]:
     """What torch.compile takes as its limit of graphs.
 
-    Where it takes none (before torch 2.15), the limit of this thread is raised: that of the thread
-    in which autograd recomputes a block on a GPU stays torch's own.
+    Where it takes none (before torch 2.15), torch's setting is raised: in torch 2.11 that of all
+    threads. A torch whose threads have settings of their own keeps its limit in the thread in which
+    autograd recomputes a block on a GPU.
     """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return {"recompile_limit": GRAPHS_OF_ONE_CODE}

@@ -91,7 +91,7 @@ class _Stack(nn.Module):
 def test_a_piece_has_more_graphs_than_torchs_limit_in_every_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a GPU autograd recomputes blocks in a thread of its own, which has torch's own settings.
+    """On a GPU autograd recomputes blocks in a thread of its own, which may have torch's settings.
 
     They are traced, and not compiled; each kind is a graph.
     """
@@ -102,16 +102,19 @@ def test_a_piece_has_more_graphs_than_torchs_limit_in_every_thread(
     kinds = [letter * count for count, letter in enumerate("abcdefghijkl", start=1)]
     torch._dynamo.reset()
     stack, x = _Stack(), torch.ones(2, 3)
-    assert compile_blocks(stack, "cpu") == {"_Block": 1}
-    assert len(kinds) > config.recompile_limit
-    counters.clear()
+    limit = 8  # torch's own
+    assert len(kinds) > limit
 
     def run() -> list[float]:
+        assert config.recompile_limit in (limit, GRAPHS_OF_ONE_CODE)
         with config.patch(fail_on_recompile_limit_hit=True):
             return [float(stack.block(x, kind)[0, 0]) for kind in kinds]
 
-    with ThreadPoolExecutor(1) as other:
-        assert other.submit(run).result() == [1.0 + len(kind) for kind in kinds]
+    with config.patch(recompile_limit=limit):  # other tests may have raised it
+        assert compile_blocks(stack, "cpu") == {"_Block": 1}
+        counters.clear()
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(run).result() == [1.0 + len(kind) for kind in kinds]
     assert counters["stats"]["unique_graphs"] == len(kinds)
 
 

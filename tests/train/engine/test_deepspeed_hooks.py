@@ -20,6 +20,7 @@ from onellm_dist.train.engine.deepspeed.hooks import (
     quicken_hooks,
 )
 
+NO_SETUP = "this DeepSpeed's linear layer has no setup_context (0.19.0), and is left as it is"
 REPLACED = (
     ("utils.nvtx", "enable_nvtx"),
     ("runtime.zero.partitioned_param_coordinator", "iter_params"),
@@ -34,6 +35,12 @@ def unchanged_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in REPLACED:
         found = import_module(f"deepspeed.{module}")
         monkeypatch.setattr(found, name, getattr(found, name))
+
+
+def has_setup() -> bool:
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    return "setup_context" in vars(LinearFunctionForZeroStage3)
 
 
 def make_hook() -> Any:
@@ -73,6 +80,8 @@ def test_hooks_are_not_inspected_and_compute_the_same(monkeypatch: pytest.Monkey
 def test_the_linear_layer_of_zero_3_computes_the_same(shape: tuple[int, ...], bias: bool) -> None:
     from deepspeed.runtime.zero import linear
 
+    if len(shape) == 1 and not has_setup():
+        pytest.skip(f"{NO_SETUP}: it has no gradient of a single row")
     found = []
     joined = join_setup(linear.LinearFunctionForZeroStage3).apply
     for function in (joined, torch.nn.functional.linear):
@@ -123,10 +132,12 @@ def test_deepspeed_calls_what_replaces_its_own(monkeypatch: pytest.MonkeyPatch) 
         return list_parameters(module, recurse)
 
     monkeypatch.setattr(hooks, "list_parameters", list_and_tell)
+    can_join = has_setup()
     own = [getattr(import_module(f"deepspeed.{module}"), name) for module, name in REPLACED]
     quicken_hooks(nn.Identity())
     new = [getattr(import_module(f"deepspeed.{module}"), name) for module, name in REPLACED]
-    assert new[1] is list_and_tell and issubclass(new[2], own[2]) and new[2] is not own[2]
+    assert new[1] is list_and_tell and issubclass(new[2], own[2])
+    assert (new[2] is not own[2]) == can_join, NO_SETUP
 
     coordinator: Any = partitioned_param_coordinator.PartitionedParameterCoordinator
     fetch = coordinator._fetch_sub_module_impl
@@ -144,7 +155,7 @@ def test_deepspeed_calls_what_replaces_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert listed and {*listed} == {module}
     weight = nn.Parameter(torch.ones(2, 3))
     out = linear.zero3_linear_wrap(torch.ones(1, 3), weight)
-    assert type(out.grad_fn).__name__ == "JoinedBackward"
+    assert type(out.grad_fn).__name__ == f"{new[2].__name__}Backward"
 
 
 def test_a_version_without_the_names_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
