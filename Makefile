@@ -47,7 +47,7 @@ test: $(STAMP) $(SLURM)  ## every check except the long random ones, with the co
 	$(PYTEST) -m "not soak" $(PARALLEL) $(SLOW_REPORT) $(COVERAGE)
 
 test-fast: $(STAMP) $(SLURM)  ## under three minutes: for every edit
-	$(PYTEST) -m "not slow and not soak" $(PARALLEL)
+	$(PYTEST) -m "not slow and not seconds and not soak" $(PARALLEL)
 
 soak: export ONELLM_HYPOTHESIS := random
 soak: $(STAMP) $(SLURM)  ## long random runs (hours)

@@ -113,6 +113,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
     Most slow tests start other processes, which are not measured anyway.
     """
-    left_out = item.get_closest_marker("slow") or item.get_closest_marker("unmeasured")
-    with pause_coverage(item.config, left_out is not None):
+    left_out = any(map(item.get_closest_marker, ("slow", "seconds", "unmeasured")))
+    with pause_coverage(item.config, left_out):
         return (yield)

@@ -52,7 +52,7 @@ def test_the_version_stands_in_one_place(metadata: configparser.ConfigParser) ->
     assert re.search(rf"^## \[?{re.escape(version)}\]?", changes, re.M)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_import_is_declared(metadata: configparser.ConfigParser) -> None:
     declared = requirements(metadata["options"]["install_requires"])
     for extra in metadata["options.extras_require"].values():
@@ -85,7 +85,7 @@ def test_every_shipped_pattern_finds_files(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(any(ROOT.glob(pattern)) for pattern in patterns)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_setup_says_what_went_wrong(tmp_path: Path) -> None:
     """A package index without our packages: pip's reason is shown, and what to do about it."""
     copy = tmp_path / "a checkout"

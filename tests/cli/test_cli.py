@@ -40,7 +40,7 @@ def run_onellm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_command_has_help_with_an_example(command: str) -> None:
     done = run_onellm(*command.split(), "--help")
     assert done.returncode == 0
@@ -55,7 +55,7 @@ def test_help_shows_every_default() -> None:
         assert f"[default: {default}]" in shown
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_shell_can_complete_commands() -> None:
     assert "--install-completion" in run_onellm("--help").stdout
     command = Path(sys.executable).parent / "onellm"
@@ -67,7 +67,7 @@ def test_the_shell_can_complete_commands() -> None:
     assert {"--image", "--imu"} <= set(done.stdout.split())
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_generate_has_an_option_for_every_modality() -> None:
     from onellm_dist.modalities import all_modalities
 
@@ -79,12 +79,12 @@ def test_generate_has_an_option_for_every_modality() -> None:
     "arguments",
     [["trai"], ["train"], ["shards", "build"], ["generate"], ["doctor", "a=b"], ["--nope"]],
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert run_onellm(*arguments).returncode == 2
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_errors_are_what_why_and_what_to_do(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("train: {stage: align, stepz: 3}\n")
@@ -95,7 +95,7 @@ def test_errors_are_what_why_and_what_to_do(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_missing_model_is_a_usage_error(tmp_path: Path) -> None:
     done = run_onellm("generate", str(tmp_path / "no_model"), "hello")
     assert done.returncode == 2
@@ -103,7 +103,7 @@ def test_a_missing_model_is_a_usage_error(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_narrow_locale_ends_no_command() -> None:
     """An answer with characters that the terminal's encoding lacks is shown, not refused."""
     code = "from onellm_dist.cli import main\nimport sys\nmain(sys.argv[1:])"
@@ -116,7 +116,7 @@ def test_a_narrow_locale_ends_no_command() -> None:
     assert "\\u732b.yaml" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_run_directory_that_cannot_be_created_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run_onellm(

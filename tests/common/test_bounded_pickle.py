@@ -67,7 +67,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_hostile_pickles_end_in_words(what: str, tmp_path: Path) -> None:
     (tmp_path / "refs.p").write_bytes(HOSTILE[what])
     with pytest.raises((pickle.UnpicklingError, ValueError), match=r"\w"):

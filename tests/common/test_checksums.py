@@ -108,7 +108,7 @@ def test_what_sha256sum_writes_is_read(tmp_path: Path) -> None:
     subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=tmp_path, check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_flipped_bit_of_a_sums_file_is_found_or_names_another_file(tmp_path: Path) -> None:
     """What is still read of a file is what was written of it."""
     for name in ("config.json", "model.safetensors"):

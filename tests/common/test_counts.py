@@ -27,7 +27,7 @@ def test_a_count_has_the_noun_in_the_right_number(
     assert format_count(number, *nouns) == text
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_plurals_are_made_in_one_place() -> None:
     """No text adds an s by itself, as in `rank{'s' if count > 1 else ''}`, where a count is."""
     alone = {

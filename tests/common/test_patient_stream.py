@@ -39,7 +39,7 @@ os._exit(7)
 
 
 @pytest.mark.parametrize("reader", ["sleeps", "closes", "full_disk"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_process_whose_output_nobody_reads_goes_on_to_its_end(
     tmp_path: os.PathLike[str], reader: str
 ) -> None:

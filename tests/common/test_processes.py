@@ -36,7 +36,7 @@ def without_safe_path() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_module_that_we_start_is_not_shadowed(shadows: Path) -> None:
     command = make_module_command("onellm_dist.train", "--help")
     for env in (without_safe_path(), make_safe_environment()):
@@ -46,7 +46,7 @@ def test_a_module_that_we_start_is_not_shadowed(shadows: Path) -> None:
         assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_arguments_and_grandchildren_are_safe_too(shadows: Path) -> None:
     child = (
         "import subprocess, sys\nsys.exit(subprocess.call([sys.executable, '-c', 'import json']))"

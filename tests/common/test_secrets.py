@@ -71,7 +71,7 @@ values = st.text(st.sampled_from("abcXYZ0123456789+/_-.~=%"), min_size=8, max_si
 
 
 @given(st.sampled_from(NAMES), st.sampled_from(TEMPLATES), values)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_values_of_secret_names_are_masked(name: str, template: str, value: str) -> None:
     masked = mask_text(template.format(name=name, value=value))
     assert value not in masked and MASK in masked and name in masked
@@ -191,7 +191,7 @@ def test_errors_logs_events_and_exit_files_are_masked(
      "https://u:p" * 7000],
     ids=lambda text: text[:6],
 )  # fmt: skip
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_long_words_take_no_time(text: str) -> None:
     """The fuzz room found a manifest whose name of 70,000 letters took minutes to refuse."""
     started = time.process_time()

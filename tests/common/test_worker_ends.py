@@ -48,7 +48,7 @@ def disconnect() -> None:
 
 
 @pytest.mark.parametrize("name", ["disconnect", "spin"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_worker_that_does_not_end_is_not_waited_for_for_ever(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +75,7 @@ def kill_workers(number: int = signal.SIGKILL) -> None:
         os.kill(process.pid, number)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_workers_killed_from_outside_are_replaced_and_then_the_run_ends() -> None:
     reader = PoisonReader(["good"] * 60)
     pool = make_pool(reader, workers=1, prefetch=1)

@@ -40,7 +40,7 @@ def no_worker_is_left() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", POISON)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_sample_that_ends_its_worker_is_skipped_and_named(name: str) -> None:
     samples = ["a", "b", name, "c", "d", "e", "f", "g"]
     seconds = LIMIT_S if "sample_seconds" in POISON[name][1] else 60.0
@@ -75,7 +75,7 @@ def test_a_sample_that_fails_once_is_read(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_worker_that_dies_with_requests_unread_names_its_sample(workers: int) -> None:
     """The kernel reports the unread requests before the batches that the worker had sent."""
     samples = ["a", "b", "leave", "c", "crash", "d", "e", "leave", "f", "crash", "leave", "g"]
@@ -104,7 +104,7 @@ class Native:
             deadlock()
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_worker_does_not_free_the_garbage_of_its_parent() -> None:
     def use() -> None:
         film = av.VideoFrame(64, 64, "yuv420p").reformat(96, 96, "rgb24")
@@ -143,7 +143,7 @@ def test_slow_is_not_hanging() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_pool_reads_other_tasks_after_its_last(workers: int) -> None:
     reader = PoisonReader(["a", "b", "crash", "c", "d", "leave", "e"])
     found = []

@@ -292,7 +292,7 @@ def test_the_run_directory_is_known_also_with_a_broken_base(write: Write) -> Non
     assert find_run_dir(write("third.yaml", "base: second.yaml\n"), []) == Path("here")
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_recipe_that_ships_can_be_a_base(write: Write) -> None:
     for path in sorted(recipes_dir().rglob("*.yaml")):
         name = path.relative_to(recipes_dir()).with_suffix("")

@@ -101,7 +101,7 @@ def test_the_schema_itself_is_valid() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(recipes_dir())))
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_recipe_that_ships_is_accepted(path: Path) -> None:
     assert find_errors(path.read_text()) == []
     assert find_errors(load_config(path).to_yaml()) == [], "as a run records it"

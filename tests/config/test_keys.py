@@ -16,7 +16,7 @@ KEYS = {key.name: key for key in describe_keys()}
 
 
 @pytest.mark.parametrize("name", KEYS)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_key_has_a_description_that_says_something_alone(name: str) -> None:
     description = KEYS[name].description
     assert len(description.split()) >= 4, f"{name}: {description!r}"

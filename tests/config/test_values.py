@@ -59,7 +59,7 @@ def test_a_path_on_the_command_line_is_what_was_typed(recipe: Path, text: str) -
 @given(st.text(st.characters(exclude_categories=["C"], exclude_characters="$'\"~"), min_size=1))
 @example("é" * 127 + "/x")
 @example("é" * 128)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_any_path_survives_command_line_and_config_yaml(text: str) -> None:
     if not text.strip() or "://" in text or MASK in text:  # a masked secret is refused
         return
@@ -191,7 +191,7 @@ FREE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("text", FREE, ids=lambda text: text[:30])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_where_any_value_may_stand_only_what_loses_nothing_is_a_number(
     recipe: Path, tmp_path: Path, text: str
 ) -> None:
@@ -246,7 +246,7 @@ JSON = st.recursive(
 @settings(max_examples=40, deadline=None)
 @example(float("inf"))
 @given(JSON)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_any_option_is_the_same_in_config_yaml(tmp_path_factory: Any, value: Any) -> None:
     options = {"wandb": {"key": value}}
     config = load_config("toy/align_image", ["run.dir=x"])

@@ -201,7 +201,7 @@ def test_random_experts_are_the_seeds(tmp_path: Path) -> None:
         ),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_what_cannot_be_assembled(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:
     save_onellm(tmp_path / "one")
     save_onellm(tmp_path / "constant", router="constant")

@@ -94,7 +94,7 @@ def test_files_cut_short(tmp_path: Path) -> None:
     assert nothing_at(tmp_path / "out")
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_shard_that_is_missing_or_lacks_a_tensor(tmp_path: Path) -> None:
     save_onellm(tmp_path / "one")
     convert(
@@ -123,7 +123,7 @@ def test_a_shard_that_is_missing_or_lacks_a_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "value"), [(torch.float32, "nan"), (torch.float16, "-inf"), (torch.bfloat16, "nan")]
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_weights_that_are_not_finite(dtype: torch.dtype, value: str, tmp_path: Path) -> None:
     weights = parity_weights()
     key = "llma.layers.1.attention.wk.weight"
@@ -184,7 +184,7 @@ def test_params_that_contradict_the_weights(tmp_path: Path) -> None:
         convert("meta-llama", tmp_path / "meta", tmp_path / "out", quiet=True)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_keys_are_allowed_by_name(tmp_path: Path) -> None:
     """An allowed missing key is initialised and recorded; an unknown one is dropped."""
     weights = parity_weights()

@@ -18,7 +18,7 @@ def onellm(*words: object) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_model_from_parts_to_the_reference_and_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,7 +71,7 @@ def test_a_model_from_parts_to_the_reference_and_back(
     assert "UPM: 2 experts of 1 block, router soft" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_wrong_usage_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llama().save_pretrained(tmp_path / "hf")
     for words, said in (
@@ -87,7 +87,7 @@ def test_wrong_usage_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("name", list(list_formats()))
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_format_has_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert onellm("convert", name, "--help") == 0
     assert f"onellm convert {name}" in capsys.readouterr().out

@@ -65,7 +65,7 @@ def test_flipped_bits_of_a_run_are_found(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_flipped_bits_of_a_written_folder_are_found(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "hf")
     convert("hf", tmp_path / "hf", tmp_path / "out", to="hf", quiet=True)

@@ -41,7 +41,7 @@ def save(folder: Path, spans: dict[str, int], **arguments: Any) -> Path:
     ("before", "after"),
     [({}, {"image": 5}), ({"image": 3}, {}), ({"image": 3}, {"image": 5, "imu": 2}), ({}, {})],
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_run_converts_to_the_spans_that_it_exports(
     before: dict[str, int], after: dict[str, int], tmp_path: Path
 ) -> None:

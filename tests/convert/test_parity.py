@@ -101,7 +101,7 @@ def features(model: OneLLMForConditionalGeneration, name: str, value: torch.Tens
 
 @pytest.mark.parametrize("name", RECORDED)
 @torch.no_grad()
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_recorded_numbers(
     model: OneLLMForConditionalGeneration, inputs: Tensors, outputs: Tensors, name: str
 ) -> None:
@@ -168,7 +168,7 @@ def test_packed_logits_are_the_reference_s_too(
 
 @pytest.mark.parametrize("name", list(all_modalities()))
 @torch.no_grad()
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_modality_against_the_plain_forward(
     model: OneLLMForConditionalGeneration,
     weights: Tensors,

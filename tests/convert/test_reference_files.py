@@ -47,7 +47,7 @@ def weights() -> Tensors:
     return built
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_safetensors_and_training_checkpoints_give_the_same(
     weights: Tensors, tmp_path: Path
 ) -> None:
@@ -70,7 +70,7 @@ def test_safetensors_and_training_checkpoints_give_the_same(
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_tokenizer_makes_the_directory_complete(weights: Tensors, tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "c.pth")
     load_toy_tokenizer().save_pretrained(tmp_path / "words")

@@ -60,7 +60,7 @@ def load_folder(folder: Path) -> Tensors:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_reference_there_and_back_is_bit_identical(tmp_path: Path) -> None:
     """fp16 of the encoder included; only the dead keys of CLIP's text tower are gone."""
     weights = parity_weights()
@@ -106,7 +106,7 @@ def test_span_positions_go_there_and_back(kind: str, tmp_path: Path) -> None:
     assert extend_model(ours, Additions(modalities=["audio"]), 0).config.span_positions == kind
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_model_parallel_reference_is_the_same(tmp_path: Path) -> None:
     weights = parity_weights()
     torch.save(weights, tmp_path / "complete.pth")

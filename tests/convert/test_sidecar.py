@@ -43,7 +43,7 @@ def written(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_onellm_to_reference_and_back_is_the_same_model(written: Path) -> None:
     convert("reference", written / "back", written / "again", quiet=True)
     first, again = open_checkpoint(written / "one"), open_checkpoint(written / "again")

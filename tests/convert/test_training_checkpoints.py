@@ -92,7 +92,7 @@ def save_run(
 
 
 @pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (3, "bf16"), (4, "fp32")])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_ranges_of_any_number_of_ranks_become_the_model(
     ranks: int, precision: str, tmp_path: Path
 ) -> None:
@@ -224,7 +224,7 @@ def save_zero(folder: Path, stage: int, world: int) -> None:
 
 
 @pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 3), (3, 4)])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_deepspeeds_own_checkpoints(stage: int, world: int, tmp_path: Path) -> None:
     """Beside DeepSpeed's own zero_to_fp32 on the same files."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -217,7 +217,7 @@ def test_the_smallest_budget_holds_every_sample_alone(root: Path) -> None:
         check_corpus(plan.corpus)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_largest_sample_counts_in_whichever_shard_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +261,7 @@ def test_budgets_that_nobody_has_found_are_refused(root: Path) -> None:
         plan.step(0, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_too_large_a_sample_of_any_shard_is_named_before_step_0(tmp_path: Path) -> None:
     """The last of 120 shards has the only picture of four tiles; bounds alone refuse nothing."""
     sizes = [(200, 200)] * 119 + [(500, 500)]

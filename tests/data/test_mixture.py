@@ -31,7 +31,7 @@ def worst_deviation(mixture: Mixture, length: int) -> float:
 
 @given(counts=st.lists(st.integers(1, 60), min_size=1, max_size=16))
 @settings(max_examples=80, deadline=None)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_prefix_is_within_one_sample(counts: list[int]) -> None:
     mixture = Mixture(counts)
     m = len(counts)
@@ -41,7 +41,7 @@ def test_every_prefix_is_within_one_sample(counts: list[int]) -> None:
 
 @given(weights=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=16))
 @settings(max_examples=8, deadline=None)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_odd_weights_are_rounded_finely_and_kept_within_one_sample(weights: list[float]) -> None:
     mixture = Mixture(weights)
     assert worst_deviation(mixture, mixture.period) < 1

@@ -37,7 +37,7 @@ def test_an_epoch_has_every_sample_once(counts: list[int], key: int, epochs: int
 
 @given(counts=COUNTS, key=KEYS, positions=st.lists(st.integers(0, 500), min_size=1, max_size=20))
 @settings(max_examples=40, deadline=None)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_position_does_not_depend_on_what_is_asked_with_it(
     counts: list[int], key: int, positions: list[int]
 ) -> None:

@@ -25,7 +25,7 @@ def loads_of(samples: list[tuple[int, int, int]]) -> ItemSizes:
     encoder=st.integers(90, 400),
 )
 @settings(max_examples=150, deadline=None)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_sample_once_within_the_budgets_and_as_many_micro_batches_a_rank(
     samples: list[tuple[int, int, int]], world: int, llm: int, encoder: int
 ) -> None:

@@ -76,7 +76,7 @@ def test_every_dataset_continues_where_it_stopped(root: Path) -> None:
         assert places == expected[name][: len(places)], name
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_kills_around_a_change_leave_one_stream(root: Path) -> None:
     """Random kills, numbers of ranks and older checkpoints; the mixture changes at step 8."""
     second, draw = {"pic": 1.0, "other": 2.0}, random.Random(4)

@@ -51,7 +51,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(root: Path) 
             )
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_any_history_of_stops_and_ranks_gives_one_stream(root: Path) -> None:
     """Twenty starts on random numbers of ranks, each killed at a random step and resumed."""
     whole, draw = open_plan(root, MIXTURE, global_batch=16), random.Random(0)

@@ -97,7 +97,7 @@ class Requests:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_stream_of_a_url_is_that_of_the_disk(
     local: Path, memory: str, tmp_path: Path, workers: int, cached: bool
 ) -> None:

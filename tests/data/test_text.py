@@ -164,7 +164,7 @@ def test_answers_and_their_end_are_supervised_and_nothing_else(make: Any) -> Non
     )
 )
 @settings(max_examples=150, deadline=None)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_supervised_tokens_decode_to_the_answers(values: list[str]) -> None:
     """Any Unicode; the toy tokenizer works on bytes, so decoding gives the exact text."""
     tok = tokenizer()

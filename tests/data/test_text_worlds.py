@@ -136,7 +136,7 @@ def test_captions_are_chosen_evenly_and_by_sample_and_epoch_alone() -> None:
     assert not choose_captions(0, "d", "s", rows, epochs, np.ones(3000, dtype=np.int64)).any()
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_of_several_captions_every_epoch_takes_one_and_the_plan_knows_its_length(
     root: Path,
 ) -> None:

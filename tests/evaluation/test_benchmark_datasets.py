@@ -207,7 +207,7 @@ def test_a_disk_that_fails_is_not_taken_for_another_layout(
     assert "differ from the official ones" in error.value.why
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_media_that_cannot_be_read_make_a_dataset_incomplete(
     tmp_path: Path, toy_model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +279,7 @@ def test_files_that_change_during_a_build_are_found(tmp_path: Path) -> None:
         list(source.raw_samples(inputs, split.description, **options))
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_medium_takes_the_spans_that_the_model_was_trained_with(
     benchmark_data: DataOf,
     toy_model: tuple[Any, Any],

@@ -90,7 +90,7 @@ def test_every_task_has_a_fixture_and_a_source() -> None:
 
 
 @pytest.mark.parametrize("name", TREES)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_gold_answers_reach_the_ceiling_and_shuffled_ones_do_not(
     name: str, benchmark_data: DataOf, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ def test_questions_are_laid_out_as_training_does(toy: Path) -> None:
     assert [q.prompt for q in read_questions(dataset, "test_seen", limit=2, ask=False)] == ["", ""]
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_sample_is_captioned_once(toy: Path, model_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "captions.jsonl"
     caption_datasets(
@@ -101,7 +101,7 @@ def test_a_linked_dataset_is_captioned_on_request(toy: Path, tmp_path: Path) -> 
         call(follow_links=True)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_answers_do_not_depend_on_the_batch(toy: Path, model_path: Path) -> None:
     loaded, processor = load_model(path=model_path, preset=None, seed=0)
     model: Any = loaded

@@ -87,7 +87,7 @@ def test_shares_are_disjoint_complete_and_alike() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize(("batch", "reuse"), [(1, True), (4, False), (16, True)])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_answers_do_not_depend_on_ranks_batches_or_reuse(
     ask: Ask,
     expected: dict[str, WrittenAnswer],
@@ -103,7 +103,7 @@ def test_answers_do_not_depend_on_ranks_batches_or_reuse(
     assert ask(tmp_path).prompts == 0  # nothing is left
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_request_to_stop_ends_it_after_a_batch_and_an_older_one_does_not(
     ask: Ask,
     expected: dict[str, WrittenAnswer],
@@ -202,7 +202,7 @@ def test_a_rank_that_fails_ends_the_kills(tmp_path: Path) -> None:
         kill_and_resume(fail, tmp_path, kills=3, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_torn_line_is_asked_again(
     ask: Ask, expected: dict[str, WrittenAnswer], tmp_path: Path
 ) -> None:
@@ -235,7 +235,7 @@ def test_damage_within_a_file_and_double_and_unknown_answers_are_refused(
         ask(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_answers_of_another_evaluation_are_not_mixed(ask: Ask, tmp_path: Path) -> None:
     ask(tmp_path, limit=3)
     assert len(read(tmp_path)) == 3
@@ -261,7 +261,7 @@ def test_a_part_of_a_benchmark_never_counts_as_all_of_it(ask: Ask, tmp_path: Pat
     assert not list((tmp_path / TASK).glob("*.txt")), "the file for its own program"
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_references_decoding_is_repeatable_and_another(
     ask: Ask, expected: dict[str, WrittenAnswer], tmp_path: Path
 ) -> None:

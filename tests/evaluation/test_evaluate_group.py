@@ -119,7 +119,7 @@ def test_a_first_rank_that_fails_or_is_asked_to_stop_ends_its_group(
     assert not list((tmp_path / "out").glob("group*"))
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_ranks_that_make_no_groups_and_adapters_are_refused(base: Path, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", base, seed=1)
     beside = ["--adapter", f"a={tmp_path / 'adapter'}"]

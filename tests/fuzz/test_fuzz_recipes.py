@@ -183,13 +183,13 @@ def run_deepspeed(tmp_path: Path, cases: int) -> None:
     fuzz("deepspeed", surface, seeds, mutate, cases=cases).require_clean()
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_mutated_recipes(tmp_path: Path, recipe: dict[str, Any]) -> None:
     run_recipes(tmp_path, recipe, 150)
     replay("recipe", make_recipe_surface(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_mutated_overrides(tmp_path: Path) -> None:
     run_overrides(tmp_path, 150)
 

@@ -132,7 +132,7 @@ def run_file(run_dir: Path, name: str, cases: int) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_mutated_sample_logs(run_dir: Path, name: str) -> None:
     run_file(run_dir, name, 40)
 

@@ -187,7 +187,7 @@ def test_manifests(dataset: Dataset, times: int) -> None:
 
 
 @pytest.mark.parametrize("place", range(100))
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_flipped_bit_of_a_manifest_is_found(dataset: Dataset, place: int) -> None:
     whole = bytearray((dataset.root / MANIFEST).read_bytes())
     rng = random.Random(place)

@@ -84,7 +84,7 @@ FORMS: dict[str, tuple[str, str, list[bytes], Mutator, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("times", QUICK_AND_SOAK)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_tables_of_text(tmp_path: Path, form: str, times: int) -> None:
     source, name, seeds, mutate, options = FORMS[form]
     run = read_source(tmp_path, source, name, **options)
@@ -107,7 +107,7 @@ def make_table(kind: str) -> bytes:
 
 @pytest.mark.parametrize("times", QUICK_AND_SOAK)
 @pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_tables_of_arrow(tmp_path: Path, kind: str, times: int) -> None:
     """A flipped bit in a picture is a picture with a flipped bit: no checksum lies beside it."""
     name = "t.parquet" if kind == "parquet" else "t.arrow"

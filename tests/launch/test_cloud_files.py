@@ -171,7 +171,7 @@ def test_the_exit_codes_of_a_node_lead_to_the_same_actions_as_under_slurm() -> N
 )
 @example("kubernetes", "$(HOME)", "-a b", "a b", "$(x)", "a\u2028@b '''", "a: $(b) $$\n")
 @example("skypilot", "`id`", "a'b", "py", "x", "y", "END_OF_RECIPE\nEND_OF_RECIPE_\n")
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_value_arrives(
     target: CloudTarget, override: str, folder: str, python: str, image: str, command: str,
     recipe: str,
@@ -322,7 +322,7 @@ LINE = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_launch_writes_the_file_that_it_prints(tmp_path: Path) -> None:
     for target, command in (("kubernetes", "kubectl apply -f"), ("skypilot", "sky jobs launch")):
         line = [*LINE, "--to", target]

@@ -143,7 +143,7 @@ def test_a_start_that_was_lost_is_recorded_by_the_next(tmp_path: Path) -> None:
     assert [attempt.status for attempt in read_attempts(tmp_path)] == ["lost", "running"]
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_script_runs_from_start_to_answers(tmp_path: Path) -> None:
     """With a command in place of srun that answers as two ranks would, half at its first start."""
     tools, out = tmp_path / "tools", tmp_path / "out"
@@ -188,7 +188,7 @@ def test_the_script_runs_from_start_to_answers(tmp_path: Path) -> None:
     assert [a.status for a in read_attempts(out)] == ["failed", "done"]
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_command_renders_a_job_and_refuses_what_evaluate_would() -> None:
     def launch(*arguments: str) -> tuple[int, str]:
         found = CliRunner().invoke(app, ["launch", *arguments])

@@ -130,7 +130,7 @@ def test_a_job_script_passes_every_value_on(
 @settings(max_examples=8, deadline=None)
 @given(names, texts, texts, st.booleans())
 @example("a", "$HOME `id` ; x", "'\"\\", True)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_what_the_deepspeed_runner_hands_to_a_shell_arrives(
     recipe: str, one: str, two: str, any_recipe: bool
 ) -> None:

@@ -83,7 +83,7 @@ OTHERS: list[tuple[str, Callable[[], dict[str, Part]]]] = [
 
 
 @pytest.mark.parametrize(("name", "make"), [*((n, partial(good, n)) for n in NAMES), *OTHERS])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_broken_bytes_give_values_or_a_sample_error_and_nothing_else(
     name: str, make: Callable[[], dict[str, Part]]
 ) -> None:

@@ -81,7 +81,7 @@ def test_a_whole_file_is_used_and_has_no_damage(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_damaged_files_are_read_alike_everywhere(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -60,7 +60,7 @@ def read(modality: Modality, parts: dict[str, Part], spans: int) -> list[torch.T
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(2, 12))
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_grid_is_llava_nexts(width: int, height: int, most: int) -> None:
     """transformers' own choice among the same grids, in the same order."""
     grids = [

@@ -171,7 +171,7 @@ def test_gravity_in_g_is_recognised() -> None:
     ("name", "unit"), [("s", 1.0), ("ms", 1e3), ("us", 1e6), ("ns", 1e9), ("seconds", 1.0)]
 )
 @pytest.mark.parametrize("rate", [50.0, 100.0, 400.0])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_unit_of_time_gives_the_same_window(name: str, unit: float, rate: float) -> None:
     expected = values(imu_csv(seconds=6.0, rate=rate), WINDOW)
     for column in (f"time_{name}", f"timestamp ({name})", "time", "timestamp"):
@@ -221,7 +221,7 @@ def burst_csv(column: str, unit: float) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["s", "ms", "us", "ns"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_samples_in_bursts_need_a_stated_unit(name: str) -> None:
     """The median step, 0.05 ms, would be 20 Hz if it were in seconds."""
     unit = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[name]
@@ -269,7 +269,7 @@ FAULTS: dict[str, Callable[[list[str]], list[str]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_fault_costs_the_windows_around_it(fault: str) -> None:
     rows = imu_csv(seconds=12.0).decode().splitlines()
     rows[601] = ",".join(FAULTS[fault](rows[601].split(",")))  # at 6 s

@@ -87,7 +87,7 @@ class _Stack(nn.Module):
         self.block = _Block()
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_piece_has_more_graphs_than_torchs_limit_in_every_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -39,7 +39,7 @@ def gradients(model: OneLLMForConditionalGeneration, loss: torch.Tensor) -> dict
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_packed_equals_unpacked(mixture: str) -> None:
     model, pack = small_model(), make_pack(*MIXTURES[mixture])
     model.requires_grad_(True)  # the LLM's and the encoder's gradients too
@@ -230,7 +230,7 @@ def test_a_pack_that_contradicts_itself_is_refused(what: str) -> None:
 
 
 @pytest.mark.parametrize("names", [["imu"], ["image"], ["imu", "image", "fmri"]])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_models_of_fewer_modalities(names: list[str]) -> None:
     model = small_model(modalities=names)
     assert model.config.modalities == sorted(names, key=NAMES.index)

@@ -85,7 +85,7 @@ def make_arguments(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_step_of_transformers_trainer_has_the_packed_loss(
     checkpointing: bool, tmp_path: Path
 ) -> None:

@@ -40,7 +40,7 @@ def found() -> dict[str, tuple[dict[str, torch.Tensor], int, int]]:
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_gradients_are_the_same_to_the_bit(
     found: dict[str, tuple[dict[str, torch.Tensor], int, int]], mode: str
 ) -> None:

@@ -41,7 +41,7 @@ def count(stage: str, mode: str) -> PackCount:
 @pytest.mark.parametrize(
     ("stage", "mode"), [("align", "none"), ("align", "full"), ("tune", "none")]
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_what_is_kept_is_what_autograd_saves(stage: str, mode: str) -> None:
     """In `full` blocks keep arguments too (cosines and sines), which hooks do not see.
 
@@ -71,7 +71,7 @@ def test_what_is_kept_is_what_a_real_micro_batch_keeps(stage: str, mode: str) ->
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_products_are_those_that_torch_counts(mode: str) -> None:
     model, batch = prepare("align", mode)
     with FlopCounterMode(display=False) as counter:
@@ -82,7 +82,7 @@ def test_products_are_those_that_torch_counts(mode: str) -> None:
     assert any(key.phase == "recompute" for key in operations) == (mode != "none")
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_attention_counts_pairs_of_its_own_sequences() -> None:
     operations = count("align", "none").operations
     sizes = measure_sizes(PACK, get_modalities(make_config()))
@@ -96,7 +96,7 @@ def test_attention_counts_pairs_of_its_own_sequences() -> None:
     assert forward == pytest.approx(each * sizes.get("pairs.llm"))
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_recomputation_keeps_less_and_gradients_need_no_memory_afterwards() -> None:
     kept = {mode: sum(count("align", mode).kept.values()) for mode in MODES}
     assert kept["full"] < 0.5 * kept["selective"] < 0.4 * kept["none"]
@@ -104,7 +104,7 @@ def test_recomputation_keeps_less_and_gradients_need_no_memory_afterwards() -> N
     assert found.peak > sum(found.kept.values())
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_weights_are_read_once_for_each_run_of_their_module() -> None:
     model, _ = prepare("align", "none")
     uses = count("align", "none").uses
@@ -125,7 +125,7 @@ def test_weights_are_read_once_for_each_run_of_their_module() -> None:
     assert 0.7 * upm < full.trained_recomputed < upm
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_nothing_is_allocated() -> None:
     model, batch = prepare("align", "none")
     assert all(p.is_meta for p in model.parameters()) and all(b.is_meta for b in model.buffers())

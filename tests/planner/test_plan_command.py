@@ -53,7 +53,7 @@ def test_processors_are_planned_with_the_kernels_that_they_run(recipe: Path) -> 
         assert any(getattr(module, "fused", False) for module in model.modules()) is fused
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_micro_batches_that_are_copied_ahead_take_memory(recipe: Path) -> None:
     """A GPU holds the one at work, the next one, and the one that is copied: `copy_ahead`."""
     planner = make_planner(recipe, [], H100)

@@ -70,7 +70,7 @@ def count_llm(planner: Planner) -> float:
 
 
 @pytest.mark.parametrize("keys", [COPY, ADAPTER], ids=["copy", "adapter"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_both_texts_and_the_reference_are_work(tmp_path: Path, keys: list[str]) -> None:
     planner = plan(tmp_path, *PAIRS, *keys)
     single = plan(tmp_path, *(key for key in keys if "dpo" not in key))
@@ -87,7 +87,7 @@ def test_both_texts_and_the_reference_are_work(tmp_path: Path, keys: list[str]) 
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_shortest_pairs_are_two_texts(tmp_path: Path, tokens: int) -> None:
     options = dataclasses.replace(H100, text_tokens=tokens)
     keys = ["data.text_format=conversation", *PAIRS, *ADAPTER]

@@ -119,7 +119,7 @@ def test_what_cannot_be_compiled_is_no_answer(recipe: Path) -> None:
         vary(planner.config, changes)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_quantised_weights_stay_so_and_need_less(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +142,7 @@ def test_quantised_weights_stay_so_and_need_less(
     ],
     ids=["offload", "hpz", "hybrid"],
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_engines_that_cannot_be_timed_are_no_answer_of_a_search(
     recipe: Path, keys: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,7 +214,7 @@ def test_auto_budgets_are_those_that_suit_a_start(
     assert search_budget(planner) != fastest
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_start_leaves_room_beside_what_nobody_asked_for(recipe: Path) -> None:
     planner = make_planner(recipe, ["engine.name=fsdp", "engine.frozen=resident"], H100)
     resident = planner.config

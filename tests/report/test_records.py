@@ -61,7 +61,7 @@ VALUES: tuple[Any, ...] = (
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_lines_with_any_values_do_not_keep_the_page_from_being_written(
     seed: int, tmp_path: Path
 ) -> None:

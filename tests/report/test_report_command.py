@@ -87,7 +87,7 @@ def test_json_is_for_scripts_and_writes_no_page(
 
 
 @pytest.mark.parametrize("name", ["exit.json", "config.yaml", "refusals.jsonl", "events.jsonl"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_records_that_are_nested_too_deep_are_passed_over(name: str, tmp_path: Path) -> None:
     run = record_eventful_run(tmp_path / "run").directory
     (run / name).write_text("[" * 100_000)

@@ -70,7 +70,7 @@ async def ask(
     return session.turns[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_all_modalities_are_answered_as_by_generate(desk: ChatDesk, tmp_path: Path) -> None:
     async def check() -> None:
         joint = ChatSession()
@@ -91,7 +91,7 @@ def test_all_modalities_are_answered_as_by_generate(desk: ChatDesk, tmp_path: Pa
     asyncio.run(check())
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_several_turns_of_two_users_at_once(desk: ChatDesk, tmp_path: Path) -> None:
     pictures = {}
     for number in range(2):
@@ -152,7 +152,7 @@ def test_a_stopped_answer_keeps_what_has_come(desk: ChatDesk) -> None:
     asyncio.run(check())
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_seeds_and_what_ends_answers(desk: ChatDesk) -> None:
     hot = replace(SHORT, temperature=1.5, max_tokens=24)
 
@@ -280,7 +280,7 @@ def test_pictures_are_kept_for_a_while(tmp_path: Path) -> None:
     assert not old.exists() and np.array_equal(np.asarray(Image.open(new)), np.asarray(blue))
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_without_its_packages_the_command_says_how_to_install_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -97,7 +97,7 @@ def test_an_empty_answer_is_no_silence(
     assert run(["model"], capsys) == (0, "\n", "(the answer is empty; it was ended by eos)\n")
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_an_answer_comes_in_pieces(loaded: tuple[Any, Any], media: dict[str, Path]) -> None:
     model, processor = loaded
     pieces: list[str] = []
@@ -115,7 +115,7 @@ def test_an_answer_comes_in_pieces(loaded: tuple[Any, Any], media: dict[str, Pat
         assert (len(pieces) > 3) == (offset == "correct")
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_several_prompts_and_lines_of_a_file(
     model_dir: Path, media: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -153,7 +153,7 @@ def test_several_prompts_and_lines_of_a_file(
         ('{"image": [7]}', "its image is not a path"),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_questions_that_cannot_be_read_are_refused(
     text: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -170,7 +170,7 @@ def test_every_modality_has_a_file_here(media: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", list(all_modalities()))
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_file_of_each_modality_changes_what_the_model_reads(
     name: str, loaded: tuple[Any, Any], media: dict[str, Path]
 ) -> None:
@@ -220,7 +220,7 @@ def test_the_command_takes_files_of_one_modality_where_the_prompt_says(
     assert len(seen["image_values"]) == 2 and len(seen["audio_values"]) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_command_takes_several_files_in_any_order(
     model_dir: Path, media: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,7 +243,7 @@ def reversed_options(files: list[Any]) -> list[Any]:
     return [item for pair in reversed(pairs) for item in pair]
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_greedy_is_deterministic_and_sampling_follows_its_seed(
     loaded: tuple[Any, Any], media: dict[str, Path]
 ) -> None:
@@ -309,7 +309,7 @@ def test_prompts_are_encoded_as_training_encodes_them(loaded: tuple[Any, Any]) -
     assert g.encode_prompt(tokenizer, g.build_prompt("red", "raw"))[0, 0] == tokenizer.bos_token_id
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_what_is_refused_before_the_model_is_loaded(
     model_dir: Path,
     media: dict[str, Path],
@@ -360,7 +360,7 @@ def test_a_prompt_longer_than_the_context_is_refused(loaded: tuple[Any, Any]) ->
         )
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_many_questions_get_the_answers_that_the_command_gives(
     model_dir: Path, media: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

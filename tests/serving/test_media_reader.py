@@ -76,7 +76,7 @@ def test_a_medium_of_a_request_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -
         ("normal", ("normal", "image")),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_bad_file_is_called_by_its_own_name(modality: str, parts: tuple[str, ...]) -> None:
     """Never by a name that was made up for it."""
     files = dict.fromkeys(parts, b"no medium at all")
@@ -104,7 +104,7 @@ def test_a_name_that_looks_like_a_made_up_one_is_passed_on_as_it_is(names: tuple
         assert [word for word in said.split() if "." in word and word[0].isalpha()] == [name]
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_process_reads_many_media_and_none_after_a_bad_or_large_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -45,7 +45,7 @@ def eat() -> None:
     ],
     ids=["spins", "sleeps", "crashes", "eats"],
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_file_that_harms_its_decoder_ends_in_words(
     fault: Callable[[], None],
     seconds: float,

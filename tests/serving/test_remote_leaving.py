@@ -56,7 +56,7 @@ def serve(url: str, **settings: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("protocol", ["HTTP/1.0", "HTTP/1.1"])
 @pytest.mark.parametrize("whole_events", [0, 3])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_place_of_a_client_that_left_is_free_within_a_second(
     mock: Mock, monkeypatch: pytest.MonkeyPatch, protocol: str, whole_events: int
 ) -> None:

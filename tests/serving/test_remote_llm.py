@@ -129,7 +129,7 @@ def test_a_server_with_another_llm_is_refused(mock: Mock) -> None:
             RemoteAddress(url, "other").find_model()
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_blanks_around_an_answer_are_left_out() -> None:
     text = StrippedText()
     assert [text.add(piece) for piece in (" ", "a ", "", " b", "\n", " ")] == [

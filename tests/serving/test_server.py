@@ -314,7 +314,7 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_full_queue_and_late_answers() -> None:
     kind = {"Content-Type": "application/json"}
     with served.serve(MODEL, batch=1, queue=1, request_seconds=60) as address:

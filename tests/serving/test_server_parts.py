@@ -59,7 +59,7 @@ class Bytes:
     st.text(max_size=30),
     st.lists(st.text(min_size=1, max_size=4), max_size=3),
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_what_is_shown_is_the_answer_before_the_first_stop(text: str, stops: list[str]) -> None:
     answer = AnswerText(Bytes(), stops)
     shown = [answer.add(token) for token in text.encode()]
@@ -289,7 +289,7 @@ def check_fuzzed(address: str, content: bytes) -> None:
 @example(content={**PLAIN, "temperature": 1e-40})
 @example(content={**PLAIN, "temperature": 5e-324})
 @example(content={**PLAIN, "temperature": 10, "top_p": 5e-324})
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_fuzzed_requests_are_answered_or_refused(address: str, content: Any) -> None:
     check_fuzzed(address, json.dumps(content).encode())
 
@@ -297,7 +297,7 @@ def test_fuzzed_requests_are_answered_or_refused(address: str, content: Any) -> 
 @given(
     content=st.binary(max_size=60) | JSON.map(lambda value: repr(value).encode("utf-8", "replace"))
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_fuzzed_bodies_are_refused(address: str, content: bytes) -> None:
     check_fuzzed(address, content)
 
@@ -346,7 +346,7 @@ def count_accepted(address: str) -> float:
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(names))
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_media_of_earlier_requests_are_not_decoded_again() -> None:
     files = [
         GivenFiles("image", {"image": picture(Image.new("RGB", (9, 9), colour)).data})

@@ -148,7 +148,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_client_that_leaves_while_its_media_come_frees_its_place(
     address: str, host: SlowHost, hostname: str
 ) -> None:
@@ -219,7 +219,7 @@ def read_text(answer: Any) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_several_media_of_a_modality_stand_where_their_parts_do(address: str) -> None:
     first, second = (served.make_part("image", picture) for picture in (FIRST, SECOND))
     words = [{"type": "text", "text": text} for text in ("Is ", " before ", "?")]
@@ -251,7 +251,7 @@ def test_one_medium_of_a_modality_stands_behind_bos_wherever_its_part_is(address
     assert [read_text(answer) for answer in found] == [wanted, wanted]
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_characters_that_mark_media_are_refused_in_texts(address: str) -> None:
     found = ask(address, [{"role": "user", "content": "What \ue0f0image\ue0f1?"}])
     assert "U+E0F0" in found["error"]["message"] and "message 0" in found["error"]["message"]

@@ -73,7 +73,7 @@ def test_the_pages_example(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_birdsong")
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_pages_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

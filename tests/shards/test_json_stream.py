@@ -147,7 +147,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         list(read_rows(tmp_path, {**group.description, "start": 0}))
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     with (tmp_path / "x.json").open("w") as file:
         file.write('{"images": [')

@@ -127,7 +127,7 @@ def test_what_flags_become() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(all_sources()))
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_help_of_every_source_explains_every_option(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,7 +99,7 @@ def pictures(folder: Path) -> Path:
         ({"limit": 2}, ["p0", "p1"]),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_duplicates_and_filters(
     tmp_path: Path, options: dict[str, Any], kept: list[str] | None
 ) -> None:
@@ -230,7 +230,7 @@ def test_near_copies_are_not_looked_for_without_pictures(tmp_path: Path, kind: s
     assert os.listdir(tmp_path) == ["in"]
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_bad_samples_beyond_those_held_in_memory_are_counted_and_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,7 +261,7 @@ def test_media_that_decodes_but_does_not_fit_the_model_is_bad(tmp_path: Path) ->
     assert reasons(report)["b"].startswith("unreadable fmri: ")
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_shards_are_cut_and_shuffled_as_asked(tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {f"{i:02d}.txt": f"text {i}" for i in range(20)}
     options: dict[str, Any] = {
@@ -327,7 +327,7 @@ def test_wrong_options(tmp_path: Path, options: dict[str, Any], message: str) ->
     assert os.listdir(tmp_path) == ["in"]
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_command_and_a_recipe_build_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -383,7 +383,7 @@ def test_the_command_and_a_recipe_build_the_same(
 
 
 @pytest.mark.parametrize("name", list(all_modalities()))
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_real_media_of_every_modality_come_through_unchanged(tmp_path: Path, name: str) -> None:
     """A toy sample as loose files: decoded and transformed as a check, stored byte by byte."""
     sample = render_sample(name, "train", 0, 0)

@@ -61,7 +61,7 @@ def _killed_at_random(tmp_path: Path, seeds: range) -> None:
     assert kept  # some kills came after shards were done, and those builds were resumed
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes(tmp_path: Path) -> None:
     _killed_at_random(tmp_path, range(5))
 
@@ -73,7 +73,7 @@ def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes_for_long(
     _killed_at_random(tmp_path, range(5, 25))
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_only_missing_shards_are_built_again(tmp_path: Path) -> None:
     inputs = write_rows(tmp_path / "in")
     _, operations = run_killed(inputs, tmp_path / "a", 0)
@@ -110,7 +110,7 @@ def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
         assert all_bytes(out) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_processes_with_the_same_call_share_the_work_and_some_may_die(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +139,7 @@ def test_a_late_rank_of_srun_finds_nothing_to_do(
     assert build(inputs, tmp_path / "out").notes == ("the other processes had already finished",)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_each_task_of_an_array_builds_its_shards(tmp_path: Path) -> None:
     inputs = write_rows(tmp_path / "in")
     build(inputs, tmp_path / "alone")

@@ -129,7 +129,7 @@ def fingerprint_sound(wave: np.ndarray, rate: int, container: str, codec: str) -
     return compute_fingerprint(("audio",), {container: part}, {})
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_sounds_of_another_rate_and_codec_are_found_and_others_not() -> None:
     stored = [fingerprint_sound(make_wave(seed), 44100, "wav", "pcm_s16le") for seed in range(5)]
     index = MediaIndex(stored)

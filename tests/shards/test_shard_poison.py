@@ -87,7 +87,7 @@ def check_build(tmp_path: Path, modality: str, faults: tuple[str, ...], **option
 
 
 @pytest.mark.parametrize("modality", MAKE)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_sample_that_crashes_or_eats_memory_is_left_out(tmp_path: Path, modality: str) -> None:
     check_build(tmp_path, modality, ("crash", "eat"))
 
@@ -101,7 +101,7 @@ def test_every_fault_is_left_out_with_any_workers(
 
 
 @pytest.mark.parametrize("options", [{"resize": 16}, {"quality": 80}, {"dedup": "perceptual"}])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_picture_that_only_the_builder_decodes_is_left_out(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -209,7 +209,7 @@ def test_workers_that_hang_end_with_a_builder_that_is_killed(tmp_path: Path) -> 
     assert not alive
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_preview_shows_the_other_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,7 +166,7 @@ def test_a_link_out_of_the_folder_is_refused_and_followed_on_request(
     assert contents(open_dataset(tmp_path / "moved")) == SAMPLES
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_pages_and_pipelines_of_a_linked_dataset_are_made_on_request(tmp_path: Path) -> None:
     text_dataset(tmp_path / "victim", SAMPLES, max_samples=2)
     shutil.copytree(tmp_path / "victim", tmp_path / "set")

@@ -50,7 +50,7 @@ def stop_at(
 # -- begun anew
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_restart_begins_the_same_anew_and_overwrite_resumes(tmp_path: Path) -> None:
     inputs, folder = write_rows(tmp_path / "in"), tmp_path / ".out.building"
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
@@ -161,7 +161,7 @@ def test_a_process_between_the_last_rename_and_the_removal_builds_nothing(
 
 
 @pytest.mark.parametrize("lost", ["done", "built", "scratch"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_plan_without_its_folders_is_resumed(tmp_path: Path, lost: str) -> None:
     inputs = write_rows(tmp_path / "in")
     build(inputs, tmp_path / "alone")
@@ -173,7 +173,7 @@ def test_a_plan_without_its_folders_is_resumed(tmp_path: Path, lost: str) -> Non
 
 
 @pytest.mark.parametrize("place", ["before-manifest", "before-removal", "during-removal"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_remote_build_that_dies_at_its_end_is_complete_when_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -205,7 +205,7 @@ def test_a_remote_build_that_dies_at_its_end_is_complete_when_repeated(
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("where", ["lease", "store"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_process_that_works_when_others_finish_is_late_and_not_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, overwrite: bool
 ) -> None:

@@ -120,7 +120,7 @@ def check_store(tmp_path: Path, url: str, source: str) -> None:
 
 
 @pytest.mark.parametrize("source", sorted(TREES))
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_store_in_memory_gives_and_takes_the_same_bytes(tmp_path: Path, source: str) -> None:
     url = f"memory://{source}"
     check_store(tmp_path, url, source)

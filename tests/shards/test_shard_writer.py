@@ -92,7 +92,7 @@ SLOW_DISK = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
     ),
     st.integers(1, 3),
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_whatever_is_accepted_comes_back(
     tmp_path_factory: pytest.TempPathFactory, samples: dict[str, dict[str, bytes]], size: int
 ) -> None:
@@ -129,7 +129,7 @@ def test_whatever_is_accepted_comes_back(
     st.text(alphabet=st.sampled_from("aB._é "), min_size=1, max_size=6),
 )
 @settings(max_examples=300, deadline=None, suppress_health_check=SLOW_DISK)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_only_names_that_webdataset_splits_the_same_way_are_accepted(
     tmp_path_factory: pytest.TempPathFactory, key: str, extension: str
 ) -> None:

@@ -69,7 +69,7 @@ TABLES: dict[str, tuple[str, bytes | str]] = {
 
 
 @pytest.mark.parametrize("form", TABLES)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_forms_of_tables(tmp_path: Path, form: str) -> None:
     name, content = TABLES[form]
     report, dataset = build(tmp_path, {**MEDIA, name: content})
@@ -213,7 +213,7 @@ ROLES = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": 
 @pytest.mark.parametrize("key", ["conversations", "messages"])
 @pytest.mark.parametrize("turns", [ROLES, make_turns("What?", "A disc.")])
 @pytest.mark.parametrize("layout", ["table", "side", "llava665k", "sharegpt", "reference-lists"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_turns_of_any_form_are_taken_by_all(
     tmp_path: Path, key: str, turns: list[Any], layout: str
 ) -> None:
@@ -271,7 +271,7 @@ def test_every_source_makes_them_and_the_papers_prompt_is_the_default(tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["..", "absolute", "link", "folder link", "text link"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_nothing_leads_out_of_the_input(tmp_path: Path, kind: str) -> None:
     outside = write_tree(tmp_path / "else", {"9.jpg": picture(9), "9.txt": "secret"})
     root = write_tree(tmp_path / "in", {**MEDIA, **{f"{i}.txt": "x" for i in range(3)}})

@@ -171,7 +171,7 @@ def test_a_finished_tar_that_was_cut_in_a_copy_loses_what_is_gone_and_no_more(
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["parquet", "alone"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_the_fault(
     tmp_path: Path, listed: bool
 ) -> None:

@@ -197,7 +197,7 @@ SPLITS = {"train": ("train", 3), "validation": ("val", 2), "test": ("test", 1)}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "json", "side", "classes"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_folders_of_splits(tmp_path: Path, kind: str) -> None:
     files: dict[str, bytes | str] = {"README.md": "x", ".DS_Store": b""}
     for folder, (_, count) in SPLITS.items():

@@ -164,7 +164,7 @@ def instruction_tuning(root: Path) -> Path:
     return write_tree(root, files | make_motion_point_and_video_files())
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_onellms_own_files(tmp_path: Path) -> None:
     """Each modality is a dataset; the folder itself and the one above it are both good inputs."""
     inputs = instruction_tuning(tmp_path / "datasets")

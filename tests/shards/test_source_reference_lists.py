@@ -77,7 +77,7 @@ MAPS: dict[str, bytes | str] = {
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_pretraining_lists(
     tmp_path: Path, modality: str, url: str, files: dict[str, bytes | str], parts: dict[str, bytes]
 ) -> None:

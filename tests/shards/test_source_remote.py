@@ -63,7 +63,7 @@ def _table(root: Path) -> Path:
         "instruct-normal",
     ],
 )
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_store_as_input(
     tmp_path: Path, source: str, made: Callable[[Path], Path], options: dict[str, Any]
 ) -> None:

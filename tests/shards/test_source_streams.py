@@ -82,7 +82,7 @@ def test_quotes_are_letters_in_a_tsv(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_planning_a_table_takes_the_same_memory_whatever_its_length(tmp_path: Path) -> None:
     peaks = []
     for count in (20_000, 200_000):

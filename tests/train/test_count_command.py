@@ -53,7 +53,7 @@ def find_missing(recipe: Path) -> int:
     return len(left)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_after_counting_a_start_counts_nothing(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

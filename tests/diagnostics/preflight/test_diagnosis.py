@@ -283,7 +283,7 @@ def test_needs_of_the_recipe_are_compared_with_what_is_free() -> None:
     assert "the recipe needs about 600" in text
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_needs_are_the_sum_of_weights_gradients_and_optimizer_state() -> None:
     align = load_config(Path("stage1_image"), ["model.preset=onellm-7b"])
     needs = estimate_needs(align, 16, gpus=True)

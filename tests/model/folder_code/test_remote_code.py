@@ -104,7 +104,7 @@ def test_a_depth_model_of_its_own_code_is_refused(tmp_path: Path, marker: Path) 
         check_model(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_every_call_of_an_auto_class_says_that_no_code_is_run() -> None:
     """Also of our processor, which loads its tokenizer with AutoTokenizer."""
     found, silent = 0, []

@@ -94,7 +94,7 @@ def alone(model: OneLLMForConditionalGeneration, prompts: list[Prompt]) -> list[
 
 @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no reuse"])
 @pytest.mark.parametrize("batch", [1, 4, 16])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_batch_changes_no_token(
     model: OneLLMForConditionalGeneration,
     prompts: list[Prompt],

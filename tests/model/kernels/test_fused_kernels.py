@@ -312,7 +312,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_written(
 
 
 @pytest.mark.usefixtures("compiled_here")
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_function_that_is_compiled_too_often_runs_as_it_is_written_and_others_do_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -84,7 +84,7 @@ def run_own(model: OneLLMForConditionalGeneration, text: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_pack_gives_what_the_llm_gives_for_each_sample_alone(family: str) -> None:
     model, texts = make_model(tiny_config(family)), make_texts()
     own = [run_own(model, text) for text in texts]

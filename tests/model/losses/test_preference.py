@@ -90,7 +90,7 @@ def disturb(model: Any) -> None:
 
 
 @pytest.mark.parametrize("reference", ["adapter", "everywhere", "copy"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_packed_pairs_give_what_each_answer_alone_gives(reference: str) -> None:
     adapters = reference != "copy"
     targets = ("llm.*",) if reference == "adapter" else ("llm.*", "encoder.*", "upm.*")
@@ -129,7 +129,7 @@ def test_packed_pairs_give_what_each_answer_alone_gives(reference: str) -> None:
     assert all(torch.equal(model.get_parameter(n), own[of]) for n, of in copies.items())
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_media_are_encoded_once_where_both_models_encode_alike() -> None:
     for targets, passes in ((("llm.*",), 1), (("llm.*", "upm.*"), 2)):
         model = make_model(DpoSection(), LoraSection(rank=2, targets=targets))
@@ -146,7 +146,7 @@ def test_media_are_encoded_once_where_both_models_encode_alike() -> None:
         assert rows == [1] * passes, "one picture, though two answers are about it"
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_left_out_pair_and_an_empty_pack_weigh_nothing() -> None:
     model = make_model(DpoSection(beta=BETA), LoraSection(rank=2))
     disturb(model)

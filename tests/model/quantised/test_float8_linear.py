@@ -312,7 +312,7 @@ def plan_model(in_float8: bool | None) -> Any:
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_planner_knows_float8_products_and_their_rate() -> None:
     models = {how: plan_model(how) for how in (None, False, True)}
     modalities = get_modalities(models[None].config)

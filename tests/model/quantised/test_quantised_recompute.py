@@ -34,7 +34,7 @@ def make_model(kind: str, mode: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_gradients_are_those_without_recomputation(kind: str) -> None:
     if kind != "fp8":
         pytest.importorskip("torchao", reason="torchao is not installed (pip install torchao)")

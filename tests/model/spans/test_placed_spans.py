@@ -81,7 +81,7 @@ def mixtures(draw: st.DrawFn, names: Sequence[str] = CHEAP[:4]) -> Mixture:
 
 @given(mixtures())
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_packed_equals_each_sample_alone(
     model: OneLLMForConditionalGeneration, mixture: Mixture
 ) -> None:

@@ -19,7 +19,7 @@ EXPERTS = "llm.model.layers.1.mlp.experts.gate_up_proj"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_saved_moe_llm_is_read_as_from_pretrained_reads_it(family: str, tmp_path: Path) -> None:
     save_moe_model(family, tmp_path)
     loaded = OneLLMForConditionalGeneration.from_pretrained(tmp_path)

@@ -49,7 +49,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_preset_draws_what_load_model_draws() -> None:
     for seed in (0, 3):
         model, _ = load_model(path=None, preset="toy", seed=seed)

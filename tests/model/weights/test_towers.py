@@ -274,7 +274,7 @@ def test_the_plan_counts_the_tokens_that_it_makes() -> None:
     assert image.value_shape == get_modality("image").value_shape
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_tower_by_name_is_assembled_from_a_file(tmp_path: Path) -> None:
     name = "vit_tiny_patch16_224"
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ SAMPLES = 14
 
 @pytest.mark.parametrize("modality", world.MODALITIES)
 @pytest.mark.parametrize("split", ["train", "test_held_out"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_media_show_the_attributes(modality: str, split: str) -> None:
     wrong = []
     for index in range(SAMPLES):
@@ -53,7 +53,7 @@ def test_sizes_are_ordered_and_apart() -> None:
 
 
 @pytest.mark.parametrize("modality", world.MODALITIES)
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_rendering_is_a_pure_function(modality: str) -> None:
     first = render_sample(modality, "train", 5, seed=1)
     render_sample(modality, "train", 6, seed=1)

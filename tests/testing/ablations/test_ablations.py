@@ -116,7 +116,7 @@ def test_the_tables_of_the_paper_are_whole() -> None:
     assert router == {kind: {"router": kind} for kind in router}
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_an_assembled_variant_has_its_towers_and_its_own_upm(tmp_path: Path) -> None:
     toy: Any = load_model(path=None, preset="toy", seed=5)[0]
     torch.save(toy.encoder.state_dict(), tmp_path / "e.pt")

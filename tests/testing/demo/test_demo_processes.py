@@ -123,6 +123,6 @@ def test_an_interrupted_demo_resumes_with_its_unfinished_stage(tmp_path: Path) -
     assert re.search(r"a +done\n +b +about 50 s\n +all +about 50 s", out.getvalue())
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_slowdown_is_a_positive_ratio() -> None:
     assert 0.05 < measure_slowdown() < 200

@@ -35,7 +35,7 @@ def bank() -> ImageBank:
     return ImageBank("pretrain", 250, seed=5)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_patches_and_positions_are_the_encoders_own(bank: ImageBank) -> None:
     """Pretraining sees exactly what align sees: the encoder over the modality's transform."""
     model, _ = load_model(path=None, preset="toy", seed=1)
@@ -103,7 +103,7 @@ def test_positions_of_patches_differ_and_neighbours_are_alike() -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_assembled_model_has_the_towers(tmp_path: Path) -> None:
     model, _ = load_model(path=None, preset="toy", seed=11)
     prepare_encoder(model.encoder, torch.Generator().manual_seed(0))

@@ -119,7 +119,7 @@ def generate(
 
 
 @pytest.mark.parametrize("text_format", ["caption", "conversation"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_what_is_decoded_is_what_the_model_says(
     toy: Path, loaded: Any, tmp_path: Path, text_format: str
 ) -> None:
@@ -164,7 +164,7 @@ def test_a_rank_without_a_question_runs_along(toy: Path, loaded: Any, tmp_path: 
     )
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_questions_beyond_the_caps_are_asked_in_several_packs_the_same_number_on_every_rank(
     toy: Path, loaded: Any, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from onellm_dist.train.engine.deepspeed import hooks
 from onellm_dist.train.engine.deepspeed.engine import import_deepspeed
 from onellm_dist.train.engine.deepspeed.hooks import (
+    COORDINATOR,
     PROFILER_VARIABLE,
     join_setup,
     list_parameters,
@@ -35,6 +36,11 @@ def unchanged_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in REPLACED:
         found = import_module(f"deepspeed.{module}")
         monkeypatch.setattr(found, name, getattr(found, name))
+    coordinator = import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    kind = getattr(coordinator, COORDINATOR)
+    search = f"_{COORDINATOR}__params_to_release"
+    if search in vars(kind):
+        monkeypatch.setattr(kind, search, vars(kind)[search])
 
 
 def has_setup() -> bool:

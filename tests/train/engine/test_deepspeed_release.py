@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
 import pytest
@@ -26,12 +28,17 @@ class Step:
         self.modules: list[Any] = known.get("modules", [])
 
 
+@cache
 def get_coordinator() -> Any:
-    """DeepSpeed's class of coordinators, as it comes."""
+    """DeepSpeed's class of coordinators as it comes, whatever this process has changed in it."""
     import_deepspeed()
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
-    return getattr(partitioned_param_coordinator, COORDINATOR)
+    spec = spec_from_file_location("untouched", partitioned_param_coordinator.__file__)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, COORDINATOR)
 
 
 def get_search() -> Any:

@@ -95,7 +95,7 @@ SOAK_JOBS = {
         ),
         *(job(engine, 2, 32, stage) for engine in BASIC for stage in ("align", "tune")),
         *(job(engine, 2, bf16=True) for engine in BASIC),
-        *(job(engine, n) for engine in KEPT for n in (1, 4, None)),
+        *(job(engine, n) for engine in KEPT for n in (1, 2, 4, None)),
         *(job(e, 2, stage=s) for e in KEPT for s in ("tune", "joint", "encoder", "lora", "dora")),
         job("zero3_leaves", 2, stage="lora_llm"),
         *(job(e, 2, stage="align", recompute=r) for e in KEPT for r in ("selective", "full")),

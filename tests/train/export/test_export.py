@@ -119,7 +119,7 @@ def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(
     assert ranks.asked
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_export_keeps_the_generation_settings_of_its_source(tmp_path: Path) -> None:
     """All end tokens, through training and conversion, also where transformers would not save."""
     from transformers import AutoModelForCausalLM, GenerationConfig

@@ -181,7 +181,7 @@ def test_a_wrong_rule_is_a_start_that_would_be_refused(show: Show) -> None:
     assert any("length: 5 steps, 1.67 epochs of 24 samples" in line for line in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_planner_has_its_say(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +212,7 @@ def save_checkpoint(run_dir: Path, plan: Plan, steps_done: int) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_a_run_is_shown_from_where_it_would_resume(
     show: Show, recipe: Path, tmp_path: Path
 ) -> None:

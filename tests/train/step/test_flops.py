@@ -26,7 +26,7 @@ def toy() -> Any:
 
 @pytest.mark.parametrize("stage", ["align", "tune"])
 @pytest.mark.parametrize("name", ["image", "imu"])
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_the_formula_counts_what_is_computed(toy: Any, stage: str, name: str) -> None:
     """Against torch's count of matrix products in forward and backward, less what is left out."""
     samples = 2
