@@ -73,7 +73,7 @@ docs: $(STAMP)  ## the documentation site, in site/ (no network needed)
 integration: $(STAMP)  ## real media, real SmolLM2-135M, ViT-L/14 shapes, ZeRO-3 on 2 ranks (up to an hour on 2 cores)
 	$(BIN)/python -m onellm_dist.testing.integration --out $(INTEGRATION_OUT)
 
-bounds: $(STAMP)  ## fast tests at the oldest and newest supported versions, and of sdist and wheel (installs tens of GB)
+bounds: $(STAMP)  ## tests but the slow ones at the oldest and newest supported versions, and of sdist and wheel (installs tens of GB)
 	$(BIN)/python -m pip install --quiet nox uv
 	$(BIN)/nox
 

@@ -1,4 +1,6 @@
-"""`make bounds`: the fast tests at the oldest and the newest versions, and of sdist and wheel.
+"""`make bounds`: tests at the oldest and the newest versions, and of sdist and wheel.
+
+Slow tests are left out; those marked `seconds` are not.
 
 Each session makes an environment of its own (about 6 GB with torch). They are not part of
 `make test`. An interpreter that is not installed is skipped with a word.
