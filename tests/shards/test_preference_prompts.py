@@ -132,6 +132,22 @@ JOINED: dict[str, tuple[Row, list[Row]]] = {
     ),
     "the same outputs": ({"conversations": [WHY, ME], **OUTPUTS, **TEXTS}, [WHY]),
     "the same text": ({**RLHF_V, "question": "Why?", **TEXTS}, [WHY]),
+    "the same pair with weights": (
+        {
+            "messages": [WHY, {**BECAUSE, "weight": 1}],
+            "rejected_response": "so",
+            "chosen": [{**BECAUSE, "weight": None}],
+            "rejected": "so",
+        },
+        [WHY],
+    ),
+    "weights of what is asked": (
+        {
+            "messages": [WHO, {**ME, "weight": 0}, WHY],
+            **end(WHO, {**ME, "weight": 1}, WHY),
+        },
+        [WHO, ME, WHY],
+    ),
     "numbers": ({"instruction": "Count", "input": 0, **TEXTS}, [ask("Count\n0")]),
     "point": ({"conversations": [ask("<point>\nWhy?")], "question": "Why?", **TEXTS}, []),
     "alias": ({"conversations": [ask("<Video></Video>\nWhy?")], "prompt": "Why?", **TEXTS}, []),
@@ -255,6 +271,29 @@ REFUSED: dict[str, tuple[Row, str]] = {
         "that of text is assistant: 'because'",
     ),
     "another text's question": ({"question": "How?", **TEXTS, **RLHF_V}, "text ends with user"),
+    "another weight": (
+        {
+            "messages": [WHY, BECAUSE],
+            "chosen": [{**BECAUSE, "weight": 0}],
+            "rejected": "so",
+            "rejected_response": "so",
+        },
+        "the chosen one of messages and rejected is assistant: 'because', that of chosen "
+        "and rejected is assistant: 'because' \\(weight 0\\)",
+    ),
+    "another weight of a later answer": (
+        {
+            **TEXTS,
+            "messages": [WHY, SO, WHO, ME],
+            "chosen": [BECAUSE],
+            "rejected": [SO, WHO, {**ME, "weight": 0}],
+        },
+        "messages has assistant: 'me' where the answer is assistant: 'me' \\(weight 0\\)",
+    ),
+    "another weight at the end": (
+        {"conversations": [WHY, {**BECAUSE, "weight": 0}], **TEXTS},
+        "conversations has assistant: 'because' \\(weight 0\\) where the answer is",
+    ),
     "an answer alone": ({"question": "Why?", "chosen": "x", **OUTPUTS}, "chosen stands alone"),
     "an empty answer": ({"question": "Why?", "chosen": "x", "rejected": ""}, "one of them is emp"),
     "an instruction of another type": ({"instruction": ["Why?"], **TEXTS}, "instruction is \\['W"),

@@ -22,13 +22,11 @@ from onellm_dist.shards.sources.base import BadSampleError
 from onellm_dist.shards.sources.readers.preference_prompts import PromptColumn
 from onellm_dist.shards.sources.readers.preference_turns import (
     Turns,
-    are_same,
+    find_difference,
     get_speaker,
     is_given,
     is_whole,
     make_turns,
-    quote_turn,
-    read_turns,
     split_common,
 )
 
@@ -99,20 +97,16 @@ def _compare_pairs(row: Mapping[str, Any], pair: AnswerPair, pairs: Sequence[Ans
     """
     for other in pairs:
         for key in PAIR_KEYS:
-            own, more = getattr(pair, key), getattr(other, key)
-            if not are_same(read_turns(own), read_turns(more)):
+            quotes = find_difference(getattr(pair, key), getattr(other, key))
+            if quotes is not None:
                 raise BadSampleError(
-                    f"answers: the {key} one of {pair.name} is {_quote_first(own)}, that of "
-                    f"{other.name} is {_quote_first(more)}"
+                    f"answers: the {key} one of {pair.name} is {quotes[0]}, that of {other.name} "
+                    f"is {quotes[1]}"
                 )
     said = " ".join(other.name for other in pairs).split()
     alone = [k for k in _ANSWERS if is_given(row.get(k)) and k not in said]
     if alone:
         raise BadSampleError(f"answers: {alone[0]} stands alone beside {pair.name}")
-
-
-def _quote_first(turns: Turns) -> str:
-    return quote_turn(turns[0]) if turns else "missing"
 
 
 def _list_pairs(row: Mapping[str, Any], prompts: Sequence[PromptColumn]) -> Iterator[AnswerPair]:

@@ -10,6 +10,7 @@ from onellm_dist.shards.sources.readers.preference_turns import (
     ReadTurn,
     Turns,
     are_same,
+    find_difference,
     get_speaker,
     is_same,
     is_text_of,
@@ -38,10 +39,10 @@ def join_columns(columns: Sequence[PromptColumn], answers: Sequence[Turns]) -> T
 
     Raises:
         BadSampleError: a column is neither part of those before it nor what precedes or follows
-            them, or could be both of two things.
+            them, could be both of two things, or ends with an answer of another weight.
         TurnsError: two keys of a turn contradict each other.
     """
-    ends = [read_turns(answer) for answer in answers if answer]
+    ends = [answer for answer in answers if answer]
     cut = [c if c.name in ("", "history") else _cut_answer(c, ends) for c in columns]
     shared = cut[0]
     for column in cut[1:]:
@@ -49,12 +50,20 @@ def join_columns(columns: Sequence[PromptColumn], answers: Sequence[Turns]) -> T
     return shared.turns
 
 
-def _cut_answer(column: PromptColumn, answers: Sequence[Sequence[ReadTurn]]) -> PromptColumn:
-    """The column without an answer at its end."""
+def _cut_answer(column: PromptColumn, answers: Sequence[Turns]) -> PromptColumn:
+    """The column without an answer at its end.
+
+    Raises:
+        BadSampleError: one of the two is trained on, and the other is not.
+    """
     asked = read_turns(column.turns)
     for answer in answers:
         count = len(asked) - len(answer)
-        if count > 0 and are_same(asked[count:], answer):
+        if count > 0 and are_same(asked[count:], read_turns(answer)):
+            if quotes := find_difference(column.turns[count:], answer):
+                raise BadSampleError(
+                    f"answers: {column.name} has {quotes[0]} where the answer is {quotes[1]}"
+                )
             return column._replace(turns=column.turns[:count])
     return column
 

@@ -36,6 +36,8 @@ class ReadTurn(NamedTuple):
     """What the content part of each placeholder holds; None: nothing, or there is no part."""
     calls: tuple[Any, ...]
     """Calls of tools."""
+    weight: Any = 1
+    """0 of an answer that is not trained on; 1 of what is no answer."""
 
     @property
     def text(self) -> Any:
@@ -62,7 +64,9 @@ def read_turn(turn: Any) -> ReadTurn:
         raise TurnsError(f"a turn {problem}")
     said, media = _read_content(get_said(turn))
     calls = tuple(turn.get(key) or None for key in ("tool_calls", "function_call"))
-    return ReadTurn(get_role(turn), said, media, calls)
+    speaker, weight = get_role(turn), turn.get("weight")
+    is_weighted = speaker == "assistant" and weight is not None
+    return ReadTurn(speaker, said, media, calls, weight if is_weighted else 1)
 
 
 def read_turns(turns: Turns) -> list[ReadTurn]:
@@ -99,7 +103,10 @@ def _drop_nulls(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def is_same(first: ReadTurn, second: ReadTurn) -> bool:
-    """Check that two turns say the same, of the same media as far as they hold them."""
+    """Check that two turns say the same, of the same media as far as they hold them.
+
+    Weights do not count: no answer of a prompt is trained on, whatever it has.
+    """
     if (first.speaker, first.said, first.calls) != (second.speaker, second.said, second.calls):
         return False
     less, more = sorted((first, second), key=lambda turn: turn.held)
@@ -109,6 +116,23 @@ def is_same(first: ReadTurn, second: ReadTurn) -> bool:
 def are_same(first: Sequence[ReadTurn], second: Sequence[ReadTurn]) -> bool:
     """Check that all turns say the same, as `is_same`."""
     return len(first) == len(second) and all(map(is_same, first, second))
+
+
+def find_difference(first: Turns, second: Turns) -> tuple[str, str] | None:
+    """Quote the turns in which two forms of an answer first differ; None: they are the same.
+
+    They differ also where one is trained on and the other is not.
+
+    Raises:
+        TurnsError: two keys of a turn contradict each other.
+    """
+    one, other = read_turns(first), read_turns(second)
+    for i in range(max(len(one), len(other))):
+        pair = one[i : i + 1], other[i : i + 1]
+        if not are_same(*pair) or pair[0][0].weight != pair[1][0].weight:
+            mine, its = (quote_turn(t[i]) if i < len(t) else "missing" for t in (first, second))
+            return mine, its
+    return None
 
 
 def is_text_of(first: ReadTurn, second: ReadTurn) -> bool:
@@ -161,7 +185,8 @@ def quote_turn(turn: Any) -> str:
     read = read_turn(turn)
     held = [medium for medium in read.media if isinstance(medium, str)]
     named = f" ({', '.join(held):.60})" if held else ""
-    return f"{read.speaker}: {read.said!r:.50}{named}"
+    weight = "" if read.weight == 1 else f" (weight {read.weight!r:.20})"
+    return f"{read.speaker}: {read.said!r:.50}{named}{weight}"
 
 
 def split_common(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
