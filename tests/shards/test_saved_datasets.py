@@ -15,6 +15,7 @@ from test_source_preferences import FORMS
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
+from onellm_dist.shards.sources.readers.saved_datasets import list_dataset_files
 
 
 def write_split(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -65,6 +66,24 @@ def test_documents_of_a_dict(tmp_path: Path) -> None:
     assert len(read_samples(dataset)) == 3
 
 
+def test_documents_have_the_split_of_their_file_wherever_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"images": ["a.jpg", None], "texts": [None, "a cat"]}
+    (tmp_path / "data/images").mkdir(parents=True)
+    (tmp_path / "data/images/a.jpg").write_bytes(picture())
+    for split, count in (("train", 3), ("test", 2)):
+        write_parquet(tmp_path / f"data/{split}-00000-of-00001.parquet", [row] * count)
+    media = str(tmp_path / "data/images")
+    for number, (folder, inputs) in enumerate(((".", "."), (".", "./data"), ("data", "."))):
+        monkeypatch.chdir(tmp_path / folder)
+        _, dataset = build_source("obelics", Path(inputs), tmp_path / f"out/{number}", media=media)
+        assert [dataset.samples(split) for split in ("train", "test")] == [3, 2]
+    one = Path("test-00000-of-00001.parquet")
+    _, dataset = build_source("obelics", one, tmp_path / "out/one", media=media)
+    assert dataset.samples("test") == 2
+
+
 @pytest.mark.parametrize(
     ("source", "options", "command"),
     [
@@ -111,6 +130,125 @@ def test_what_a_saved_data_set_lacks_is_named(tmp_path: Path) -> None:
     shutil.rmtree(root / "train")
     with pytest.raises(UsageError, match=r"dataset_dict\.json lists train/state\.json"):
         build_dataset("preferences", root, tmp_path / "out")
+
+
+def test_json_beside_a_saved_data_set_hides_no_missing_file(tmp_path: Path) -> None:
+    document = {"images": ["a.jpg", None], "texts": [None, "a cat"]}
+    for source, row in (("preferences", FORMS["trl"]), ("obelics", document)):
+        root = tmp_path / source
+        write_split(root, [row])
+        files = [{"filename": f"data-0000{n}-of-00001.arrow"} for n in range(2)]
+        (root / "state.json").write_text(json.dumps({"_data_files": files}))
+        (root / "stats.json").write_text("{}")
+        with pytest.raises(UsageError, match=r"state\.json lists data-00001-of-00001\.arrow"):
+            build_dataset(source, root, tmp_path / "out")
+        # Below a folder of rows it is not read, whatever it lacks.
+        (root / "stats.json").unlink()
+        rows = tmp_path / f"{source}_rows"
+        rows.mkdir()
+        (rows / "rows.jsonl").write_text(json.dumps(row))
+        root.rename(rows / "saved")
+        files_of_rows, notes = list_dataset_files(rows)
+        assert [path.name for path in files_of_rows] == ["rows.jsonl"]
+        assert notes == ("ignored in folders below: 2 x .arrow; name such a folder to read it",)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused_at"),
+    [
+        ("dataset_dict.json", ""),
+        ("train/state.json", ""),
+        ("train/state.json", "train"),
+        ("train/state.json", "no Arrow file"),
+    ],
+)
+def test_a_description_that_was_cut_short_is_refused(
+    tmp_path: Path, name: str, refused_at: str
+) -> None:
+    root = write_dict(tmp_path / "in", [FORMS["trl"]] * 3, "train", "test")
+    (root / name).write_text((root / name).read_text()[:20])
+    one = root / "train/data-00000-of-00001.arrow"
+    assert len(read_samples(build_source("preferences", one, tmp_path / "one")[1])) == 3
+    if refused_at == "no Arrow file":
+        for path in (root / "train").glob("*.arrow"):
+            path.unlink()
+    inputs = root / "train" if refused_at == "train" else root
+    for source, options in (("preferences", {}), ("parquet", {"modality": "text"})):
+        with pytest.raises(UsageError, match=rf"{name} cannot be read \("):
+            build_dataset(source, inputs, tmp_path / "out", options=options)
+
+
+def test_names_say_how_many_files_there_are_without_a_description(tmp_path: Path) -> None:
+    write_split(tmp_path / "in", [FORMS["trl"]] * 3)
+    first, second = (tmp_path / f"in/data-0000{n}-of-00002.arrow" for n in range(2))
+    (tmp_path / "in/data-00000-of-00001.arrow").rename(first)
+    (tmp_path / "in/cache-12.arrow").rename(tmp_path / "second")
+    for state in ('{"of": "another program"}', None):
+        (tmp_path / "in/state.json").unlink()
+        if state is not None:
+            (tmp_path / "in/state.json").write_text(state)
+        lacks = r"count data-00001-of-00002\.arrow, which is missing \(1 of 2 files\)"
+        with pytest.raises(UsageError, match=lacks):
+            build_dataset("preferences", tmp_path / "in", tmp_path / "out")
+    (tmp_path / "second").rename(second)
+    _, dataset = build_source("preferences", tmp_path / "in", tmp_path / "out")
+    assert dataset.samples() == 6
+
+
+def test_a_data_set_that_is_saved_again_is_judged_anew(tmp_path: Path) -> None:
+    write_split(tmp_path / "in", [FORMS["trl"]])
+    assert list_dataset_files(tmp_path / "in")[0] == [tmp_path / "in/data-00000-of-00001.arrow"]
+    (tmp_path / "in/data-00000-of-00001.arrow").rename(tmp_path / "in/data-0.arrow")
+    (tmp_path / "in/state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+    assert list_dataset_files(tmp_path / "in")[0] == [tmp_path / "in/data-0.arrow"]
+
+
+def test_pairs_of_several_splits_of_a_kind_are_refused(tmp_path: Path) -> None:
+    """A clone of ultrafeedback_binarized, whose pairs stand in each of its splits."""
+    names = ("train_prefs", "train_sft", "train_gen", "test_prefs")
+    (tmp_path / "hub/data").mkdir(parents=True)
+    for name in names:
+        path = tmp_path / f"hub/data/{name}-00000-of-00001.parquet"
+        write_parquet(path, [FORMS["ultrafeedback"]])
+    saved = write_dict(tmp_path / "saved", [FORMS["ultrafeedback"]] * 4, *names)
+    joined = "train: train_gen, train_prefs, train_sft"
+    for root in (tmp_path / "hub", tmp_path / "hub/data", saved):
+        with pytest.raises(UsageError, match=joined) as refused:
+            build_dataset("preferences", root, tmp_path / "out")
+        assert "name the one to read" in refused.value.do
+    one = tmp_path / "hub/data/train_prefs-00000-of-00001.parquet"
+    for number, inputs in enumerate((one, saved / "train_prefs")):
+        _, dataset = build_source("preferences", inputs, tmp_path / f"out_{number}")
+        assert dataset.samples("train") == 4 - 3 * (inputs == one)
+    report, dataset = build_source(
+        "parquet", tmp_path / "hub", tmp_path / "texts", modality="text", max_failures=1
+    )
+    assert any("the split train joins train_gen, train_prefs" in n for n in report.notes)
+    report, _ = build_source(
+        "parquet", tmp_path / "hub", tmp_path / "all", modality="text", split="train"
+    )
+    assert not any("the split train joins" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train-00000-of-00002-9564e8b05b4757ab", "train-00001-of-00002-0aabc"), {"train": 2}),
+        (("a/train_prefs-0", "b/train_prefs-1", "rows"), {"train": 3}),
+        (("train/a", "train/b"), {"train": 2}),
+        (("train_part1", "train_part2", "test_part1"), {"train": 2, "test": 1}),
+        (("default/train_prefs/0000", "default/test_prefs/0000"), {"train": 1, "test": 1}),
+    ],
+)
+def test_files_of_one_split_are_no_several(
+    tmp_path: Path, names: tuple[str, ...], splits: dict[str, int]
+) -> None:
+    for name in names:
+        path = tmp_path / f"in/{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, [FORMS["trl_text"]])
+    report, dataset = build_source("preferences", tmp_path / "in", tmp_path / "out")
+    assert {split: dataset.samples(split) for split in splits} == splits and not report.notes
 
 
 def test_tables_below_a_folder_are_read_or_named(tmp_path: Path) -> None:

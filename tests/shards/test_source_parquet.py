@@ -96,9 +96,6 @@ def test_a_data_set_that_was_saved_to_disk(tmp_path: Path, format_: str) -> None
     state["_indices_data_files"] = [{"filename": "cache-1234.arrow"}]
     (folder / "state.json").write_text(json.dumps(state))
     (folder / "data-00000-of-00001.arrow").touch()
-    from onellm_dist.shards.sources.readers import saved_datasets
-
-    saved_datasets._read_state.cache_clear()
     with pytest.raises(UsageError, match=r"indices mapping(.|\n)*flatten_indices"):
         build_dataset("parquet", tmp_path / "in", tmp_path / "again")
 

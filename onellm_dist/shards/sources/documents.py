@@ -49,6 +49,7 @@ from onellm_dist.shards.sources.readers.saved_datasets import (
     SUFFIXES,
     find_split,
     list_dataset_files,
+    note_joined_splits,
 )
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
@@ -96,6 +97,8 @@ def plan(
             "the documents are expected there.",
             "name the file, or its folder; pictures may lie elsewhere: -o media=FOLDER.",
         )
+    tables = (PurePosixPath(name) for name in files)
+    notes += note_joined_splits(table for table in tables if table.suffix.lower() in SUFFIXES)
     stems = make_keys_unique(make_safe_key(name.rpartition(".")[0]) for name in files)
     splits = (
         split
@@ -109,7 +112,7 @@ def _split_file(root: Path, name: str, stem: str) -> Iterator[InputSplit]:
     if PurePosixPath(name).suffix.lower() not in SUFFIXES:
         yield from split_rows(root, name, _ROWS, stem=stem)
         return
-    split = find_split(PurePosixPath(name)) if "/" in name else "train"
+    split = find_split(PurePosixPath(name))
     for part in list_parts(root / name):
         description = {"file": name, "part": list(part), "stem": stem}
         yield InputSplit(f"{name}:{part.start}", description, split, part.rows)

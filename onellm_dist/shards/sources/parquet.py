@@ -63,6 +63,7 @@ from onellm_dist.shards.sources.readers.saved_datasets import (
     check_complete,
     find_split,
     leave_out_caches,
+    note_joined_splits,
 )
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 from onellm_dist.shards.sources.readers.unread_media import (
@@ -132,8 +133,8 @@ def plan(
         for part in list_parts(table)
     )
     notes += listed.make_notes((*SUFFIXES, ".json", ".md"))
-    attributes = dict(LISTED) if several == "list" else {}
-    return DatasetDescription(names, splits, notes, attributes)
+    notes += () if split else note_joined_splits(table.relative_to(root) for table in tables)
+    return DatasetDescription(names, splits, notes, dict(LISTED) if several == "list" else {})
 
 
 def raw_samples(

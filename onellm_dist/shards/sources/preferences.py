@@ -37,6 +37,7 @@ from onellm_dist.shards.sources.readers.saved_datasets import (
     SUFFIXES,
     find_split,
     list_dataset_files,
+    list_joined_splits,
     refuse_saved_dataset,
 )
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
@@ -89,6 +90,12 @@ def _plan(
     check_missing(missing)
     root = inputs if inputs.is_dir() else inputs.parent
     tables = [path.relative_to(root).as_posix() for path in found]
+    for split, joined in list_joined_splits(map(PurePath, tables)).items():
+        raise UsageError(
+            f"{inputs} has several splits that would be {split}: {', '.join(joined)}.",
+            "they may share rows, and a pair in two of them would be trained on twice.",
+            "name the one to read, its file or folder; or move its files to a folder of their own.",
+        )
     find_media_folders(root, media, ())
     names = () if modality is None else parse_media_modalities(modality)
     stems = make_keys_unique(n.rpartition(".")[0].replace(".", "_") for n in tables)

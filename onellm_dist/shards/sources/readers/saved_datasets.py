@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -25,6 +24,8 @@ DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json", "datase
 """What `datasets` writes beside tables; none of it is rows."""
 _STATE = "state.json"
 _DICT = "dataset_dict.json"
+_NUMBERED = re.compile(r"data-(\d+)-of-(\d+)\.arrow")
+_AGAIN = "fetch or copy the data set again; or name the files that are there one by one."
 
 
 def is_dataset_dict(folder: Path) -> bool:
@@ -34,12 +35,17 @@ def is_dataset_dict(folder: Path) -> bool:
 
 def _read_splits(folder: Path) -> list[Any] | None:
     """Read the names of a DatasetDict's splits; None: the folder is not one."""
-    try:
-        value = json.loads((folder / _DICT).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
+    value = _load(folder / _DICT)
     splits = value.get("splits") if isinstance(value, dict) else None
     return splits if isinstance(splits, list) else None
+
+
+def _load(file: Path) -> Any:
+    """Load a description; None: there is none, or it is not JSON."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def refuse_saved_dataset(inputs: Path, do: str) -> None:
@@ -77,17 +83,18 @@ def list_dataset_files(inputs: Path) -> tuple[list[Path], tuple[str, ...]]:
         The files, without what `datasets` writes beside tables; and notes.
 
     Raises:
-        UsageError: a saved data set is a selection of its rows, lacks files, or has caches alone.
+        UsageError: a saved data set is a selection of its rows, lacks files, has caches alone, or
+            its description cannot be read.
     """
     if not inputs.is_dir():
         return _leave_out(inputs, [inputs], named=True)
     listed = list_files(inputs, recursive=True).files
     top = [p for p in listed if "/" not in p.relative_to(inputs).as_posix()]
     below = [p for p in listed if p not in set(top)]
-    taken = top
+    taken, examined = top, top
     if not any(p.suffix.lower() in JSON_SUFFIXES and p.name not in DESCRIPTIONS for p in top):
-        check_complete(listed)
-        taken = [*top, *(p for p in below if p.suffix.lower() in SUFFIXES)]
+        taken, examined = [*top, *(p for p in below if p.suffix.lower() in SUFFIXES)], [*listed]
+    check_complete(listed, examined)
     ignored = Counter(
         p.suffix.lower()
         for p in {*below} - {*taken}
@@ -117,26 +124,75 @@ def _leave_out(
     return [p for p in listed if p not in left_out and p.name not in beside], notes
 
 
-def check_complete(listed: Collection[Path]) -> None:
+def check_complete(listed: Collection[Path], examined: Collection[Path] | None = None) -> None:
     """Check that the data sets of `save_to_disk` among some files have all of theirs.
 
+    Their descriptions say which those are. Where there is none, the names of Arrow files say how
+    many.
+
+    Args:
+        listed: all files that are there.
+        examined: those among them that belong to the data sets to check; default: all.
+
     Raises:
-        UsageError: a file or a split is missing; its rows would be lost without a word.
+        UsageError: a file or a split is missing, or a description cannot be parsed, as one that
+            was cut short; rows would be lost without a word.
     """
-    present = {*listed}
-    for path in listed:
-        folder, expected = path.parent, list[Path]()
+    present, files = {*listed}, listed if examined is None else examined
+    numbered = dict[Path, list[PurePath]]()
+    for path in files:
+        if path.suffix.lower() == ".arrow":
+            numbered.setdefault(path.parent, []).append(path)
+    for path in (p for p in files if p.name in (_STATE, _DICT)):
+        folder = path.parent
+        # Other programs have a state.json too.
+        beside = {folder / "dataset_info.json", folder.parent / _DICT}
+        if path.name == _DICT or folder in numbered or not beside.isdisjoint(present):
+            _require_json(path)
         if path.name == _STATE:
             expected = [folder / name for name in sorted(_read_state(folder) or ())]
-        elif path.name == _DICT:
+        else:
             expected = [folder / str(split) / _STATE for split in _read_splits(folder) or ()]
         if missing := [file for file in expected if file not in present]:
-            raise UsageError(
-                f"{folder}: {path.name} lists {missing[0].relative_to(folder).as_posix()}, which "
-                f"is missing ({len(missing)} of {format_count(len(expected), 'file')}).",
-                "the rows in it would be lost.",
-                "fetch or copy the data set again; or name the files that are there one by one.",
-            )
+            name = missing[0].relative_to(folder).as_posix()
+            raise _make_error(folder, f"{path.name} lists {name}", len(missing), len(expected))
+    for folder, tables in numbered.items():
+        if _read_state(folder) is None:
+            _check_numbers(folder, tables)
+
+
+def _require_json(file: Path) -> None:
+    """Refuse a description that is there and cannot be read."""
+    try:
+        json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{file} cannot be read ({error}).",
+            "it lists the files of the data set; if some are missing, their rows would be lost.",
+            _AGAIN,
+        ) from None
+
+
+def _check_numbers(folder: Path, tables: Iterable[PurePath]) -> None:
+    """Check that `data-00000-of-00002.arrow` is not alone, where no description lists it."""
+    found = dict[int, set[int]]()
+    for table in tables:
+        if match := _NUMBERED.fullmatch(table.name):
+            found.setdefault(int(match[2]), set()).add(int(match[1]))
+    for total, numbers in sorted(found.items()):
+        if len(numbers) < total:
+            first = next(n for n in range(total) if n not in numbers)
+            name = f"data-{first:05d}-of-{total:05d}.arrow"
+            said = f"the names of its Arrow files count {name}"
+            raise _make_error(folder, said, total - len(numbers), total)
+
+
+def _make_error(folder: Path, lists: str, missing: int, total: int) -> UsageError:
+    return UsageError(
+        f"{folder}: {lists}, which is missing ({missing} of {format_count(total, 'file')}).",
+        "the rows in it would be lost.",
+        _AGAIN,
+    )
 
 
 def leave_out_caches(
@@ -152,9 +208,11 @@ def leave_out_caches(
         UsageError: a saved data set is a selection of its rows, which the files do not show.
     """
     kept, caches = list[Path](), Counter[str]()
+    arrows = {table for table in tables if table.suffix.lower() == ".arrow"}
+    states = {folder: _read_state(folder) for folder in {table.parent for table in arrows}}
     for table in tables:
-        is_arrow = table.suffix.lower() == ".arrow"
-        own = _read_state(table.parent) if is_arrow else None
+        is_arrow = table in arrows
+        own = states[table.parent] if is_arrow else None
         is_cache = is_arrow and not named and table.name.startswith("cache-")
         if (own is not None and table.name not in own) or is_cache:
             caches["cache files of datasets left out"] += 1
@@ -163,17 +221,15 @@ def leave_out_caches(
     return kept, tuple(f"{what}: {n}" for what, n in caches.items())
 
 
-@lru_cache(maxsize=64)
 def _read_state(folder: Path) -> frozenset[str] | None:
     """Read which files a data set of `save_to_disk` has; None: the folder is not one.
 
     Raises:
         UsageError: it has an indices mapping.
     """
-    try:
-        state = json.loads((folder / _STATE).read_bytes())
-        names = frozenset(f["filename"] for f in state["_data_files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    state = _load(folder / _STATE)
+    files = state.get("_data_files") if isinstance(state, dict) else None
+    if not isinstance(files, list):
         return None
     if state.get("_indices_data_files"):
         raise UsageError(
@@ -181,18 +237,59 @@ def _read_state(folder: Path) -> frozenset[str] | None:
             "its files hold the rows before the selection.",
             "save it again after datasets' flatten_indices().",
         )
-    return names
+    return frozenset(str(f.get("filename") if isinstance(f, dict) else f) for f in files)
 
 
 def find_split(table: PurePath) -> str:
     """Find the split in a file's name (`train-00000-of-00001`) or in its folder's.
 
     The folder of an Arrow file is called as its split, which has the name of none of the three
-    where there are several (`test_prefs`).
+    where there are several (`test_prefs`); so is that of `0000.parquet`, as the Hub converts tables
+    (`refs/convert/parquet`).
     """
-    words = re.split(r"[-_.]", table.stem.lower())
+    return next(_list_splits(table), ("train", ""))[0]
+
+
+def _list_splits(table: PurePath) -> Iterator[tuple[str, str]]:
+    """Yield the splits that the name of a file and those of its folders say, and those names.
+
+    The numbers of a file behind the split's name are left out: `train_prefs-00000-of-00001` and,
+    of an older push_to_hub, `train-00000-of-00002-9564e8b05b4757ab`.
+    """
     folders = list(reversed(PurePosixPath(table.as_posix()).parts[:-1]))
-    if table.suffix.lower() == ".arrow" and folders:
-        words += re.split(r"[-_.]", folders[0].lower())
-    named = (SPLIT_FOLDERS.get(w) for w in (*words, *(f.lower() for f in folders)))
-    return next((split for split in named if split is not None), "train")
+    words = [*re.finditer(r"[^-_.]+", table.stem)]
+    for word in words:
+        if split := SPLIT_FOLDERS.get(word[0].lower()):
+            numbers = (w.start() - 1 for w in words if w.start() > word.end() and w[0].isdigit())
+            yield split, table.stem[: next(numbers, None)].rstrip("0123456789")
+    if folders and (table.suffix.lower() == ".arrow" or re.fullmatch(r"\d{4}", table.stem)):
+        for part in re.split(r"[-_.]", folders[0].lower()):
+            if split := SPLIT_FOLDERS.get(part):
+                yield split, folders[0]
+    for folder in folders:
+        if split := SPLIT_FOLDERS.get(folder.lower()):
+            yield split, folder
+
+
+def list_joined_splits(tables: Iterable[PurePath]) -> dict[str, list[str]]:
+    """List the splits that tables of several splits become, with the names of those.
+
+    ultrafeedback_binarized has `train_prefs`, `train_sft` and `train_gen`: all become `train`, and
+    a row may stand in each.
+
+    Args:
+        tables: the files, relative to the folder that is read.
+    """
+    names = dict[str, set[str]]()
+    for split, name in (next(_list_splits(table), ("", "")) for table in tables):
+        if split:
+            names.setdefault(split, set()).add(name)
+    return {split: sorted(found) for split, found in names.items() if len(found) > 1}
+
+
+def note_joined_splits(tables: Iterable[PurePath]) -> tuple[str, ...]:
+    """Make a note of each of `list_joined_splits`."""
+    return tuple(
+        f"the split {split} joins {', '.join(names)}, which may share rows"
+        for split, names in list_joined_splits(tables).items()
+    )
