@@ -37,7 +37,7 @@ class ReadTurn(NamedTuple):
     calls: tuple[Any, ...]
     """Calls of tools."""
     weight: Any = 1
-    """0 of an answer that is not trained on; 1 of what is no answer."""
+    """0: an answer that is not trained on; 1: a trained one, and other turns."""
 
     @property
     def text(self) -> Any:
