@@ -33,7 +33,7 @@ $(SLURM): launch/setup_slurm.sh $(STAMP)
 
 slurm: $(SLURM)  ## Debian's Slurm, for `onellm rehearse` and its tests (root only; no daemon is started)
 
-demo: $(STAMP)  ## shards, toy towers, align, tune, captions and an HTML report on the toy world (20 minutes on 2 cores)
+demo: $(STAMP)  ## shards, toy towers, align, tune, captions and an HTML report on the toy world (20 to 35 minutes on 2 cores)
 	$(BIN)/onellm demo --out $(DEMO_OUT)
 
 demo-full: $(STAMP)  ## the same with three times the training (about an hour on 2 cores)
