@@ -13,12 +13,15 @@ import pytest
 import requests
 import served_model as served
 import torch
+from media_samples import picture
+from PIL import Image
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.common.workers import pool, process
 from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.serving import media
 from onellm_dist.serving.media import GivenFiles, GivenFilesReader, read_given_files
+from onellm_dist.serving.server.decoded import DecodedMedia
 from onellm_dist.serving.server.media import MediaReader, hash_files
 
 
@@ -141,3 +144,30 @@ def test_a_process_reads_many_media_and_none_after_a_bad_or_large_one(
     finally:
         reader.close()
     assert not any(psutil.pid_exists(pid) for pid in started)
+
+
+@pytest.mark.seconds
+def test_media_of_earlier_requests_are_not_decoded_again() -> None:
+    files = [
+        GivenFiles("image", {"image": picture(Image.new("RGB", (9, 9), colour)).data})
+        for colour in ("red", "green", "blue")
+    ]
+    reader = MediaReader(1, SampleLimits(30, 1000))
+    try:
+        first = asyncio.run(reader.read([files[0], files[1], files[0]]))
+        again = asyncio.run(reader.read([files[1], files[2]]))
+    finally:
+        reader.close()
+    assert reader.decoded == 3
+    assert torch.equal(first[0], first[2])
+    assert torch.equal(first[1], again[0])
+    assert not torch.equal(again[0], again[1])
+
+
+def test_kept_media_stay_within_their_memory() -> None:
+    kept = DecodedMedia(max_bytes=250)
+    for number in range(3):
+        kept.put(str(number), torch.full((25,), float(number)))
+        assert kept.get("0") is not None  # what is used stays
+    assert kept.get("1") is None
+    assert kept.get("2") is not None

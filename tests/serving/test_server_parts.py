@@ -24,23 +24,17 @@ import served_model as served
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from media_samples import picture
-from PIL import Image
 
 from onellm_dist.common.errors import MachineError, OneLLMError, UsageError
-from onellm_dist.common.workers.samples import SampleLimits
 from onellm_dist.model import OneLLMProcessor
 from onellm_dist.model.generation.batched import Prompt
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.serving.answer_text import AnswerText
-from onellm_dist.serving.media import GivenFiles
 from onellm_dist.serving.server import run
-from onellm_dist.serving.server.decoded import DecodedMedia
 from onellm_dist.serving.server.engine import AnswerEngine
 from onellm_dist.serving.server.errors import RequestError
 from onellm_dist.serving.server.jobs import Ending, Job, JobQueue, Piece, QueueFullError
 from onellm_dist.serving.server.limits import Pace, RequestLimits
-from onellm_dist.serving.server.media import MediaReader
 from onellm_dist.serving.server.metrics import ServerMetrics
 from onellm_dist.serving.server.remote_llm import RemoteAddress
 from onellm_dist.serving.server.settings import ServerSettings
@@ -344,33 +338,6 @@ def count_accepted(address: str) -> float:
     text = requests.get(f"{address.removesuffix('/v1')}/metrics").text
     names = ("onellm_running_requests", "onellm_waiting_requests")
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(names))
-
-
-@pytest.mark.seconds
-def test_media_of_earlier_requests_are_not_decoded_again() -> None:
-    files = [
-        GivenFiles("image", {"image": picture(Image.new("RGB", (9, 9), colour)).data})
-        for colour in ("red", "green", "blue")
-    ]
-    reader = MediaReader(1, SampleLimits(30, 1000))
-    try:
-        first = asyncio.run(reader.read([files[0], files[1], files[0]]))
-        again = asyncio.run(reader.read([files[1], files[2]]))
-    finally:
-        reader.close()
-    assert reader.decoded == 3
-    assert torch.equal(first[0], first[2])
-    assert torch.equal(first[1], again[0])
-    assert not torch.equal(again[0], again[1])
-
-
-def test_kept_media_stay_within_their_memory() -> None:
-    kept = DecodedMedia(max_bytes=250)
-    for number in range(3):
-        kept.put(str(number), torch.full((25,), float(number)))
-        assert kept.get("0") is not None  # what is used stays
-    assert kept.get("1") is None
-    assert kept.get("2") is not None
 
 
 def test_the_largest_request_fits_in_the_memory_for_all() -> None:
