@@ -13,6 +13,7 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.extras import get_install_command
 from onellm_dist.common.logging import get_logger
 from onellm_dist.launch.local import find_free_port
+from onellm_dist.launch.slurm.run_progress import find_newest_checkpoint
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.testing.demo.journal import Journal
 from onellm_dist.testing.demo.layout import RANKS, RUNS, Demo
@@ -82,12 +83,15 @@ def train(demo: Demo, table: Timetable, journal: Journal, *, name: str) -> None:
     Raises:
         OneLLMError: a command failed, the first run did not resume, or there is no model.
     """
-    command = make_training_command(demo, name, demo.scale.runs[RUNS.index(name)])
+    run = demo.scale.runs[RUNS.index(name)]
+    command = make_training_command(demo, name, run)
     is_first = name == RUNS[0]
     if is_first and not journal.killed:
         _kill_on_the_way(demo, table, journal, name, command)
     process = _make_process(demo, name, command, count_pattern=STEP_COUNT)
-    run_lanes([[process]], lambda running: _show_training(table, running, 1.0))
+    # A resumed run prints no step for a while; what it resumes is done.
+    kept = (find_newest_checkpoint(demo.run_dir(name)) or 0) / run.steps
+    run_lanes([[process]], lambda running: _show_training(table, running, 1.0, kept=kept))
     if is_first and not list_resumes(demo.run_dir(name)):
         raise OneLLMError(
             f"{name} did not resume after its kill",
@@ -118,8 +122,10 @@ def _kill_on_the_way(
     )
 
 
-def _show_training(table: Timetable, running: Sequence[DemoProcess], otherwise: float) -> None:
-    table.show_progress(running[0].read_progress() if running else otherwise)
+def _show_training(
+    table: Timetable, running: Sequence[DemoProcess], otherwise: float, *, kept: float = 0.0
+) -> None:
+    table.show_progress(max(kept, running[0].read_progress() if running else otherwise))
 
 
 def make_training_command(demo: Demo, name: str, run: RunScale) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,6 +13,7 @@ from onellm_dist.common.logging import configure_logging
 from onellm_dist.config.load import load_config
 from onellm_dist.evaluation.report import Caption, summarize_captions
 from onellm_dist.shards.sources.toyworld import world
+from onellm_dist.testing.demo import stages
 from onellm_dist.testing.demo.journal import open_journal
 from onellm_dist.testing.demo.layout import RUNS, Demo
 from onellm_dist.testing.demo.run import get_exit_code, make_stages
@@ -71,6 +74,23 @@ def test_progress_of_training_is_not_taken_from_other_counts() -> None:
         "step 10/160  loss 0.6 (image 0.6)\n"
     )
     assert re.findall(STEP_COUNT, output) == [("10", "160")]
+
+
+def test_a_resumed_run_begins_at_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it prints its first step: a reader saw 45% go back to 0%."""
+    demo, name, shown = Demo(tmp_path, QUICK, ranks=2), RUNS[1], list[float]()
+    run = QUICK.runs[1]
+    (demo.run_dir(name) / "checkpoints" / f"step-{run.steps // 2:08d}").mkdir(parents=True)
+    (demo.run_dir(name) / "model").mkdir()
+    (demo.run_dir(name) / "model" / "config.json").write_text("{}")
+    code = "import time; print('loading', flush=True); time.sleep(1)"
+    command = [sys.executable, "-c", code]
+    monkeypatch.setattr(stages, "make_training_command", lambda *_: command)
+    table = Mock(show_progress=shown.append)
+    stages.train(demo, table, Mock(killed=True), name=name)
+    assert len(shown) > 1 and min(shown[:-1]) == max(shown[:-1]) == run.steps // 2 / run.steps
 
 
 def test_only_a_demo_of_the_same_size_is_resumed(tmp_path: Path) -> None:
