@@ -64,6 +64,7 @@ from onellm_dist.shards.sources.readers.saved_datasets import (
     find_split,
     leave_out_caches,
     note_joined_splits,
+    note_missing_parts,
 )
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 from onellm_dist.shards.sources.readers.unread_media import (
@@ -114,26 +115,26 @@ def plan(
     if several == "list" and names:
         parse_media_modalities(",".join(names))
     find_arrow_columns(tables[0], schema, names, caption_column, media_column)
-    stems = make_keys_unique(
-        make_safe_key(t.relative_to(root).with_suffix("").as_posix()) for t in tables
-    )
+    names_below = [table.relative_to(root) for table in tables]
+    stems = make_keys_unique(make_safe_key(n.with_suffix("").as_posix()) for n in names_below)
     splits = (
         InputSplit(
-            f"{table.relative_to(root).as_posix()}:{part.start}",
+            f"{name.as_posix()}:{part.start}",
             {
-                "file": table.relative_to(root).as_posix(),
+                "file": name.as_posix(),
                 "part": list(part),
                 "stem": stem,
                 "modalities": list(names),
             },
-            split or find_split(table.relative_to(root)),
+            split or find_split(name),
             part.rows,
         )
-        for table, stem in zip(tables, stems, strict=True)
+        for table, name, stem in zip(tables, names_below, stems, strict=True)
         for part in list_parts(table)
     )
     notes += listed.make_notes((*SUFFIXES, ".json", ".md"))
-    notes += () if split else note_joined_splits(table.relative_to(root) for table in tables)
+    notes += note_missing_parts(tables if inputs.is_dir() else ())
+    notes += () if split else note_joined_splits(names_below)
     return DatasetDescription(names, splits, notes, dict(LISTED) if several == "list" else {})
 
 

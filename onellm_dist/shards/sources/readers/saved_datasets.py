@@ -25,6 +25,8 @@ DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json", "datase
 _STATE = "state.json"
 _DICT = "dataset_dict.json"
 _NUMBERED = re.compile(r"data-(\d+)-of-(\d+)\.arrow")
+_PART = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?\.parquet", re.IGNORECASE)
+"""A part as the Hub numbers them; of an older push_to_hub with a hash behind."""
 _AGAIN = "fetch or copy the data set again; or name the files that are there one by one."
 
 
@@ -101,6 +103,7 @@ def list_dataset_files(inputs: Path) -> tuple[list[Path], tuple[str, ...]]:
         if p.suffix.lower() in (*SUFFIXES, *JSON_SUFFIXES) and p.name not in DESCRIPTIONS
     )
     files, notes = _leave_out(inputs, sorted(taken), named=False)
+    notes += note_missing_parts(files)
     if ignored:
         what = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(ignored.items()))
         notes += (f"ignored in folders below: {what}; name such a folder to read it",)
@@ -292,4 +295,25 @@ def note_joined_splits(tables: Iterable[PurePath]) -> tuple[str, ...]:
     return tuple(
         f"the split {split} joins {', '.join(names)}, which may share rows"
         for split, names in list_joined_splits(tables).items()
+    )
+
+
+def note_missing_parts(tables: Iterable[PurePath]) -> tuple[str, ...]:
+    """Make a note of each table of the Hub of which some parts are not there.
+
+    It is not refused: a few parts of a large data set may be all that is wanted.
+
+    Args:
+        tables: the files.
+    """
+    found = dict[tuple[str, str, int], set[int]]()
+    for table in tables:
+        if match := _PART.fullmatch(table.name):
+            key = table.parent.as_posix(), match[1], int(match[3])
+            found.setdefault(key, set()).add(int(match[2]))
+    return tuple(
+        f"{name or 'the table'}: {total - len(numbers)} of its "
+        f"{format_count(total, 'parquet file')} are not there"
+        for (_, name, total), numbers in sorted(found.items())
+        if len(numbers) < total
     )
