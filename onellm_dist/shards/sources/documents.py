@@ -97,22 +97,21 @@ def plan(
             "the documents are expected there.",
             "name the file, or its folder; pictures may lie elsewhere: -o media=FOLDER.",
         )
-    tables = (PurePosixPath(name) for name in files)
-    notes += note_joined_splits(table for table in tables if table.suffix.lower() in SUFFIXES)
+    notes += note_joined_splits(map(PurePosixPath, files))
     stems = make_keys_unique(make_safe_key(name.rpartition(".")[0]) for name in files)
     splits = (
         split
         for name, stem in zip(files, stems, strict=True)
-        for split in _split_file(root, name, stem)
+        for split in _split_file(root, name, stem, named=not inputs.is_dir())
     )
     return DatasetDescription(("image",), splits, notes, attributes=dict(LISTED))
 
 
-def _split_file(root: Path, name: str, stem: str) -> Iterator[InputSplit]:
-    if PurePosixPath(name).suffix.lower() not in SUFFIXES:
-        yield from split_rows(root, name, _ROWS, stem=stem)
-        return
+def _split_file(root: Path, name: str, stem: str, *, named: bool) -> Iterator[InputSplit]:
     split = find_split(PurePosixPath(name))
+    if PurePosixPath(name).suffix.lower() not in SUFFIXES:
+        yield from split_rows(root, name, _ROWS, stem=stem, split="train" if named else split)
+        return
     for part in list_parts(root / name):
         description = {"file": name, "part": list(part), "stem": stem}
         yield InputSplit(f"{name}:{part.start}", description, split, part.rows)

@@ -1,6 +1,7 @@
 """`onellm shards build interleaved | m4-instruct | sharegpt IN OUT`: conversations with any media.
 
-IN is one .json or .jsonl, or a folder of them, with rows of LLaVA's form (M4-Instruct, LLaVA-Video,
+IN is one .json or .jsonl, or a folder of them, whose names say the split (`test.jsonl`; else
+train), with rows of LLaVA's form (M4-Instruct, LLaVA-Video,
 ShareGPT4V), of LLaMA-Factory's or ms-swift's, or with content parts (readers/media_rows.py).
 Samples may have no medium, one, or several, and media stand where the texts say so. `sharegpt`
 without the option `modality` is text alone, and `<image>` in its texts belongs to a web page.
@@ -9,7 +10,7 @@ without the option `modality` is text alone, and `<image>` in its texts belongs 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
@@ -38,6 +39,8 @@ from onellm_dist.shards.sources.readers.media_rows import (
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 from onellm_dist.shards.sources.readers.saved_datasets import (
     DESCRIPTIONS,
+    find_split,
+    note_joined_splits,
     refuse_saved_dataset,
 )
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
@@ -85,9 +88,10 @@ def plan(
     splits = (
         split
         for name, stem in zip(files, stems, strict=True)
-        for split in split_rows(inputs, name, _ROWS, stem=stem)
+        for split in split_rows(inputs, name, _ROWS, stem=stem, split=find_split(PurePath(name)))
     )
     notes = () if names else listed.make_notes(JSON_SUFFIXES)
+    notes += note_joined_splits(map(PurePath, files))
     return DatasetDescription(names, splits, notes, attributes)
 
 
