@@ -1,6 +1,6 @@
 """What the host needs for a micro-batch by engine: CPU time and ATen calls, before and after.
 
-    python benchmarks/host_time.py                   # six processes, about three minutes
+    python benchmarks/host_time.py                   # twelve processes, about four minutes
     python benchmarks/host_time.py --engines plain fsdp --json found.json
 
 The model has the layers of onellm-7b (24 blocks in the encoder, 3 x 8 in the UPM, 32 in the LLM) at
@@ -10,7 +10,9 @@ DeepSpeed's hooks as they are, frozen weights of FSDP2 sharded, plain kernels, a
 through the encoder. `after`: blocks gathered as one (`leaf_module`), quicker hooks
 (`quicken_hooks`), frozen weights resident, fused kernels, and no pass that a run never needs. What
 has no option (fewer views around attention, say) is in both. Each figure is the median of CPU times
-of forward and backward; a GPU computes meanwhile, so that the host must not take longer.
+of forward and backward; a GPU computes meanwhile, so that the host must not take longer. What else
+runs on the machine makes CPU time longer too: each state is measured twice, in the order before,
+after, after, before.
 
 Fused kernels are Python functions on a CPU, which a GPU runs compiled: their calls count as one
 each. One rank alone has no one to wait for: with several, collectives cost more, before and after.
@@ -62,16 +64,28 @@ def main() -> int:
     found: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.engines:
-            found[name] = {}
-            for state in ("before", "after"):  # a process each: DeepSpeed never lets go
-                out = Path(folder) / f"{name}-{state}.json"
+            turns: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
+            for turn, state in enumerate(("before", "after", "after", "before")):
+                # A process each: DeepSpeed never lets go.
+                out = Path(folder) / f"{name}-{turn}" / f"{state}.json"
+                out.parent.mkdir()  # ranks meet there
                 command = [sys.executable, __file__, "--kernels", arguments.kernels]
                 command += ["--worker", name, state, str(out)]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                found[name][state] = json.loads(out.read_text())
+                turns[state].append(json.loads(out.read_text()))
+            found[name] = {state: summarise(measured) for state, measured in turns.items()}
     if arguments.json:
         arguments.json.write_text(json.dumps(found))
     return report(found)
+
+
+def summarise(turns: list[dict[str, Any]]) -> dict[str, float]:
+    """The medians over the rounds of all turns."""
+    rounds = {
+        key: statistics.median(value for turn in turns for value in turn[key])
+        for key in ("forward_ms", "backward_ms", "clouds_ms")
+    }
+    return rounds | {"calls": turns[0]["calls"]}
 
 
 def report(found: dict[str, dict[str, dict[str, float]]]) -> int:
@@ -102,8 +116,8 @@ def report(found: dict[str, dict[str, dict[str, float]]]) -> int:
     return 1 if missed else 0
 
 
-def measure(name: str, *, changed: bool, folder: Path, kernels: str = "fused") -> dict[str, float]:
-    """Measure an engine in this process, alone as rank 0 of 1.
+def measure(name: str, *, changed: bool, folder: Path, kernels: str = "fused") -> dict[str, Any]:
+    """Measure an engine in this process, alone as rank 0 of 1; all rounds.
 
     Args:
         name: of the engine; `plain`: none.
@@ -127,8 +141,8 @@ def measure(name: str, *, changed: bool, folder: Path, kernels: str = "fused") -
         forwards.append(1000 * (middle - started))
         backwards.append(1000 * (time.process_time() - middle))
     return {
-        "forward_ms": statistics.median(forwards),
-        "backward_ms": statistics.median(backwards),
+        "forward_ms": forwards,
+        "backward_ms": backwards,
         "calls": calls,
         "clouds_ms": time_empty_clouds(),
     }
@@ -155,8 +169,8 @@ def count_calls(run: Callable[[], Any]) -> int:
     return counter.calls
 
 
-def time_empty_clouds() -> float:
-    """CPU milliseconds of the point tokenizer, forward and backward, in a pack without clouds."""
+def time_empty_clouds() -> list[float]:
+    """CPU milliseconds of the point tokenizer, forward and backward, in packs without clouds."""
     import torch
 
     from onellm_dist.modalities import get_modality
@@ -168,7 +182,7 @@ def time_empty_clouds() -> float:
         started = time.process_time()
         tokenizer(empty).sum().backward()
         times.append(1000 * (time.process_time() - started))
-    return statistics.median(times)
+    return times
 
 
 def make_config() -> Any:

@@ -211,6 +211,19 @@ def test_leaf_modules_save_host_time_where_blocks_are_frozen() -> None:
     assert all(w < h < z for w, h, z in zip(whole, half, cost("zero3", 0), strict=True))
 
 
+def test_resident_blocks_cost_the_host_nothing_under_fsdp() -> None:
+    engine = get_engine("fsdp")
+
+    def cost(placement: str, frozen: float) -> tuple[float, float]:
+        section = EngineSection.model_validate({"name": "fsdp", "frozen": placement})
+        found = engine.host_costs(section, frozen_blocks=frozen)
+        return found.forward_us, found.backward_us
+
+    assert cost("sharded", 0.5) == cost("sharded", 0) == cost("resident", 0) > (0, 0)
+    assert cost("resident", 0.5) == tuple(us / 2 for us in cost("sharded", 0.5))
+    assert cost("resident", 1) == (0, 0)
+
+
 def test_groups_of_ranks_must_fit_the_world_size() -> None:
     section = EngineSection(name="fsdp", shard_ranks=3)
     assert get_engine("fsdp").read_options(section, world_size=6) == FsdpOptions(3)

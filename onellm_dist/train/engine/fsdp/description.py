@@ -162,7 +162,11 @@ class FsdpDescription(EngineDescription):
         return float(unit * (gathered * compute_bytes + GRADIENT_BYTES))
 
     def host_costs(self, section: EngineSection, *, frozen_blocks: float) -> HostCosts:
-        return HOST_COSTS
+        if section.frozen != "resident":
+            return HOST_COSTS
+        # Blocks that are resident as a whole are no units and have no hooks.
+        trained = 1 - frozen_blocks
+        return HostCosts(HOST_COSTS.forward_us * trained, HOST_COSTS.backward_us * trained)
 
     def list_choices(self, *, world_size: int, gpus_per_node: int) -> list[dict[str, Any]]:
         choices: list[dict[str, Any]] = [
