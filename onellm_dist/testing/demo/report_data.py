@@ -144,8 +144,11 @@ def compute_router_weights(model_path: Path) -> dict[str, list[list[float]]]:
     Returns:
         Modality to [Q][E].
     """
+    from transformers.utils import logging
+
     from onellm_dist.model.presets import load_model
 
+    logging.disable_progress_bar()  # the demo shows its own
     loaded, _ = load_model(path=model_path, preset=None, seed=0)
     model: Any = loaded
     return {

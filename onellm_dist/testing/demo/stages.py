@@ -187,7 +187,12 @@ def _make_process(
         name,
         command,
         demo.log(name.replace(" ", "_")),
-        {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONUNBUFFERED": "1",
+            # Counts of loaded weights look like the process's own.
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        },
         count_pattern,
         kill_at,
     )
