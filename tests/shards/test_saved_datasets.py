@@ -230,54 +230,6 @@ def test_pairs_of_several_splits_of_a_kind_are_refused(tmp_path: Path) -> None:
     assert not any("the split train joins" in note for note in report.notes)
 
 
-@pytest.mark.parametrize(
-    ("names", "wanted"),
-    [
-        (["train-00001-of-00042"], ["train: 41 of its 42 parquet files are not there"]),
-        (["train-00000-of-00002", "train-00001-of-00002"], []),
-        (["train-00000-of-00002-9564e8b05b4757ab"], ["train: 1 of its 2 parquet files"]),
-        (["part-00000-of-00003", "train-00000-of-00001"], ["part: 2 of its 3 parquet files"]),
-        (["00001-of-00002"], ["the table: 1 of its 2 parquet files"]),
-        (["0000", "0001"], []),
-    ],
-)
-def test_parts_of_a_table_that_are_not_there_are_noted(
-    tmp_path: Path, names: list[str], wanted: list[str]
-) -> None:
-    """A few parts may be wanted: they are built, and a download that broke off is seen."""
-    (tmp_path / "hub/data").mkdir(parents=True)
-    for name in names:
-        write_parquet(tmp_path / f"hub/data/{name}.parquet", [FORMS["trl_text"]])
-    texts = {"modality": "text", "caption_column": "chosen"}
-    for source, options in (("parquet", texts), ("preferences", {})):
-        report, dataset = build_source(source, tmp_path / "hub", tmp_path / source, **options)
-        assert dataset.samples() == len(names)
-        noted = [note for note in report.notes if "are not there" in note]
-        assert len(noted) == len(wanted)
-        assert all(note.startswith(start) for note, start in zip(noted, wanted, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("names", "splits"),
-    [
-        (("train-00000-of-00002-9564e8b05b4757ab", "train-00001-of-00002-0aabc"), {"train": 2}),
-        (("a/train_prefs-0", "b/train_prefs-1", "rows"), {"train": 3}),
-        (("train/a", "train/b"), {"train": 2}),
-        (("train_part1", "train_part2", "test_part1"), {"train": 2, "test": 1}),
-        (("default/train_prefs/0000", "default/test_prefs/0000"), {"train": 1, "test": 1}),
-    ],
-)
-def test_files_of_one_split_are_no_several(
-    tmp_path: Path, names: tuple[str, ...], splits: dict[str, int]
-) -> None:
-    for name in names:
-        path = tmp_path / f"in/{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_parquet(path, [FORMS["trl_text"]])
-    report, dataset = build_source("preferences", tmp_path / "in", tmp_path / "out")
-    assert {split: dataset.samples(split) for split in splits} == splits and not report.notes
-
-
 def test_tables_below_a_folder_are_read_or_named(tmp_path: Path) -> None:
     """A clone of the Hub has its tables in data/; a split may have a folder of its own."""
     hub, mixed = tmp_path / "hub", tmp_path / "mixed"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from listed_rows import write_parquet
 from shard_worlds import write_tree
 from source_checks import build_source, make_photo, make_turns, read_samples
 
@@ -348,6 +350,17 @@ def test_weights_are_kept_and_white_space_makes_no_pair(tmp_path: Path) -> None:
     (sample,) = read_samples(dataset).values()
     assert sample["json"]["chosen"] == later and sample["json"]["rejected"] == [BAD]
     assert [q.reason for q in report.quarantined] == ["answers: chosen and rejected are the same"]
+
+
+def test_a_weight_of_nan_is_named_as_what_it_is(tmp_path: Path) -> None:
+    """NaN differs from itself: the pair was said to contradict its own form."""
+    answers = [message("assistant", "because") | {"weight": weight} for weight in (1.0, math.nan)]
+    rows = [{"prompt": "Why?", "chosen": [answer], "rejected": "so"} for answer in answers]
+    write_parquet(tmp_path / "a.parquet", rows)
+    inputs, out = tmp_path / "a.parquet", tmp_path / "out"
+    report, dataset = build_source("preferences", inputs, out, max_failures=0.9)
+    (reason,) = (found.reason for found in report.quarantined)
+    assert dataset.samples() == 1 and "weight nan" in reason and "0 or 1" in reason
 
 
 def test_a_preview_shows_both_answers() -> None:

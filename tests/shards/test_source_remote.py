@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 from cc3m_worlds import parallel
+from listed_rows import write_parquet
 from shard_worlds import contents, picture, write_tree
 from source_checks import to_json
 from test_source_coco import official, pictures
@@ -40,11 +41,19 @@ def _table(root: Path) -> Path:
     return root
 
 
+def _numbered(root: Path) -> Path:
+    (root / "data").mkdir(parents=True)
+    for name in ("train-00000-of-00002", "test-00000-of-00001"):
+        write_parquet(root / f"data/{name}.parquet", [{"text": f"a text of {name}"}])
+    return root
+
+
 @pytest.mark.parametrize(
     ("source", "made", "options"),
     [
         ("coco", _coco, {}),
         ("nsd", tree, {}),
+        ("parquet", _numbered, {"modality": "text"}),
         ("ego4d-imu", _ego4d, {}),
         ("cc3m-depth", _table, {}),
         ("cc3m-depth", _table, {"captions": "cc3m.csv"}),
@@ -55,6 +64,7 @@ def _table(root: Path) -> Path:
     ids=[
         "coco",
         "nsd",
+        "parquet",
         "ego4d",
         "cc3m",
         "cc3m-table",

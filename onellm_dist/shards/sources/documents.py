@@ -47,8 +47,10 @@ from onellm_dist.shards.sources.readers.media_files import (
 )
 from onellm_dist.shards.sources.readers.saved_datasets import (
     SUFFIXES,
-    find_split,
     list_dataset_files,
+)
+from onellm_dist.shards.sources.readers.split_names import (
+    find_split,
     note_joined_splits,
 )
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES

@@ -39,9 +39,11 @@ from onellm_dist.shards.sources.readers.media_rows import (
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 from onellm_dist.shards.sources.readers.saved_datasets import (
     DESCRIPTIONS,
+    refuse_saved_dataset,
+)
+from onellm_dist.shards.sources.readers.split_names import (
     find_split,
     note_joined_splits,
-    refuse_saved_dataset,
 )
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique

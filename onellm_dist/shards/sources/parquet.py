@@ -61,10 +61,12 @@ from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, che
 from onellm_dist.shards.sources.readers.saved_datasets import (
     SUFFIXES,
     check_complete,
-    find_split,
     leave_out_caches,
+)
+from onellm_dist.shards.sources.readers.split_names import (
+    find_split,
     note_joined_splits,
-    note_missing_parts,
+    note_part_numbers,
 )
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 from onellm_dist.shards.sources.readers.unread_media import (
@@ -133,7 +135,7 @@ def plan(
         for part in list_parts(table)
     )
     notes += listed.make_notes((*SUFFIXES, ".json", ".md"))
-    notes += note_missing_parts(tables if inputs.is_dir() else ())
+    notes += note_part_numbers(tables if inputs.is_dir() else ())
     notes += () if split else note_joined_splits(names_below)
     return DatasetDescription(names, splits, notes, dict(LISTED) if several == "list" else {})
 

@@ -35,10 +35,13 @@ from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, che
 from onellm_dist.shards.sources.readers.preference_rows import read_preference_row
 from onellm_dist.shards.sources.readers.saved_datasets import (
     SUFFIXES,
-    find_split,
     list_dataset_files,
-    list_joined_splits,
     refuse_saved_dataset,
+)
+from onellm_dist.shards.sources.readers.split_names import (
+    find_split,
+    format_names,
+    list_joined_splits,
 )
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
@@ -92,9 +95,10 @@ def _plan(
     tables = [path.relative_to(root).as_posix() for path in found]
     for split, joined in list_joined_splits(map(PurePath, tables)).items():
         raise UsageError(
-            f"{inputs} has several splits that would be {split}: {', '.join(joined)}.",
-            "they may share rows, and a pair in two of them would be trained on twice.",
-            "name the one to read, its file or folder; or move its files to a folder of their own.",
+            f"{inputs} has several splits that would be {split}: {format_names(joined)}.",
+            "they may share rows, and a pair in two of them would be used twice.",
+            "name the one to read, its file or folder, or move its files to a folder of their own; "
+            "or build each, and mix them (data.mixture).",
         )
     find_media_folders(root, media, ())
     names = () if modality is None else parse_media_modalities(modality)

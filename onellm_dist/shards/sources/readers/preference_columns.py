@@ -96,6 +96,8 @@ def _compare_pairs(row: Mapping[str, Any], pair: AnswerPair, pairs: Sequence[Ans
         BadSampleError: they differ, or a column of an answer stands alone.
     """
     for other in pairs:
+        if other is pair:  # a weight of NaN differs from itself
+            continue
         for key in PAIR_KEYS:
             quotes = find_difference(getattr(pair, key), getattr(other, key))
             if quotes is not None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path, PurePath, PurePosixPath
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.readers.listing import list_files
-from onellm_dist.shards.sources.readers.split_folders import SPLIT_FOLDERS
+from onellm_dist.shards.sources.readers.split_names import note_part_numbers
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 
 SUFFIXES = (".parquet", ".arrow")
@@ -25,8 +25,6 @@ DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json", "datase
 _STATE = "state.json"
 _DICT = "dataset_dict.json"
 _NUMBERED = re.compile(r"data-(\d+)-of-(\d+)\.arrow")
-_PART = re.compile(r"(.*?)-?(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?\.parquet", re.IGNORECASE)
-"""A part as the Hub numbers them; of an older push_to_hub with a hash behind."""
 _AGAIN = "fetch or copy the data set again; or name the files that are there one by one."
 
 
@@ -94,7 +92,8 @@ def list_dataset_files(inputs: Path) -> tuple[list[Path], tuple[str, ...]]:
     top = [p for p in listed if "/" not in p.relative_to(inputs).as_posix()]
     below = [p for p in listed if p not in set(top)]
     taken, examined = top, top
-    if not any(p.suffix.lower() in JSON_SUFFIXES and p.name not in DESCRIPTIONS for p in top):
+    has_json = any(p.suffix.lower() in JSON_SUFFIXES and p.name not in DESCRIPTIONS for p in top)
+    if not has_json or is_dataset_dict(inputs):
         taken, examined = [*top, *(p for p in below if p.suffix.lower() in SUFFIXES)], [*listed]
     check_complete(listed, examined)
     ignored = Counter(
@@ -103,7 +102,7 @@ def list_dataset_files(inputs: Path) -> tuple[list[Path], tuple[str, ...]]:
         if p.suffix.lower() in (*SUFFIXES, *JSON_SUFFIXES) and p.name not in DESCRIPTIONS
     )
     files, notes = _leave_out(inputs, sorted(taken), named=False)
-    notes += note_missing_parts(files)
+    notes += note_part_numbers(files)
     if ignored:
         what = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(ignored.items()))
         notes += (f"ignored in folders below: {what}; name such a folder to read it",)
@@ -241,79 +240,3 @@ def _read_state(folder: Path) -> frozenset[str] | None:
             "save it again after datasets' flatten_indices().",
         )
     return frozenset(str(f.get("filename") if isinstance(f, dict) else f) for f in files)
-
-
-def find_split(table: PurePath) -> str:
-    """Find the split in a file's name (`train-00000-of-00001`) or in its folder's.
-
-    The folder of an Arrow file is called as its split, which has the name of none of the three
-    where there are several (`test_prefs`); so is that of `0000.parquet`, as the Hub converts tables
-    (`refs/convert/parquet`).
-    """
-    return next(_list_splits(table), ("train", ""))[0]
-
-
-def _list_splits(table: PurePath) -> Iterator[tuple[str, str]]:
-    """Yield the splits that the name of a file and those of its folders say, and those names.
-
-    The numbers of a file behind the split's name are left out: `train_prefs-00000-of-00001` and,
-    of an older push_to_hub, `train-00000-of-00002-9564e8b05b4757ab`.
-    """
-    folders = list(reversed(PurePosixPath(table.as_posix()).parts[:-1]))
-    words = [*re.finditer(r"[^-_.]+", table.stem)]
-    for word in words:
-        if split := SPLIT_FOLDERS.get(word[0].lower()):
-            numbers = (w.start() - 1 for w in words if w.start() > word.end() and w[0].isdigit())
-            yield split, table.stem[: next(numbers, None)].rstrip("0123456789")
-    if folders and (table.suffix.lower() == ".arrow" or re.fullmatch(r"\d{4}", table.stem)):
-        for part in re.split(r"[-_.]", folders[0].lower()):
-            if split := SPLIT_FOLDERS.get(part):
-                yield split, folders[0]
-    for folder in folders:
-        if split := SPLIT_FOLDERS.get(folder.lower()):
-            yield split, folder
-
-
-def list_joined_splits(tables: Iterable[PurePath]) -> dict[str, list[str]]:
-    """List the splits that tables of several splits become, with the names of those.
-
-    ultrafeedback_binarized has `train_prefs`, `train_sft` and `train_gen`: all become `train`, and
-    a row may stand in each.
-
-    Args:
-        tables: the files, relative to the folder that is read.
-    """
-    names = dict[str, set[str]]()
-    for split, name in (next(_list_splits(table), ("", "")) for table in tables):
-        if split:
-            names.setdefault(split, set()).add(name)
-    return {split: sorted(found) for split, found in names.items() if len(found) > 1}
-
-
-def note_joined_splits(tables: Iterable[PurePath]) -> tuple[str, ...]:
-    """Make a note of each of `list_joined_splits`."""
-    return tuple(
-        f"the split {split} joins {', '.join(names)}, which may share rows"
-        for split, names in list_joined_splits(tables).items()
-    )
-
-
-def note_missing_parts(tables: Iterable[PurePath]) -> tuple[str, ...]:
-    """Make a note of each table of the Hub of which some parts are not there.
-
-    It is not refused: a few parts of a large data set may be all that is wanted.
-
-    Args:
-        tables: the files.
-    """
-    found = dict[tuple[str, str, int], set[int]]()
-    for table in tables:
-        if match := _PART.fullmatch(table.name):
-            key = table.parent.as_posix(), match[1], int(match[3])
-            found.setdefault(key, set()).add(int(match[2]))
-    return tuple(
-        f"{name or 'the table'}: {total - len(numbers)} of its "
-        f"{format_count(total, 'parquet file')} are not there"
-        for (_, name, total), numbers in sorted(found.items())
-        if len(numbers) < total
-    )

@@ -164,7 +164,7 @@ class FsdpDescription(EngineDescription):
     def host_costs(self, section: EngineSection, *, frozen_blocks: float) -> HostCosts:
         if section.frozen != "resident":
             return HOST_COSTS
-        # Blocks that are resident as a whole are no units and have no hooks.
+        # Blocks that are resident as a whole belong to no unit, and have no hooks.
         trained = 1 - frozen_blocks
         return HostCosts(HOST_COSTS.forward_us * trained, HOST_COSTS.backward_us * trained)
 

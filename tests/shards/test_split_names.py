@@ -1,0 +1,158 @@
+"""Names of files say the splits, of JSON and of tables; what becomes one is noted or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from listed_rows import write_parquet
+from source_checks import build_source
+from test_source_preferences import FORMS
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards import build_dataset
+
+TALK = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cube."}]
+ROWS: dict[str, dict[str, Any]] = {
+    "sharegpt": {"conversations": TALK},
+    "interleaved": {"conversations": TALK},
+    "preferences": {"prompt": "What is it?", "chosen": "A cube.", "rejected": "A cat."},
+    "mmc4": {
+        "text_list": ["A cube."],
+        "image_info": [{"image_name": "0.png", "matched_text_index": 0}],
+    },
+}
+
+
+def write(folder: Path, source: str, *names: str) -> None:
+    from PIL import Image
+
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "images" / "0.png")
+    for name in names:
+        (folder / name).write_text(json.dumps(ROWS[source]))
+
+
+@pytest.mark.parametrize("source", ROWS)
+def test_names_of_files_say_the_splits(tmp_path: Path, source: str) -> None:
+    names = ("train.jsonl", "rows.jsonl", "test.jsonl", "my_validation-set.json")
+    write(tmp_path / "in", source, *names)
+    report, dataset = build_source(source, tmp_path / "in", tmp_path / "out")
+    counts = {split: dataset.samples(split) for split in dataset.splits}
+    assert counts == {"train": 2, "val": 1, "test": 1} and not report.quarantined
+
+
+@pytest.mark.parametrize("source", ROWS)
+def test_a_file_that_is_named_is_trained_on(tmp_path: Path, source: str) -> None:
+    write(tmp_path / "in", source, "train.jsonl", "test.jsonl")
+    _, dataset = build_source(source, tmp_path / "in/test.jsonl", tmp_path / "out")
+    assert [*dataset.splits] == ["train"] and dataset.samples() == 1
+
+
+@pytest.mark.parametrize("source", ROWS)
+def test_splits_that_become_one_are_noted(tmp_path: Path, source: str) -> None:
+    write(tmp_path / "in", source, "train_a.jsonl", "train_b.jsonl", "test_1.jsonl", "test_2.jsonl")
+    report, dataset = build_source(source, tmp_path / "in", tmp_path / "out")
+    assert {split: dataset.samples(split) for split in dataset.splits} == {"train": 2, "test": 2}
+    (note,) = [note for note in report.notes if "joins" in note]
+    assert note.startswith("the split train joins train_a, train_b")
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["train-00001-of-00042"], ["train: 41 of its 42 parquet files are not there"]),
+        (["train-00000-of-00002", "train-00001-of-00002"], []),
+        (
+            ["train-00000-of-00002-9564e8b05b4757ab"],
+            ["train: 1 of its 2 parquet files is"],
+        ),
+        (
+            ["part-00000-of-00003", "train-00000-of-00001"],
+            ["part: 2 of its 3 parquet files are"],
+        ),
+        (["00001-of-00002"], ["the table: 1 of its 2 parquet files is not there"]),
+        (["0000", "0001"], []),
+        (["train-00000-of-00042.snappy"], ["train: 41 of its 42 parquet files are not there"]),
+        (
+            ["en/train-00000-of-00002", "de/train-00000-of-00003"],
+            ["de/train: 2 of its 3", "en/train: 1 of its 2"],
+        ),
+        (
+            ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
+            ["train: its parts are there in several numberings or copies"],
+        ),
+        (["train-00000-of-00001", "train-00000-of-00001-9564e8b05b4757ab"], ["train: its parts"]),
+    ],
+)
+def test_parts_of_a_table_that_are_not_there_once_are_noted(
+    tmp_path: Path, names: list[str], wanted: list[str]
+) -> None:
+    """A few parts may be wanted: they are built, and a download that broke off is seen."""
+    for name in names:
+        path = tmp_path / f"hub/data/{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, [FORMS["trl_text"]])
+    texts = {"modality": "text", "caption_column": "chosen"}
+    for source, options in (("parquet", texts), ("preferences", {})):
+        report, dataset = build_source(source, tmp_path / "hub", tmp_path / source, **options)
+        assert dataset.samples() == len(names)
+        noted = [note for note in report.notes if "not there" in note or "copies" in note]
+        assert len(noted) == len(wanted)
+        assert all(note.startswith(start) for note, start in zip(noted, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train-00000-of-00002-9564e8b05b4757ab", "train-00001-of-00002-0aabc"), {"train": 2}),
+        (("a/train_prefs-0", "b/train_prefs-1", "rows"), {"train": 3}),
+        (("train/a", "train/b"), {"train": 2}),
+        (("train_part1", "train_part2", "test_part1"), {"train": 2, "test": 1}),
+        (("default/train_prefs/0000", "default/test_prefs/0000"), {"train": 1, "test": 1}),
+        (("train_prefs/part-0", "test_prefs/part-0"), {"train": 1, "test": 1}),
+        (("shard_0_train", "shard_1_train", "my test"), {"train": 2, "test": 1}),
+        (("00000-train", "00001-Train", "test1"), {"train": 2, "test": 1}),
+        (("train-6f1ed0aa31d9", "train-7f1ed0bb52e9"), {"train": 2}),
+        (("train_p1of2", "train_p2of2", "eval"), {"train": 2, "test": 1}),
+        (("data/train-00000-of-00001", "data/evaluation-00000-of-00001"), {"train": 1, "test": 1}),
+        (("part-00000-of-00002", "part-00001-of-00002"), {"train": 2}),
+    ],
+)
+def test_files_of_one_split_are_no_several(
+    tmp_path: Path, names: tuple[str, ...], splits: dict[str, int]
+) -> None:
+    for name in names:
+        path = tmp_path / f"in/{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, [FORMS["trl_text"]])
+    report, dataset = build_source("preferences", tmp_path / "in", tmp_path / "out")
+    assert {split: dataset.samples(split) for split in splits} == splits and not report.notes
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train_v1-00000-of-00001", "train_v2-00000-of-00001"),
+        ("data/train_sft-00000-of-00001", "data/train_sft2-00000-of-00001"),
+        ("train_iteration_1-00000-of-00001", "train_iteration_2-00000-of-00001"),
+        ("raw-00000-of-00001", "filtered-00000-of-00001"),
+        ("raw/0000", "filtered/0000"),
+        ("train_sft", "train_prefs_0"),
+    ],
+)
+def test_splits_that_become_one_are_refused_for_pairs(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    for name in names:
+        path = tmp_path / f"in/{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, [FORMS["trl_text"]])
+    with pytest.raises(UsageError, match="several splits that would be train") as refused:
+        build_dataset("preferences", tmp_path / "in", tmp_path / "out")
+    assert "mix them" in refused.value.do
+    texts = {"modality": "text", "caption_column": "chosen"}
+    report, dataset = build_source("parquet", tmp_path / "in", tmp_path / "texts", **texts)
+    assert dataset.samples() == 2 and any("joins" in note for note in report.notes)
