@@ -1,16 +1,22 @@
-"""Every command in the documentation is run, or its block says why not; it is parsed at least."""
+"""Every command in the documentation is run, or its block says why not; it is parsed at least.
+
+`make test` runs them without the seconds of imports that each would cost; `make soak` has them all.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from forked_python import get_programs
 from pages import ROOT, Block, blocks, commands, commands_without_language, pages, script
 
 from onellm_dist.cli import app
@@ -73,8 +79,45 @@ def problem_of(command: Any, words: list[str]) -> str | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in RUN if page not in CONTINUES])
 def test_the_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
+    run_page(page, tmp_path, get_programs())
+
+
+@pytest.mark.slow
+def test_the_forked_programs_do_as_the_real_ones(tmp_path: Path) -> None:
+    """Arguments, folder, environment, input, exit codes and signals; killed, none goes on."""
+    python = str(get_programs() / "python")
+    show = "import os, sys; print(sys.argv[1:], os.getcwd(), os.environ['ASKED'], input())"
+    done = subprocess.run(
+        [python, "-c", show, "a b"], input="yes\n", cwd=tmp_path, env={**os.environ, "ASKED": "x"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"['a b'] {tmp_path} x yes\n"
+    for end, code in (("sys.exit(3)", 3), ("os.kill(os.getpid(), 15)", -15), ("1 / 0", 1)):
+        command = [python, "-c", f"import os, sys\n{end}"]
+        assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == code
+    for number in (signal.SIGUSR1, signal.SIGKILL):
+        wait = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+        with subprocess.Popen([python, "-c", wait], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            pid = int(process.stdout.readline())
+            process.send_signal(number)
+            assert process.wait(60) == -number
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{pid}").exists():
+            assert pid != process.pid and time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("page", [page for page in RUN if page not in CONTINUES])
+def test_the_blocks_of_a_page_run_with_every_import(page: str, tmp_path: Path) -> None:
+    run_page(page, tmp_path, Path(sys.executable).parent)
+
+
+def run_page(page: str, folder: Path, programs: Path) -> None:
+    """Run the blocks of a page, and of those that continue it, in `folder`."""
     for name in ("examples", "launch", "ds_configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
     ran: set[str] = set()
     for each in (page, *(later for later, first in CONTINUES.items() if first == page)):
         for block in blocks(each):
@@ -82,7 +125,7 @@ def test_the_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
                 continue
             code = what_is_left(block, ran if each != page else set())
             ran.update(commands_of(block))
-            done = run(block.language, code, tmp_path)
+            done = run(block.language, code, folder, programs)
             assert done.returncode == 0, (
                 f"{each}:{block.line}\n{code}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
             )
@@ -105,16 +148,16 @@ def what_is_left(block: Block, ran: set[str]) -> str:
     return "\n".join(left)
 
 
-def run(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a block as a reader would, in `folder`."""
+def run(language: str, code: str, folder: Path, programs: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block as a reader would, in `folder`, with the `python` and `onellm` of `programs`."""
     command = (
         ["bash", "-euo", "pipefail", "-c", code]
         if language == "bash"
-        else [sys.executable, "-c", code]
+        else [str(programs / "python"), "-c", code]
     )
     env = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_python import get_programs
 
 from onellm_dist import build_dataset
 
@@ -29,10 +30,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *command: str, path: Path | None = None) -> str:
-    """Run Python in `folder` and return what it printed."""
+    """Run Python in `folder` and return what it printed.
+
+    With a package in `path` it is a new process: the forked ones have found all modalities already.
+    """
     places = [str(p) for p in (path, ROOT) if p is not None]
+    python = sys.executable if path is not None else str(get_programs() / "python")
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False,
+        [python, *command], cwd=folder, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
         timeout=600,
     )  # fmt: skip

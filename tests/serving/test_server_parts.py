@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import pytest
 import requests
 import served_model as served
 import torch
+from forked_python import get_programs
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -302,7 +302,7 @@ def test_a_server_that_is_asked_to_end_answers_what_it_accepted(tmp_path: Path) 
     model.save_pretrained(tmp_path / "toy")
     OneLLMProcessor(load_toy_tokenizer()).save_pretrained(tmp_path / "toy")
     command = [
-        *(sys.executable, "-m", "onellm_dist.cli", "serve", str(tmp_path / "toy"), "--port", "0"),
+        *(str(get_programs() / "onellm"), "serve", str(tmp_path / "toy"), "--port", "0"),
         *("--batch", "4", "--readers", "1"),
     ]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

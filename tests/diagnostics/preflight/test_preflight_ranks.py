@@ -6,12 +6,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_python import get_programs
 
 from onellm_dist.diagnostics.preflight.options import PRETEND
 from onellm_dist.launch.local import find_free_port
@@ -48,10 +48,11 @@ class PreflightRun:
         world_size = len(simulated)
         port = str(find_free_port())
         names = [str(p["node"]) for p in simulated]
+        python = str(get_programs() / "python")
         self.started = time.monotonic()
         self.ranks = {
             rank: subprocess.Popen(
-                [sys.executable, "-m", "onellm_dist.diagnostics.preflight", json.dumps(given)],
+                [python, "-m", "onellm_dist.diagnostics.preflight", json.dumps(given)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -215,9 +216,7 @@ def test_without_a_launcher_local_ranks_are_started(tmp_path: Path) -> None:
         k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE"))
     }
     command = [
-        sys.executable,
-        "-m",
-        "onellm_dist.cli",
+        str(get_programs() / "onellm"),
         "doctor",
         "--distributed",
         "--ranks",
