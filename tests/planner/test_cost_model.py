@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from plain_counts import make_config
 from stage_setup import freeze_for_stage
+from stages_and_modes import STAGES_AND_MODES
 
 from onellm_dist.model.model_kernels import set_kernels
 from onellm_dist.model.presets import build_config
-from onellm_dist.model.recompute import MODES, enable_activation_checkpointing
+from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.planner.cost_model import build_cost_model
 from onellm_dist.planner.counting import count_pack
 from onellm_dist.planner.hardware import get_gpu_kind
@@ -54,8 +55,7 @@ def predict_and_count(config: Any, stage: str, mode: str, kinds: Any, pack: Pack
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["align", "tune"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("stage", "mode"), STAGES_AND_MODES)
 def test_a_larger_micro_batch_is_predicted_part_by_part(stage: str, mode: str) -> None:
     predict_and_count(make_config(), stage, mode, KINDS, PACK)
 

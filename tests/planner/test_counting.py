@@ -9,6 +9,7 @@ import pytest
 import torch
 from plain_counts import count_saved, make_config
 from stage_setup import freeze_for_stage
+from stages_and_modes import STAGES_AND_MODES
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from toy_packs import make_toy_pack
@@ -52,8 +53,7 @@ def test_what_is_kept_is_what_autograd_saves(stage: str, mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["align", "tune"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("stage", "mode"), STAGES_AND_MODES)
 def test_what_is_kept_is_what_a_real_micro_batch_keeps(stage: str, mode: str) -> None:
     model: Any = OneLLMForConditionalGeneration(make_config())
     initialise(model, 1)

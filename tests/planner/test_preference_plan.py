@@ -86,7 +86,7 @@ def test_both_texts_and_the_reference_are_work(tmp_path: Path, keys: list[str]) 
     assert found.memory.fits
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=pytest.mark.soak), 3])
 @pytest.mark.seconds
 def test_the_shortest_pairs_are_two_texts(tmp_path: Path, tokens: int) -> None:
     options = dataclasses.replace(H100, text_tokens=tokens)
