@@ -84,6 +84,13 @@ PATTERNS = {
     word: re.compile(pattern.replace(r"\b", EDGE), 0 if word in CASE_MATTERS else re.IGNORECASE)
     for word, pattern in WORDS.items()
 }
+WIDE = {word: pattern.replace(r"\b", "") for word, pattern in WORDS.items()}
+LOOSE = {
+    word: re.compile(pattern if word in CASE_MATTERS else pattern.lower())
+    for word, pattern in WIDE.items()
+}
+"""Each matches wherever its pattern does, and more, in a tenth of the time: it looks for no edges,
+and where case does not matter it is for text in lower case."""
 SUFFIXES = ("py", "md", "yaml", "yml", "sh", "sbatch", "cfg", "toml", "def", "svg", "json")
 NAMES = ("Makefile", "Dockerfile")
 EXCEPTIONS: dict[str, dict[str, str]] = {
@@ -109,13 +116,22 @@ def tracked() -> dict[str, str]:
     return {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
 
 
+@cache
+def lowered() -> dict[str, str]:
+    """The same in lower case."""
+    return {name: text.lower() for name, text in tracked().items()}
+
+
 @pytest.mark.parametrize("word", WORDS)
 def test_the_old_word_is_gone(word: str) -> None:
     pattern = PATTERNS[word]
+    searched = tracked() if word in CASE_MATTERS else lowered()
     found = [
         f"{name}:{number}: {line.strip()[:90]}"
         for name, text in tracked().items()
-        if word not in EXCEPTIONS.get(name, {}) and pattern.search(text)
+        if word not in EXCEPTIONS.get(name, {})
+        and LOOSE[word].search(searched[name])
+        and pattern.search(text)
         for number, line in enumerate(text.splitlines(), start=1)
         if pattern.search(line)
     ]
