@@ -171,8 +171,8 @@ def reads_fail_once(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str, 
 
 @pytest.mark.parametrize(
     "pairs",
-    [PAIRS[::4], pytest.param(PAIRS, marks=pytest.mark.soak)],
-    ids=["every fourth pair", "all pairs"],
+    [[(2, 3), (3, 0), (5, 1)], pytest.param(PAIRS, marks=pytest.mark.soak)],
+    ids=["some pairs", "all pairs"],
 )
 def test_one_digest_for_any_number_of_ranks_and_workers(
     sound: Path, broken: Path, reads_fail_once: Counter[Any], pairs: list[tuple[int, int]]

@@ -185,7 +185,7 @@ def run_deepspeed(tmp_path: Path, cases: int) -> None:
 
 @pytest.mark.seconds
 def test_mutated_recipes(tmp_path: Path, recipe: dict[str, Any]) -> None:
-    run_recipes(tmp_path, recipe, 150)
+    run_recipes(tmp_path, recipe, 60)
     replay("recipe", make_recipe_surface(tmp_path))
 
 

@@ -97,9 +97,8 @@ def killed_builds(tmp_path: Path, kills: int, seed: int) -> None:
 
 @pytest.mark.slow
 def test_a_builder_with_three_workers_survives_kills(tmp_path: Path) -> None:
-    killed_builds(
-        tmp_path, 3, seed=0
-    )  # each takes a start of four processes; the other kinds of kills are in test_shard_kills.py
+    """The builder, then a worker; the other kinds of kills are in test_shard_kills.py."""
+    killed_builds(tmp_path, 2, seed=0)
 
 
 @pytest.mark.soak
@@ -110,7 +109,10 @@ def test_a_builder_with_three_workers_survives_kills_for_long(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_builder_that_writes_to_a_store_survives_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [(5,), pytest.param((2, 8), marks=pytest.mark.soak)])
+def test_a_builder_that_writes_to_a_store_survives_kills(
+    tmp_path: Path, kills: tuple[int, ...]
+) -> None:
     rows = "".join(f"caption {i}\tnone\n" for i in range(4 * 16))
     inputs = write_tree(tmp_path / "in", {"a.csv": f"caption\turl\n{rows}"})
     build_dataset(
@@ -127,7 +129,7 @@ def test_a_builder_that_writes_to_a_store_survives_kills(tmp_path: Path) -> None
             store.invalidate_cache()
             return len(store.glob(f"{bucket}/out/.building/done/*.json"))
 
-        for target in (2, 8):
+        for target in kills:
             builder = start(f"{bucket}/in", f"{bucket}/out", REMOTE)
             wait_for_units(done, target, builder)
             kill(builder, worker=False)
