@@ -21,9 +21,9 @@ _PART = re.compile(
 )
 """A part as the Hub numbers them; of an older push_to_hub with a hash behind."""
 _NUMBER = re.compile(r"[0-9a-f]{8,}|[0-9]+")
-"""What tells parts of one split apart: numbers, and hashes."""
+"""What distinguishes the parts of one split: numbers, and hashes."""
 _UNNAMED = frozenset(("", "part", "data"))
-"""What stands before a part's number where that is no split: of Spark, of save_to_disk."""
+"""What stands before a part's number where that is not a split: of Spark, of save_to_disk."""
 _SHOWN = 6
 
 
