@@ -73,9 +73,10 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="*", type=int, default=[1, 4])
     parser.add_argument("--json", type=Path, help="write what was measured there too")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        worker(arguments.worker, arguments.engines[0])
+        worker(arguments.worker, arguments.engines[0], arguments.steps)
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in arguments.engines}
     with tempfile.TemporaryDirectory() as folder:
         for ranks in arguments.ranks:
@@ -135,8 +136,8 @@ def launch(out: Path, ranks: int, name: str) -> dict[str, float]:
     return found
 
 
-def worker(out: Path, name: str) -> None:
-    """Be one rank; never returns."""
+def worker(out: Path, name: str, steps: int) -> None:
+    """Be one rank; never returns. With one step there is no peak within a later one."""
     from onellm_dist.launch.local import end_with_parent
     from onellm_dist.launch.ranks import discover_ranks
     from onellm_dist.train.distributed import join, leave
@@ -147,7 +148,7 @@ def worker(out: Path, name: str) -> None:
     assert ranks is not None
     dist = join(ranks)
     train_step(build(dist, name, "tune", tiny=True)[0], 0)  # imports, and what libraries make once
-    own = {**measure_load(dist, name, out), **measure_steps(dist, name, out)}
+    own = {**measure_load(dist, name, out), **measure_steps(dist, name, out, steps)}
     found = {key: max(other[key] for other in dist.gather(own)) for key in own}
     if dist.is_rank_zero:
         (out / "found.json").write_text(json.dumps(found))
@@ -181,7 +182,7 @@ def measure_load(dist: Any, name: str, out: Path) -> dict[str, float]:
     }
 
 
-def measure_steps(dist: Any, name: str, out: Path) -> dict[str, float]:
+def measure_steps(dist: Any, name: str, out: Path, steps: int) -> dict[str, float]:
     """What is held after a step, the peak within one, and while a checkpoint is written."""
     from onellm_dist.train.checkpoint.writer import save_state
 
@@ -191,12 +192,12 @@ def measure_steps(dist: Any, name: str, out: Path) -> dict[str, float]:
     gc.collect()
     state = anonymous() - before
     with Peak(before) as peak:
-        for step in range(1, STEPS):
+        for step in range(1, steps):
             dist.barrier()
             train_step(engine, step)
     gc.collect()
     with Peak() as save:
-        save_state(out / "checkpoint", engine, dist, {"steps_done": STEPS})
+        save_state(out / "checkpoint", engine, dist, {"steps_done": steps})
     trained = sum(dist.gather(sum(r.length for r in engine.ranges())))
     return {"state": state, "peak": peak.growth, "save": save.growth, "trained_weights": trained}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from small_onellm import get_small_keys
 from zygote import Start, get_zygote
 
 from onellm_dist.launch.local import find_free_port
@@ -36,7 +37,7 @@ def make_runner(folder: Path) -> Runner:
 
 
 class Runner:
-    """Starts the toy align run (image and IMU, fp32, 12 steps) in a run directory."""
+    """Starts the toy align run of a small model (image and IMU, fp32, 12 steps)."""
 
     def __init__(self, toy: Path, out: Path) -> None:
         self.toy, self.out = toy, out
@@ -56,7 +57,8 @@ class Runner:
             "checkpoint.every": EVERY,
             "checkpoint.keep": 20,
         }
-        given = {**fixed, **{key.replace("__", "."): value for key, value in keys.items()}}
+        own = {**get_small_keys(), **keys}
+        given = {**fixed, **{key.replace("__", "."): value for key, value in own.items()}}
         return ["toy/align_image", *(f"{key}={value}" for key, value in given.items())]
 
     def start(

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from zygote import get_zygote
 
 from onellm_dist.evaluation.captioning import caption_split
 from onellm_dist.model.presets import load_model
@@ -26,25 +24,6 @@ from onellm_dist.train.sample_log.command import samples_command
 
 pytestmark = pytest.mark.slow
 NEW = ("depth", "imu")
-TRACKER = """
-import json
-from pathlib import Path
-from accelerate.tracking import GeneralTracker
-
-class Lines(GeneralTracker):
-    name, requires_logging_directory = "lines", True
-    def __init__(self, project, folder):
-        super().__init__()
-        self.path = Path(folder) / f"{project}.jsonl"
-    @property
-    def tracker(self):
-        return self.path
-    def start(self):
-        self.path.parent.mkdir(parents=True)
-    def log(self, values, step=None, **kwargs):
-        with self.path.open("a") as out:
-            out.write(json.dumps({"step": step, **values}) + "\\n")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +32,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_toyworld(
         out / "toy", seed=0, train_per_modality=8, test_per_modality=3, modalities=("image", *NEW)
     )
-    (out / "own_trackers.py").write_text(TRACKER)
     return out
 
 
@@ -61,32 +39,17 @@ def start(
     world: Path, recipe: str, name: str, modalities: tuple[str, ...], *more: str, ranks: int = 1
 ) -> str:
     mixture = ", ".join(f"{{path: {m}, weight: 1}}" for m in modalities)
-    command = [
-        sys.executable,
-        "-m",
-        "onellm_dist.train",
-        recipe,
+    overrides = [
         f"data.root={world / 'toy'}",
         f"run.dir={world / name}",
         f"data.mixture=[{mixture}]",
         "data.global_batch=4",
         "data.workers=0",
-        f"launch.ranks={ranks}",
         *more,
     ]
-    path = os.pathsep.join([str(world), os.environ.get("PYTHONPATH", "")])
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": path,
-    }
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    started = get_zygote().start(ranks, overrides, recipe=recipe)
+    started.done(400)
+    return started.output()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

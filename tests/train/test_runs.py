@@ -26,6 +26,7 @@ from align_runs import (
     make_sample_unreadable,
     read_trainable_state,
 )
+from small_onellm import get_small_model
 
 pytestmark = pytest.mark.slow
 
@@ -75,25 +76,29 @@ def test_metrics_have_every_step_and_field(runner: Runner, two: str) -> None:
     assert list((runner.out / two / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize(("ranks", "zero"), [(1, "cpu"), (4, "zero2")])
-def test_one_and_four_ranks_see_the_same_samples_and_losses(
-    runner: Runner, two: str, ranks: int, zero: str
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "zero"),
+    [("none", 1, "cpu"), ("none", 4, "zero2"), ("torchrun", 2, "zero2")],
+)
+def test_any_ranks_and_launcher_see_the_same_samples_and_losses(
+    runner: Runner, two: str, launcher: str, ranks: int, zero: str
 ) -> None:
     torchrun = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc_per_node=4",
+        f"--nproc_per_node={ranks}",
         "-m",
         "onellm_dist.train",
     ]
-    if ranks == 4:
-        code, output = runner.run("ranks4", 4, torchrun, engine__config=zero)
+    name = f"{launcher}{ranks}"
+    if launcher == "torchrun":
+        code, output = runner.run(name, ranks, torchrun, engine__config=zero)
     else:
-        code, output = runner.fork("ranks1", 1, engine__config=zero)
+        code, output = runner.fork(name, ranks, engine__config=zero)
     assert code == 0, output
-    for one, other in zip(runner.metrics(two), runner.metrics(f"ranks{ranks}"), strict=True):
+    for one, other in zip(runner.metrics(two), runner.metrics(name), strict=True):
         assert one["sample_digest"] == other["sample_digest"]
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
@@ -101,7 +106,7 @@ def test_one_and_four_ranks_see_the_same_samples_and_losses(
 def test_align_moves_what_trains_and_nothing_else(runner: Runner, two: str) -> None:
     from onellm_dist.model.presets import load_model
 
-    start, _ = load_model(path=None, preset="toy", seed=0)
+    start, _ = load_model(path=get_small_model(), preset=None, seed=0)
     before, after = start.state_dict(), exported(runner.out / two)
     assert after.keys() <= before.keys()
     moved = {name for name in after if not torch.equal(before[name], after[name])}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_onellm import get_small_keys
 from toy_packs import make_toy_pack
 from toy_runs import Runs
 
@@ -40,6 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         checkpoint__keep=20,
         optim__schedule="wsd",
         optim__min_lr=0,
+        **get_small_keys(),
     )
     made.run("planned", 1, train__steps=6, optim__decay_from=STEPS, engine__name="fsdp")
     return made
@@ -48,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def train_adapters(runs: Runs, name: str, ranks: int, **keys: Any) -> Path:
     fixed: dict[str, Any] = {"train__stage": "tune", "train__steps": STEPS, "train__lora": ADAPTERS}
     base = runs.root / "planned" / "model"
-    return runs.run(name, ranks, model__path=base, **{"engine__config": "zero3", **fixed, **keys})
+    return runs.run(name, ranks, model__path=base, **{"engine__config": "cpu", **fixed, **keys})
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +192,8 @@ def test_conversions_merge(adapted: Path, tmp_path: Path, kind: str, source: str
 
 def test_a_magnitude_is_merged_too(runs: Runs) -> None:
     """DoRA over a preset, whose weights are drawn again."""
-    folder = runs.run("dora", 1, train__stage="tune", train__steps=2, train__lora=DORA)
+    preset = {"model__path": "", "model__preset": "toy"}
+    folder = runs.run("dora", 1, train__stage="tune", train__steps=2, train__lora=DORA, **preset)
     merged = load_file(folder / "model" / "model.safetensors")
     loaded, _ = load_model(path=folder / "adapter", preset=None, seed=0)
     own = dict(loaded.named_parameters())

@@ -1,4 +1,4 @@
-"""Run by test_unbalanced.py on every rank: the toy OneLLM with unbalanced modalities."""
+"""Run by test_unbalanced.py on every rank: a small OneLLM with unbalanced modalities."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from engine_states import gather_full_state
+from small_onellm import build_small_config
 from stage_setup import freeze_for_stage, make_groups
 
 from onellm_dist.config.train_sections import OptimSection
@@ -134,7 +135,8 @@ def split_pack(pack: PackedBatch) -> Iterator[PackedBatch]:
 
 
 def new_model() -> torch.nn.Module:
-    config = build_config("toy")
+    is_toy = sys.argv[2] == "toy"
+    config = build_config("toy") if is_toy else build_small_config([*MIXTURE, "depth"])
     config.span_positions = "learned"
     model: torch.nn.Module = OneLLMForConditionalGeneration(config)
     initialise(model, 3)
@@ -225,7 +227,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist = join(ranks)
     results = {}
-    for name in sys.argv[2:]:
+    for name in sys.argv[3:]:
         results[name] = train_sharded(dist, name)
     if dist.is_rank_zero:
         right = train_plain()

@@ -26,7 +26,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for engine in ENGINES:
         for ranks in (1, 4):
             out = tmp_path_factory.mktemp("memory")
-            run_ranks(BENCHMARK, ["--worker", str(out), "--engines", engine], ranks)
+            own = ["--worker", str(out), "--engines", engine, "--steps", "1"]
+            run_ranks(BENCHMARK, own, ranks)
             measures.setdefault(engine, {})[str(ranks)] = json.loads(
                 (out / "found.json").read_text()
             )

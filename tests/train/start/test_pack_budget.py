@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from small_memory import write_constants
+from small_onellm import get_small_model
 from toy_runs import Runs
 from zygote import get_zygote
 
@@ -49,7 +50,8 @@ class BudgetRuns(Runs):
             f"data.root={self.root / 'toy'}", f"run.dir={self.root / name}", "data.workers=0",
             f"data.mixture={self.mixture}", "data.global_batch=12", "optim.schedule=constant",
             "optim.warmup_steps=0", "optim.lr=1e-3", "train.precision=fp32",
-            f"train.steps={STEPS}", "checkpoint.every=2",
+            f"train.steps={STEPS}", "checkpoint.every=2", f"model.path={get_small_model()}",
+            "model.preset=",
             "train.callbacks=[small_memory:SmallMemory]", *engine, *more,
         ]  # fmt: skip
         plant = {"environment": {"ONELLM_CACHE": str(self.root / "cache"), "SMALL_MEMORY": memory}}
