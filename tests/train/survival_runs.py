@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from small_onellm import get_small_keys, get_small_model
 from zygote import Start, Zygote, get_zygote
 
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
@@ -20,17 +21,22 @@ STEPS, EVERY, BATCH = 12, 3, 4
 
 
 class Runs:
-    """The toy align run on IMU, in folders of `out`: 12 steps, 4 checkpoints, a constant rate.
+    """The toy align run of a small model on IMU: 12 steps, 4 checkpoints, a constant rate.
 
-    Under ZeRO-3, as the recipe, unless `keys` say otherwise.
+    Under ZeRO-3, as the recipe, unless `keys` say otherwise. The runs lie in folders of `out`.
     """
 
     def __init__(self, toy: Path, out: Path, zygote: Zygote, **keys: Any) -> None:
-        self.toy, self.out, self.zygote, self.keys = toy, out, zygote, keys
+        self.toy, self.out, self.zygote = toy, out, zygote
+        self.keys = {**get_small_keys(), **keys}
 
     def start(
         self, name: str, world_size: int = 2, plant: dict[str, Any] | None = None, **keys: Any
     ) -> Start:
+        return self.zygote.start(world_size, self.overrides(name, **keys), plant)
+
+    def overrides(self, name: str, **keys: Any) -> list[str]:
+        """The keys of a run, as its command line has them."""
         fixed = {
             "data.root": self.toy,
             "run.dir": self.out / name,
@@ -46,10 +52,7 @@ class Runs:
             "checkpoint.keep": 20,
         }
         own = {key.replace("__", "."): value for key, value in {**self.keys, **keys}.items()}
-        given = {**fixed, **own}
-        return self.zygote.start(
-            world_size, [f"{key}={value}" for key, value in given.items()], plant
-        )
+        return [f"{key}={value}" for key, value in {**fixed, **own}.items()]
 
     def done(
         self, name: str, world_size: int = 2, plant: dict[str, Any] | None = None, **keys: Any
@@ -124,7 +127,7 @@ def update_gap(runs: Runs, name: str, reference: str) -> float:
     """Relative difference of the total update, without weights of zero gradient (key biases)."""
     from onellm_dist.model.presets import load_model
 
-    start = load_model(path=None, preset="toy", seed=0)[0].state_dict()
+    start = load_model(path=get_small_model(), preset=None, seed=0)[0].state_dict()
     a, b = exported(runs.out / name), exported(runs.out / reference)
     gap = update = 0.0
     for key, value in b.items():

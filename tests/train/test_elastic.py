@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from lost_node import AWAITED_AT, STEP_VARIABLE
+from small_onellm import get_small_keys
 from toy_runs import Runs
 
 from onellm_dist.launch.local import find_free_port
@@ -32,6 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         data__global_batch=4,
         checkpoint__every=EVERY,
         checkpoint__keep=20,
+        **get_small_keys(),
     )
     made.run("undisturbed", 2)
     return made

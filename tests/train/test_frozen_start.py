@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from small_memory import write_constants
+from small_onellm import get_small_keys
 from toy_runs import Runs
 from zygote import get_zygote
 
@@ -52,9 +53,9 @@ def test_a_run_keeps_frozen_weights_where_its_planner_says(tmp_path: Path) -> No
 
     What each start decides for itself is not a change of the recipe.
     """
-    runs = FrozenRuns(tmp_path, ("image",), 8)
+    runs = FrozenRuns(tmp_path, ("image",), 8, **get_small_keys())
     known, unknown = tmp_path / "known", tmp_path / "unknown"
-    write_constants(known, node_bus_gb_s=0.01)  # so slow that the traffic of a toy model counts
+    write_constants(known, node_bus_gb_s=1e-4)  # so slow that the traffic of a small model counts
     runs.start(known, 1)
     assert runs.held() == [{"frozen": ["whole"], "trained": ["sharded"]}] * RANKS
     assert runs.written() == "resident"

@@ -20,20 +20,22 @@ from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 pytestmark = pytest.mark.slow
 DONE: dict[str, Any] = {"train__steps": 4, "checkpoint__every": 2}
+PRESET: dict[str, Any] = {**DONE, "model__path": "", "model__preset": "toy"}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     toy, out = tmp_path_factory.mktemp("toy"), tmp_path_factory.mktemp("refusals")
     build_toyworld(
-        toy, seed=0, train_per_modality=16, test_per_modality=2, modalities=("imu", "fmri")
+        toy, seed=0, train_per_modality=16, test_per_modality=2, modalities=("image", "imu")
     )
-    return Runs(toy, out, get_zygote())
+    return Runs(toy, out, get_zygote(), engine__config="zero2")
 
 
 @pytest.fixture(scope="module")
 def done(runs: Runs) -> str:
-    runs.done("done", 1, **DONE)
+    """A run that is over; its model is a preset, whose weights the seed gives."""
+    runs.done("done", 1, **PRESET)
     return "done"
 
 
@@ -53,7 +55,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "parameters": (
         {
             "train__steps": 8,
-            "data__mixture": "[{path: imu}, {path: fmri}]",
+            "data__mixture": "[{path: imu}, {path: image}]",
             "data__new_phase": True,
         },
         "other trainable parameters",
@@ -63,7 +65,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"train__steps": 3}, "has 4 steps done"),
     "seed": ({"run__seed": 5, "train__steps": 8}, "run.seed was 0, now 5"),
     "length": ({"data__pack_llm_tokens": 33, "train__steps": 8}, "data.pack_llm_tokens is 33"),
-    "recipe": ({"train__stepz": 8, "model__path": "/no/model"}, "2 problems"),
+    "recipe": (
+        {"train__stepz": 8, "model__path": "/no/model", "model__preset": ""},
+        "2 problems",
+    ),
     "list": ({"data__exclude": "/no/list", "train__steps": 8}, "data.exclude=/no/list"),
 }
 
@@ -77,7 +82,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(runs: Runs, done: str, name: 
     (folder / "stop").touch()
     before, refusals = digest(folder), len(runs.lines(done, REFUSALS))
     ranks = 2 if name in ("parameters", "recipe") else 1
-    start = runs.start(done, ranks, **{**DONE, **keys})
+    start = runs.start(done, ranks, **{**PRESET, **keys})
     assert start.wait() == [2] * ranks, start.output()
     assert says in start.output() and "Traceback" not in start.output()
     assert digest(folder) == before
@@ -227,7 +232,7 @@ def test_a_run_of_which_nothing_can_be_read_fails_at_its_first_step(runs: Runs) 
 
 
 def test_a_modality_of_which_nothing_can_be_read_is_a_fault_of_the_library(runs: Runs) -> None:
-    keys = {**DONE, "data__mixture": "[{path: imu}, {path: fmri}]", "train__steps": 20}
+    keys = {**DONE, "data__mixture": "[{path: imu}, {path: image}]", "train__steps": 20}
     start = runs.start("one_modality", 2, {"unreadable": "imu"}, **keys)
     assert start.wait() == [1, 1]
     assert "no sample of modality imu could be read so far; all fail alike" in start.output()
@@ -247,34 +252,25 @@ def test_outputs_that_fail_or_block_do_not_end_a_run(runs: Runs) -> None:
     )
 
 
-def test_local_ranks_that_refuse_their_start_leave_the_run_as_it_was(runs: Runs) -> None:
-    def start(name: str, *more: str) -> subprocess.CompletedProcess[str]:
-        command = make_module_command(
-            "onellm_dist.train",
-            "toy/align_image",
-            f"data.root={runs.toy}",
-            f"run.dir={runs.out / name}",
-            "data.mixture=[{path: imu}]",
-            "data.global_batch=4",
-            "data.workers=0",
-            "optim.lr=1e-3",
-            "train.steps=1",
-            "launch.ranks=2",
-            *more,
-        )
+def test_local_ranks_that_refuse_their_start_leave_the_run_as_it_was(runs: Runs, done: str) -> None:
+    def refuse(name: str, *more: str) -> str:
+        overrides = runs.overrides(name, **PRESET)
+        command = make_module_command("onellm_dist.train", "toy/align_image", *overrides, *more)
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
+        found = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=600, check=False
         )
+        assert found.returncode == 2, found.stdout + found.stderr
+        return found.stdout + found.stderr
 
-    assert start("local").returncode == 0
-    folder = runs.out / "local"
-    assert (folder / "logs" / "rank-1.log").is_file()
-    before = digest(folder)
-    refused = start("local", "train.steps=2", "run.seed=5")
-    assert refused.returncode == 2 and "run.seed was 0, now 5" in refused.stdout + refused.stderr
-    assert digest(folder) == before
-    refused = start("local_fresh", "data.pack_llm_tokens=33")
-    assert refused.returncode == 2 and "data.pack_llm_tokens is 33" in refused.stdout
+    # What an earlier start with a launcher has left.
+    log = runs.out / done / "logs" / "rank-1.log"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("of the start before\n")
+    before = digest(runs.out / done)
+    two = ("train.steps=8", "launch.ranks=2")
+    assert "run.seed was 0, now 5" in refuse(done, *two, "run.seed=5")
+    assert digest(runs.out / done) == before
+    assert "data.pack_llm_tokens is 33" in refuse("local_fresh", *two, "data.pack_llm_tokens=33")
     names = {path.name for path in (runs.out / "local_fresh").iterdir()}
     assert names == {"exit.json", REFUSALS, LOCK}

@@ -53,9 +53,10 @@ def kill_often(runs: Runs, name: str, kills: int, seed: int, world_sizes: list[i
     No kill loses a complete checkpoint.
     """
     generator = random.Random(seed)
+    slow = {"slow_writes": 0.2, "slow_steps": 0.1}  # so that a kill finds it at work
     for number in range(kills):
         complete = set(runs.checkpoints(name))
-        start = runs.start(name, world_sizes[number % len(world_sizes)], {"slow_writes": 0.2})
+        start = runs.start(name, world_sizes[number % len(world_sizes)], slow)
         kill_at_random(runs, name, start, generator)
         assert complete <= set(runs.checkpoints(name)), start.output()
     runs.done(name, world_sizes[kills % len(world_sizes)])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small_onellm import get_small_model
 
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
@@ -37,7 +38,8 @@ def make_command(name: str, *more: str) -> list[str]:
     return [
         *(sys.executable, "-m", "onellm_dist.train", "toy/align_image", f"run.dir={name}"),
         *("data.mixture=[{path: imu, weight: 1}]", "data.root=.", "data.global_batch=4"),
-        *(f"train.steps={STEPS}", "checkpoint.every=1000", "data.workers=1", *more),
+        *(f"train.steps={STEPS}", "checkpoint.every=1000", "data.workers=1"),
+        *(f"model.path={get_small_model()}", "model.preset=", *more),
     ]
 
 

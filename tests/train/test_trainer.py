@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_onellm import get_small_model
 
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 from onellm_dist.train.records.metrics import METRICS
@@ -58,7 +59,7 @@ SCRIPT = """
 import os, signal, sys, threading
 from pathlib import Path
 
-folder, toy = Path(sys.argv[1]), sys.argv[2]
+folder, toy, model = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 sys.path.insert(0, str(folder))
 
 import onellm_dist
@@ -69,7 +70,7 @@ handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, sign
 environment = dict(os.environ)
 keys = [
     f"data.root={toy}", "train.steps=2", "data.global_batch=4", "data.workers=1",
-    "data.mixture=[{path: imu, weight: 1}]",
+    "data.mixture=[{path: imu, weight: 1}]", f"model.path={model}", "model.preset=",
 ]
 
 def train(name, *more):
@@ -116,7 +117,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     (info / "entry_points.txt").write_text("[onellm_dist.callbacks]\ndiary = others:Diary\n")
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), str(toy)],
+        [sys.executable, "-c", SCRIPT, str(folder), str(toy), str(get_small_model())],
         env=env,
         capture_output=True,
         text=True,
@@ -163,7 +164,7 @@ def test_the_work_of_a_step_is_counted_before_the_model_is_sharded(
         for n in ("first", "third")
     ]
     assert formulas[0] == formulas[1], "ZeRO-3 and FSDP2"
-    assert " = 0 per LLM position" not in formulas[0] and "e+06 per LLM position" in formulas[0]
+    assert " = 0 per LLM position" not in formulas[0] and "e+05 per LLM position" in formulas[0]
 
 
 def test_a_metric_and_a_callback_cost_one_file(trained: tuple[Path, str]) -> None:

@@ -272,10 +272,14 @@ def measure_noise(
 def train_references(file: Path, jobs: list[dict[str, Any]]) -> None:
     """Add what plain torch gives for jobs to the file that the starts of a test share."""
     known = torch.load(file, weights_only=False) if file.exists() else {}
-    for key in {get_reference_key(job) for job in jobs} - known.keys():
+    asked: dict[Any, set[int]] = {}
+    for job in jobs:
+        asked.setdefault(get_reference_key(job), set()).add(job["steps"])
+    for key, steps in asked.items():
+        if steps <= known.get(key, {}).keys():
+            continue
         stage, optimizer, frozen, layers = key
-        steps = (20, 32) if stage in ("align", "tune") else (20,)
-        known[key] = train_plain(stage, steps, optimizer, frozen, layers)
+        known[key] = train_plain(stage, tuple(steps), optimizer, frozen, layers)
         if (stage, frozen) == ("align", "fp8"):
             known[key]["noise"] = measure_noise(*key, known[key])
     torch.save(known, file)

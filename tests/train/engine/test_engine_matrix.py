@@ -1,10 +1,11 @@
 """Every engine gives the updates of plain torch in one process.
 
 It does so at 1 to 4 ranks, with every accumulation, packed and unpacked, with adapters (against
-PEFT's own in one process), rules of seven rates, and other optimizers. A tiny OneLLM trains 20
-steps at a constant rate of 2e-3 in two parameter groups, fp32; modalities are absent from whole
-steps and from last micro-batches; the loss falls by a fifth. Key biases, whose true gradient is
-zero, are left out where the encoder trains; LLaMA and the UPM have none.
+PEFT's own in one process), rules of seven rates, and other optimizers. A tiny OneLLM trains 15
+steps (20 and 32 in `make soak`) at a constant rate of 2e-3 in two parameter groups, fp32;
+modalities are absent from whole steps and from last micro-batches; the loss falls by a fifth. Key
+biases, whose true gradient is zero, are left out where the encoder trains; LLaMA and the UPM have
+none.
 """
 
 from __future__ import annotations
@@ -59,27 +60,24 @@ def job(
     }
 
 
+SHORT = 15
+"""Steps of `make test`."""
 JOBS: dict[int, list[dict[str, Any]]] = {
-    1: [job("fsdp", 4), job("zero2", 2, stage="lora")],
+    1: [job("zero2", None, SHORT, "lora")],
     2: [
-        job("zero2", None),
-        job("offload", 2),
-        job("fsdp_once", 4),
-        job("zero3", 2, 32, "tune"),
-        job("fsdp", 2, stage="tune", recompute="full"),
-        job("zero3", 2, stage="encoder"),
-        *(job(engine, 2, bf16=True) for engine in ("zero3", "fsdp")),
-        job("zero3", 2, stage="lora"),
-        job("fsdp", 2, stage="joint", optimizer="lion"),
-        job("zero3_leaves", 2, recompute="selective"),
-        job("fsdp_resident", None),
-        job("fsdp_joined", 2, stage="tune", recompute="full", layers=4),
+        job("offload", 2, SHORT, "encoder"),
+        job("fsdp_once", 4, SHORT, "joint", optimizer="lion"),
+        job("zero3", 2, SHORT, "lora"),
+        *(job(engine, 2, SHORT, bf16=True) for engine in ("zero3", "fsdp")),
+        job("zero3_leaves", 2, SHORT, "tune", recompute="selective", layers=4),
+        job("fsdp_resident", None, SHORT),
+        job("fsdp_joined", 2, SHORT, "tune", recompute="full", layers=4),
     ],
-    3: [job("zero1", 1)],
-    4: [job(engine, 2) for engine in ("zero3_hpz", "fsdp_hybrid_once")],
+    3: [job("zero1", 1, SHORT)],
+    4: [job(engine, 2, SHORT) for engine in ("zero3_hpz", "fsdp_hybrid_once")],
 }
-"""What `make test` runs: each kind of engine, number of ranks, accumulation, stage and
-recomputation somewhere; `make soak` has everything with everything."""
+"""What `make test` runs: each kind of engine, number of ranks, accumulation, stage, recomputation
+and optimizer somewhere; `make soak` has everything with everything."""
 TUNING = ("both", "joint", "lora", "lora_llm", "dora")
 TUNING_ROWS = [
     *((stage, "adamw") for stage in TUNING),
@@ -166,7 +164,7 @@ def test_fp32_follows_plain_torch(found: dict[int, dict[str, Any]], ranks: int, 
 def test_bf16_stays_within_its_bound_of_fp32(
     found: dict[int, dict[str, Any]], ranks: int, name: str
 ) -> None:
-    """Losses of 20 steps within 1%, the update within 15% of fp32's (seen: 0.3% and 7%)."""
+    """Losses of 15 steps within 1%, the update within 15% of fp32's (seen: 0.3% and 7%)."""
     check_numbers(found[ranks][name], bf16=True)
 
 
