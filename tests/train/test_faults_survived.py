@@ -38,8 +38,8 @@ def two(runs: Runs) -> str:
 @pytest.fixture(scope="module")
 def clock(runs: Runs) -> str:
     """Three steps of two ranks, whose checkpoints are due by the clock; the model is a preset."""
-    keys = {"train__steps": 3, "checkpoint__every": 1000, "checkpoint__every_minutes": 1e-6}
-    runs.done("clock", **PRESET, **keys)
+    keys: dict[str, Any] = {"train__steps": 3, "checkpoint__every": 1000}
+    runs.done("clock", **PRESET, **keys, checkpoint__every_minutes=1e-6)
     return "clock"
 
 

@@ -164,7 +164,7 @@ def test_the_work_of_a_step_is_counted_before_the_model_is_sharded(
         for n in ("first", "third")
     ]
     assert formulas[0] == formulas[1], "ZeRO-3 and FSDP2"
-    assert " = 0 per LLM position" not in formulas[0] and "e+05 per LLM position" in formulas[0]
+    assert " = 4.1e+04 per LLM position (4 N)" in formulas[0], "N: 10,240 weights of one block"
 
 
 def test_a_metric_and_a_callback_cost_one_file(trained: tuple[Path, str]) -> None:

@@ -192,7 +192,7 @@ def test_conversions_merge(adapted: Path, tmp_path: Path, kind: str, source: str
 
 def test_a_magnitude_is_merged_too(runs: Runs) -> None:
     """DoRA over a preset, whose weights are drawn again."""
-    preset = {"model__path": "", "model__preset": "toy"}
+    preset: dict[str, Any] = {"model__path": "", "model__preset": "toy"}
     folder = runs.run("dora", 1, train__stage="tune", train__steps=2, train__lora=DORA, **preset)
     merged = load_file(folder / "model" / "model.safetensors")
     loaded, _ = load_model(path=folder / "adapter", preset=None, seed=0)

@@ -272,7 +272,7 @@ def measure_noise(
 def train_references(file: Path, jobs: list[dict[str, Any]]) -> None:
     """Add what plain torch gives for jobs to the file that the starts of a test share."""
     known = torch.load(file, weights_only=False) if file.exists() else {}
-    asked: dict[Any, set[int]] = {}
+    asked: dict[tuple[str, str, str, int], set[int]] = {}
     for job in jobs:
         asked.setdefault(get_reference_key(job), set()).add(job["steps"])
     for key, steps in asked.items():
