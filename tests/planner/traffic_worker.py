@@ -28,7 +28,7 @@ from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
 from onellm_dist.train.optim.optimizers import make_optimizer
 
-NAMES, TEXT, MICRO_BATCHES = ["image", "image", "audio"], 20, 2
+NAMES, TEXT, MICRO_BATCHES = ["image", "image", "imu"], 20, 2
 
 
 class CollectiveBytes(TorchDispatchMode):
