@@ -54,6 +54,7 @@ soak: $(STAMP) $(SLURM)  ## long random runs (hours)
 	$(BIN)/python -m pip install --quiet --only-binary :all: "atheris>=3" || echo "atheris could not be installed: nothing is fuzzed by coverage"
 	$(PYTEST) -m "not slow and not soak" $(PARALLEL)
 	ONELLM_FUZZ_GUIDED=$${ONELLM_FUZZ_GUIDED-60} $(PYTEST) -m soak --timeout 7200
+	ONELLM_REAL_PROGRAMS=1 $(PYTEST) -m "slow and not soak" tests/examples tests/diagnostics tests/serving
 
 lint: $(STAMP)  ## style, formatting, and the contracts of the import graph
 	$(BIN)/ruff check .

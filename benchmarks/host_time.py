@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -79,12 +80,12 @@ def main() -> int:
 
 
 def summarise(turns: list[dict[str, Any]]) -> dict[str, float]:
-    """The least of the rounds of all turns."""
-    rounds = {
-        key: min(value for turn in turns for value in turn[key])
-        for key in ("forward_ms", "backward_ms", "clouds_ms")
-    }
-    return rounds | {"calls": turns[0]["calls"]}
+    """The least of the rounds of all turns, and their medians."""
+    found: dict[str, float] = {"calls": turns[0]["calls"]}
+    for key in ("forward_ms", "backward_ms", "clouds_ms"):
+        rounds = [value for turn in turns for value in turn[key]]
+        found |= {key: min(rounds), f"median_{key}": statistics.median(rounds)}
+    return found
 
 
 def report(found: dict[str, dict[str, dict[str, float]]]) -> int:
@@ -100,6 +101,8 @@ def report(found: dict[str, dict[str, dict[str, float]]]) -> int:
             f"{name:8} {parts[0]:>15} -> {parts[1]:>15} {times[1] / times[0]:6.2f}  "
             f"{calls[0]:6.0f} -> {calls[1]:6.0f} {calls[1] / calls[0]:6.2f}"
         )
+        medians = [s["median_forward_ms"] + s["median_backward_ms"] for s in (before, after)]
+        print(f"{'':8} {'of medians':>34} {medians[1] / medians[0]:6.2f}")
         if times[1] / times[0] > LIMITS.get(name, 1.0):
             missed.append(f"{name}: time")
         if name == "plain" and calls[1] / calls[0] > CALLS_LIMIT:

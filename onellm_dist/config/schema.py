@@ -230,7 +230,8 @@ class EngineSection(Section):
     reduce_every: Literal["micro_batch", "step"] = "micro_batch"
     """`fsdp` only: when gradients are reduced over the ranks. `micro_batch`: after each, so that a
     rank keeps only its shard of the gradients. `step`: once a step, which needs less traffic, but
-    every rank keeps complete fp32 gradients of all trainable parameters."""
+    every rank keeps complete fp32 gradients of all trainable parameters; where frozen weights are
+    resident, these parameters are gathered once a step too, and stay so until its end."""
     prefetch: int = Field(0, ge=0)
     """`fsdp` only: how many units (blocks, or what `unit_parameters` joins) are gathered ahead of
     the one at work, in forward and backward. They are asked for as soon as its own weights are

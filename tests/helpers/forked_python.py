@@ -4,8 +4,9 @@ Run as a program, it imports torch, transformers, DeepSpeed and the package once
 process for each program that somebody starts. `get_programs` gives the folder of the programs: put
 it first on a PATH, or start its `python`. A program has the arguments, folder, environment, output,
 signals and exit code that it would have by itself, and costs 0.1 s of CPU instead of 5. What it
-cannot show is whether a program imports all that it needs; `make soak` starts the same ones for
-real.
+cannot show is whether a program imports all that it needs, and what it does about `python -u` or
+variables that libraries read at import: `make soak` sets ONELLM_REAL_PROGRAMS, with which the real
+ones are started.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ os._exit(code)
 def get_programs() -> Path:
     """The folder of the programs, for all tests of this process; it works until that ends.
 
-    With a GPU they are the real ones: CUDA does not outlive a fork.
+    With a GPU they are the real ones (CUDA does not outlive a fork), and with ONELLM_REAL_PROGRAMS.
     """
-    if torch.cuda.device_count():
+    if torch.cuda.device_count() or os.environ.get("ONELLM_REAL_PROGRAMS"):
         return Path(sys.executable).parent
     folder = Path(tempfile.mkdtemp(prefix="programs-"))
     address, root = folder / "socket", str(Path(__file__).parents[2])
@@ -173,7 +174,13 @@ class Server:
         size, said, _, _ = client.recvmsg(8, socket.CMSG_SPACE(3 * fds.itemsize))
         for _, _, data in said:
             fds.frombytes(data)
-        order = json.loads(client.makefile("rb").read(int.from_bytes(size, "big")))
+        try:
+            order = json.loads(client.makefile("rb").read(int.from_bytes(size, "big")))
+        except ValueError:  # it was killed before it had said all
+            client.close()
+            for fd in fds:
+                os.close(fd)
+            return
         server = os.getpid()
         pid = os.fork()
         if pid:
@@ -200,6 +207,7 @@ def prepare() -> None:
         "onellm_dist.report", "onellm_dist.serving",
     ):  # fmt: skip
         importlib.import_module(name)
+    zygote.freeze()
 
 
 def be_program(folder: Path, path: list[str], order: dict[str, Any], server: int) -> NoReturn:

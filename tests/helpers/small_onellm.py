@@ -22,6 +22,8 @@ from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.presets import load_preset_processor, load_toy_tokenizer
 
 MODALITIES = ("image", "imu")
+IDLE = ("depth",)
+"""Of the model of `get_small_model` too, for what must not move in a run without them."""
 
 
 @cache
@@ -63,7 +65,7 @@ def build_small_config(modalities: Sequence[str] = MODALITIES) -> OneLLMConfig:
 
 def save_small_model(folder: Path) -> None:
     """Write a model with random weights and the toy world's tokenizer to a folder."""
-    model: Any = OneLLMForConditionalGeneration(build_small_config())
+    model: Any = OneLLMForConditionalGeneration(build_small_config([*MODALITIES, *IDLE]))
     initialise(model, 0)
     model.save_pretrained(folder)
     load_preset_processor("toy").save_pretrained(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -63,6 +64,13 @@ def prepare() -> None:
 
     import_deepspeed()
     build_files()
+    freeze()
+
+
+def freeze() -> None:
+    """Let no collection of a forked process walk through, and so copy, what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def _answer(value: dict[str, Any]) -> None:

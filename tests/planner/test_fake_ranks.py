@@ -89,9 +89,16 @@ def check(config: OneLLMConfig, keys: dict[str, Any], mode: str, world_size: int
         # FSDP2 gathers one unit in backward that has none: 4% of the toy model, 1% of a 7B.
         gathered = MICRO_BATCHES * said.gather_micro_batch + said.gather_step
         assert gathered <= kinds["gather"] <= 1.05 * gathered
+        # What stays gathered is not there between steps.
+        stays = section.frozen == "resident" and section.reduce_every == "step"
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert (
+            state.trained_weights >= BF16 * trainable * stays
+            and (state.trained_weights > 0) == stays
+        )
         # The plan says the mean. A rank has up to a row of each parameter more; the last ones of
         # many may have none.
-        trained, mean = 12 * found.trained_elements, state.optimizer + state.trained_weights
+        trained, mean = 12 * found.trained_elements, state.optimizer
         assert trained <= mean + 12 * rows
         assert found.frozen_bytes <= state.frozen_weights + BF16 * rows
         if rank == 0:

@@ -110,7 +110,9 @@ def test_a_run_that_does_not_fit_says_what_it_needs(
 
 
 @pytest.mark.slow
-def test_frozen_weights_are_resident_where_that_fits_and_is_faster(recipe: Path) -> None:
+def test_frozen_weights_are_resident_where_that_fits_and_is_faster(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = PlanOptions(gpu="h100", nodes=2, gpus_per_node=2, network_gb_s=0.1)
     planner = make_planner(recipe, ["engine.name=fsdp"], slow)
     assert planner.config.engine.frozen == "resident"
@@ -131,11 +133,17 @@ def test_frozen_weights_are_resident_where_that_fits_and_is_faster(recipe: Path)
         found = decide_placement(planner, auto)
         assert found is not None and found.config.engine.frozen == frozen
         assert ("less than 10% of the memory free" in found.reason) is (frozen == "sharded")
+    # One rank gathers nothing, but the host has the hooks of what is sharded; they count for
+    # nothing where the device is busy.
     alone = make_planner(recipe, ["engine.name=fsdp"], PlanOptions(gpu="h100", gpus_per_node=1))
-    assert (
-        alone.config.engine.frozen == "sharded"
-        and "would not make a step faster" in (alone.data.notes[-1])
-    )
+    assert alone.config.engine.frozen == "resident"
+    busy = {name: speed / 1e6 for name, speed in alone.cluster.gpu.peak_tflops.items()}
+    gpu = alone.cluster.gpu.model_copy(update={"peak_tflops": busy})
+    monkeypatch.setattr("onellm_dist.planner.command.get_gpu_kind", lambda _: gpu)
+    alone = make_planner(recipe, ["engine.name=fsdp"], PlanOptions(gpu="h100", gpus_per_node=1))
+    assert alone.config.engine.frozen == "sharded"
+    assert "would not make a step faster" in alone.data.notes[-1]
+    monkeypatch.undo()
     # Nothing is gathered that could stay, or the recipe says where weights lie.
     for keys in (
         ["engine.config=zero2"],

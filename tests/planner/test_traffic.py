@@ -39,6 +39,7 @@ CHOICES: dict[str, tuple[dict[str, Any], str]] = {
     "fsdp": ({"name": "fsdp"}, "none"),
     "fsdp_full": ({"name": "fsdp"}, "full"),
     "fsdp_step": ({"name": "fsdp", "reduce_every": "step"}, "none"),
+    "fsdp_once": ({"name": "fsdp", "reduce_every": "step", "frozen": "resident"}, "full"),
 }
 
 SOAK = ("zero3", "fsdp")
@@ -61,7 +62,8 @@ def measured(
     tmp_path_factory: pytest.TempPathFactory,
     choices: dict[str, tuple[dict[str, Any], str]],
 ) -> dict[str, dict[str, int]]:
-    asked = {item.name.rpartition("[")[2].rstrip("]") for item in request.session.items}
+    own = (item for item in request.session.items if item.path == request.path)
+    asked = {item.name.rpartition("[")[2].rstrip("]") for item in own}
     out = tmp_path_factory.mktemp("traffic")
     worker = Path(__file__).parent / "traffic_worker.py"
     listed = [(name, keys, mode) for name, (keys, mode) in choices.items() if name in asked]

@@ -119,6 +119,11 @@ def test_parts_of_a_table_that_are_not_there_once_are_noted(
         (("train_p1of2", "train_p2of2", "eval"), {"train": 2, "test": 1}),
         (("data/train-00000-of-00001", "data/evaluation-00000-of-00001"), {"train": 1, "test": 1}),
         (("part-00000-of-00002", "part-00001-of-00002"), {"train": 2}),
+        (("en/part-00000-of-00001", "de/part-00000-of-00001"), {"train": 2}),
+        (("en/2019", "de/2019"), {"train": 2}),
+        (("train_0/a", "train_1/a", "test_0/a"), {"train": 2, "test": 1}),
+        (("train_0_1a2b3c4", "train_0_2d3e4f5"), {"train": 2}),
+        (("lm-eval/rows", "human_eval_train", "human_eval"), {"train": 2, "test": 1}),
     ],
 )
 def test_files_of_one_split_are_no_several(

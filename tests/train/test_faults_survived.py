@@ -1,6 +1,6 @@
 """What a run survives beside kills: full disks, damaged files, samples that end workers, a hang.
 
-The engine is not what survives here: ZeRO-2 takes half of the time of the recipe's ZeRO-3.
+The engine is not what survives here: ZeRO-2 takes two thirds of the time of the recipe's ZeRO-3.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from survival_runs import EVERY, Runs, find_sample, identical, make_runs, same_stream
+from survival_runs import EVERY, Runs, exported, find_sample, identical, make_runs, same_stream
 
 from onellm_dist.train.records.skipped_samples import read_skipped_samples
 
@@ -196,14 +196,17 @@ def test_asynchronous_and_waiting_checkpoints_are_equal_and_kept_as_asked(
         line["steps_done"] for line in background
     ] == [3, 6, 9, 12]
     assert all(line["stall_seconds"] == pytest.approx(line["seconds"], abs=1e-3) for line in waited)
-    assert all(
-        line["stall_seconds"] < line["seconds"] and line["bytes"] > 0 for line in background[:-1]
-    )
-    manifest = read_manifest(runs, two, 12)
+    assert all(line["stall_seconds"] < line["seconds"] for line in background[:-1])
+    # Weights and two moments of what trains, in fp32; bytes that are said are those of the files.
+    parts = ("upm.", "tokenizers.imu.", "projectors.imu.")
+    weights = exported(runs.out / two)
+    trained = sum(weights[key].numel() for key in weights if key.startswith(parts))
+    for line in background:
+        manifest = read_manifest(runs, two, line["steps_done"])
+        assert sum(manifest["files"].values()) == line["bytes"] > 12 * trained
     assert (
         manifest["version"] == 2
         and set(manifest["sha256"]) == set(manifest["files"])
-        and sum(manifest["files"].values()) == background[-1]["bytes"]
         and manifest["spans"] == {}
     )
     validated = {

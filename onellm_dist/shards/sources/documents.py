@@ -101,10 +101,11 @@ def plan(
         )
     notes += note_joined_splits(map(PurePosixPath, files))
     stems = make_keys_unique(make_safe_key(name.rpartition(".")[0]) for name in files)
+    named = not inputs.is_dir()
     splits = (
         split
         for name, stem in zip(files, stems, strict=True)
-        for split in _split_file(root, name, stem, named=not inputs.is_dir())
+        for split in _split_file(root, name, stem, named=named)
     )
     return DatasetDescription(("image",), splits, notes, attributes=dict(LISTED))
 

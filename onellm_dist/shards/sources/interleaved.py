@@ -1,10 +1,10 @@
 """`onellm shards build interleaved | m4-instruct | sharegpt IN OUT`: conversations with any media.
 
-IN is one .json or .jsonl, or a folder of them, whose names say the split (`test.jsonl`; else
-train), with rows of LLaVA's form (M4-Instruct, LLaVA-Video,
-ShareGPT4V), of LLaMA-Factory's or ms-swift's, or with content parts (readers/media_rows.py).
-Samples may have no medium, one, or several, and media stand where the texts say so. `sharegpt`
-without the option `modality` is text alone, and `<image>` in its texts belongs to a web page.
+IN is one .json or .jsonl, or a folder of them, whose names say the splits (`test.jsonl`). Rows have
+LLaVA's form (M4-Instruct, LLaVA-Video, ShareGPT4V), LLaMA-Factory's or ms-swift's, or content parts
+(readers/media_rows.py). Samples may have no medium, one, or several, and media stand where the
+texts say so. `sharegpt` without the option `modality` is text alone, and `<image>` in its texts
+belongs to a web page.
 """
 
 from __future__ import annotations

@@ -86,11 +86,14 @@ def train(demo: Demo, table: Timetable, journal: Journal, *, name: str) -> None:
     run = demo.scale.runs[RUNS.index(name)]
     command = make_training_command(demo, name, run)
     is_first = name == RUNS[0]
+
+    def find_kept() -> float:
+        """A resumed run prints no step for a while; what it resumes is done."""
+        return (find_newest_checkpoint(demo.run_dir(name)) or 0) / run.steps
+
     if is_first and not journal.killed:
-        _kill_on_the_way(demo, table, journal, name, command)
-    process = _make_process(demo, name, command, count_pattern=STEP_COUNT)
-    # A resumed run prints no step for a while; what it resumes is done.
-    kept = (find_newest_checkpoint(demo.run_dir(name)) or 0) / run.steps
+        _kill_on_the_way(demo, table, journal, name, command, kept=find_kept())
+    process, kept = _make_process(demo, name, command, count_pattern=STEP_COUNT), find_kept()
     run_lanes([[process]], lambda running: _show_training(table, running, 1.0, kept=kept))
     if is_first and not list_resumes(demo.run_dir(name)):
         raise OneLLMError(
@@ -105,10 +108,16 @@ def train(demo: Demo, table: Timetable, journal: Journal, *, name: str) -> None:
 
 
 def _kill_on_the_way(
-    demo: Demo, table: Timetable, journal: Journal, name: str, command: Sequence[str]
+    demo: Demo,
+    table: Timetable,
+    journal: Journal,
+    name: str,
+    command: Sequence[str],
+    *,
+    kept: float,
 ) -> None:
     process = _make_process(demo, name, command, count_pattern=STEP_COUNT, kill_at=KILL_AT)
-    run_lanes([[process]], lambda running: _show_training(table, running, KILL_AT))
+    run_lanes([[process]], lambda running: _show_training(table, running, KILL_AT, kept=kept))
     if not process.killed:
         raise OneLLMError(
             f"{name} ended before it could be killed",
@@ -123,7 +132,7 @@ def _kill_on_the_way(
 
 
 def _show_training(
-    table: Timetable, running: Sequence[DemoProcess], otherwise: float, *, kept: float = 0.0
+    table: Timetable, running: Sequence[DemoProcess], otherwise: float, *, kept: float
 ) -> None:
     table.show_progress(max(kept, running[0].read_progress() if running else otherwise))
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParameterBytes:
-    """Bytes that one rank holds between steps, per parameter of the whole model.
+    """Bytes that one rank holds throughout a step, per parameter of the whole model.
 
     Activations come on top.
     """

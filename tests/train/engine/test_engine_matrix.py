@@ -34,11 +34,12 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp_joined": {"fsdp": {"prefetch": 1, "unit_parameters": 20_000}},
     "fsdp_once": {"fsdp": {"reduce_every_micro_batch": False}},
     "zero3_hpz": {"config": {"zero_optimization": {**ZERO3, "zero_hpz_partition_size": 2}}},
+    "fsdp_gathered": {"fsdp": {"reduce_every_micro_batch": False}, "resident": True},
     "fsdp_hybrid": {"fsdp": {"shard_ranks": 2}},
     "fsdp_hybrid_once": {"fsdp": {"shard_ranks": 2, "reduce_every_micro_batch": False}},
 }
 BASIC = ("zero1", "zero2", "zero3", "offload", "fsdp", "fsdp_once")
-KEPT = ("zero3_leaves", "fsdp_resident")
+KEPT = ("zero3_leaves", "fsdp_resident", "fsdp_gathered")
 UNITS = ("fsdp_ahead", "fsdp_joined")
 """With four layers an LLM has three units to gather ahead, or two joined ones of two blocks."""
 WIDE = ("zero3_hpz", "fsdp_hybrid", "fsdp_hybrid_once")
@@ -71,6 +72,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
         *(job(engine, 2, SHORT, bf16=True) for engine in ("zero3", "fsdp")),
         job("zero3_leaves", 2, SHORT, "tune", recompute="selective", layers=4),
         job("fsdp_resident", None, SHORT),
+        job("fsdp_gathered", 4, SHORT),
         job("fsdp_joined", 2, SHORT, "tune", recompute="full", layers=4),
     ],
     3: [job("zero1", 1, SHORT)],
@@ -164,7 +166,7 @@ def test_fp32_follows_plain_torch(found: dict[int, dict[str, Any]], ranks: int, 
 def test_bf16_stays_within_its_bound_of_fp32(
     found: dict[int, dict[str, Any]], ranks: int, name: str
 ) -> None:
-    """Losses of 15 steps within 1%, the update within 15% of fp32's (seen: 0.3% and 7%)."""
+    """Losses of 15 steps within 1%, the update within 15% of fp32's (seen over 20: 0.3% and 7%)."""
     check_numbers(found[ranks][name], bf16=True)
 
 

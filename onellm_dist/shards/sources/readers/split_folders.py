@@ -21,8 +21,6 @@ SPLIT_FOLDERS = {
     "dev": "val",
     "test": "test",
     "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
 }
 """Name of a folder, in lower case, to the split that it holds (the names of Hugging Face's
 imagefolder)."""

@@ -90,6 +90,7 @@ class FsdpDescription(EngineDescription):
         gradient_ranks = ranks if section.reduce_every == "micro_batch" else 1
         # The fp32 weight is the weight itself: it is cast only while it is gathered.
         trainable = state_bytes / ranks + GRADIENT_BYTES / gradient_ranks
+        trainable += compute_bytes if _stay_gathered(section) else 0
         frozen = compute_bytes / (1 if section.frozen == "resident" else ranks)
         return ParameterBytes(frozen, trainable)
 
@@ -122,7 +123,7 @@ class FsdpDescription(EngineDescription):
     ) -> StepTraffic:
         ranks = section.shard_ranks or world_size
         gradients = GRADIENT_BYTES * trainable
-        each = section.reduce_every == "micro_batch"
+        each, once = section.reduce_every == "micro_batch", _stay_gathered(section)
         # A block that is recomputed in backward is gathered there already. What belongs to no block
         # is gathered with the root: as a whole, in forward and backward.
         read = uses.trained_forward + uses.trained_backward
@@ -137,9 +138,9 @@ class FsdpDescription(EngineDescription):
         # Groups of ranks meet once a step, with their shards of the gradients.
         between = gradients / ranks if ranks < world_size else 0
         return StepTraffic(
-            gather_micro_batch=compute_bytes * read,
+            gather_micro_batch=0 if once else compute_bytes * read,
             reduce_micro_batch=gradients if each else 0,
-            gather_step=0,
+            gather_step=compute_bytes * trainable if once else 0,
             reduce_step=between + (0 if each else gradients),
             gather_ranks=ranks,
             reduce_ranks=ranks,
@@ -156,7 +157,7 @@ class FsdpDescription(EngineDescription):
         stacks: Sequence[Sequence[BlockSize]],
     ) -> float:
         # The unit at work and the next ones, gathered, and the fp32 input of a reduction.
-        gathered = 1 + max(1, section.prefetch)
+        gathered = 1 if _stay_gathered(section) else 1 + max(1, section.prefetch)
         unit = max(
             largest_unit, find_largest(_list_sharded(section, stacks), section.unit_parameters)
         )
@@ -182,6 +183,11 @@ class FsdpDescription(EngineDescription):
         if section.shard_ranks is None:
             return None
         return "reductions between the groups of engine.shard_ranks, which share the network"
+
+
+def _stay_gathered(section: EngineSection) -> bool:
+    """Whether trained weights are gathered once a step, and stay so until its last backward."""
+    return section.frozen == "resident" and section.reduce_every == "step"
 
 
 def _list_sharded(section: EngineSection, stacks: Sequence[Sequence[BlockSize]]) -> list[list[int]]:

@@ -5,6 +5,9 @@ It has the interface and the numbers of the DeepSpeed engine, without its JSON.
 Trained weights are fp32 shards that are cast when they are gathered; gradients are reduced and kept
 in fp32. Frozen weights are in the dtype that the model computes in and have no optimizer state, and
 they are sharded, or whole on every rank.
+
+Where frozen weights are whole and gradients are reduced once a step, trained weights are gathered
+once a step too: they stay gathered from the first micro-batch to the last one's backward.
 """
 
 from __future__ import annotations
@@ -71,6 +74,8 @@ class FsdpEngine(Engine):
         self._norms = PartNorms(module.model, self._ranges, settings.parts, self.device)
         self._known_norms: GradNorms | None = None
         """Norms of the gradient that `step` is about to apply, if they were computed."""
+        self._stays_gathered = False
+        """Whether what a forward pass gathers stays for its backward."""
 
     @classmethod
     def wrap(
@@ -119,6 +124,7 @@ class FsdpEngine(Engine):
         return cls(module, names, settings, mesh)
 
     def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, ...]:
+        self._keep_gathered(last=last)
         if not self._settings.options.reduce_every_micro_batch:
             self._module.set_requires_gradient_sync(last)
             self._module.set_is_last_backward(last)
@@ -127,8 +133,24 @@ class FsdpEngine(Engine):
         found: tuple[torch.Tensor, ...] = self._module(batch)
         return found
 
+    def _keep_gathered(self, *, last: bool) -> None:
+        """Say until when weights stay gathered; without a backward (validation) they never do.
+
+        Args:
+            last: whether it is the step's last micro-batch.
+        """
+        settings = self._settings
+        if not settings.frozen_resident or settings.options.reduce_every_micro_batch:
+            return
+        stays = torch.is_grad_enabled()
+        if stays != self._stays_gathered:
+            self._module.set_reshard_after_forward(not stays)
+            self._stays_gathered = stays
+        self._module.set_reshard_after_backward(last)
+
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> torch.Tensor:
+        self._keep_gathered(last=True)
         values: torch.Tensor = self._module(batch, logits=True)
         return values
 
