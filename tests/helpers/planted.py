@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,13 @@ def _environment(variables: dict[str, str], rank: int) -> None:
 def _change_sample(sample_id: str, change: Any) -> None:
     from onellm_dist.data.reader import Reader
 
-    read = Reader._read
+    decode = Reader._decode
 
-    def read_changed(self: Reader, ref: Any, name: str) -> Any:
-        sample = read(self, ref, name)
-        return change(sample) if name.split("@", maxsplit=1)[0] == sample_id else sample
+    def decode_changed(self: Reader, name: str, prepared: Any) -> Any:
+        values = decode(self, name, prepared)
+        return change(values) if name.split("@", maxsplit=1)[0] == sample_id else values
 
-    Reader._read = read_changed  # type: ignore[method-assign, assignment]  # the fault
+    Reader._decode = decode_changed  # type: ignore[assignment, method-assign]  # the fault
 
 
 def _poison(samples: dict[str, str], rank: int) -> None:
@@ -45,15 +44,15 @@ def _poison(samples: dict[str, str], rank: int) -> None:
         _change_sample(sample_id, {"crash": _crash, "hang": _hang, "eat": _eat}[what])
 
 
-def _crash(sample: Any) -> None:
+def _crash(values: Any) -> None:
     ctypes.string_at(0)
 
 
-def _hang(sample: Any) -> None:
+def _hang(values: Any) -> None:
     ctypes.CDLL(None).pause()  # in C code, which no exception of Python ends
 
 
-def _eat(sample: Any) -> None:
+def _eat(values: Any) -> None:
     kept = []
     while True:
         kept.append(bytearray(1 << 24))
@@ -84,13 +83,10 @@ def _nan(sample_id: str, rank: int) -> None:
     """The media of a sample decode to NaN."""
     _change_sample(
         sample_id,
-        lambda sample: replace(
-            sample,
-            values={
-                name: [torch.full_like(span, torch.nan) for span in spans]
-                for name, spans in sample.values.items()
-            },
-        ),
+        lambda values: {
+            name: [torch.full_like(span, torch.nan) for span in spans]
+            for name, spans in values.items()
+        },
     )
 
 

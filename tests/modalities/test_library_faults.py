@@ -15,7 +15,7 @@ from PIL import Image, features
 from test_all_modalities import NAMES, good
 
 from onellm_dist.common.errors import OneLLMError, SampleError
-from onellm_dist.data.reader import _translate_errors
+from onellm_dist.data.medium_reader import translate_errors
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.files import read_file_value
 from onellm_dist.modalities.library_faults import require_library
@@ -76,7 +76,7 @@ def test_a_library_that_does_not_fit_ends_every_door_in_words(
         monkeypatch.setattr(library, name, fail if fault == "cannot be imported" else older)
 
     def train() -> None:
-        with _translate_errors(get_modality(modality), "set/shard/x@0"):
+        with translate_errors(get_modality(modality), "set/shard/x@0"):
             get_modality(modality).decode(parts, {})
 
     raw = RawSample("x", "x", files, "a caption")
