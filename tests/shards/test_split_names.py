@@ -15,6 +15,11 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
 
 TALK = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cube."}]
+UUIDS = (
+    "7e1f0d3a-9b2c-4d5e-8f60-123456789abc",
+    "abcdefab-cdef-abcd-efab-cdefabcdefab",
+    "ABCDEFAB-cdef-4bcd-aeff-deadbeefcafe",
+)
 ROWS: dict[str, dict[str, Any]] = {
     "sharegpt": {"conversations": TALK},
     "interleaved": {"conversations": TALK},
@@ -73,6 +78,9 @@ def test_splits_that_become_one_are_noted(tmp_path: Path, source: str) -> None:
             ["part-00000-of-00003", "train-00000-of-00001"],
             ["part: 2 of its 3 parquet files are"],
         ),
+        (["train-00001-of-00002", "train-00002-of-00002"], []),
+        (["train-00002-of-00003", "train-00003-of-00003"], ["train: 1 of its 3 parquet files is"]),
+        (["train-00000-of-00002", "train-00002-of-00002"], ["train: 1 of its 2 parquet files is"]),
         (["00001-of-00002"], ["the table: 1 of its 2 parquet files is not there"]),
         (["0000", "0001"], []),
         (["train-00000-of-00042.snappy"], ["train: 41 of its 42 parquet files are not there"]),
@@ -123,7 +131,20 @@ def test_parts_of_a_table_that_are_not_there_once_are_noted(
         (("en/2019", "de/2019"), {"train": 2}),
         (("train_0/a", "train_1/a", "test_0/a"), {"train": 2, "test": 1}),
         (("train_0_1a2b3c4", "train_0_2d3e4f5"), {"train": 2}),
-        (("lm-eval/rows", "human_eval_train", "human_eval"), {"train": 2, "test": 1}),
+        (("human_eval_train", "human_eval"), {"train": 1, "test": 1}),
+        (("eval-x/rows", "x/rows"), {"train": 1, "test": 1}),
+        (("coco-train/rows", "coco-val/rows"), {"train": 1, "val": 1}),
+        (("a_train/0", "clean_test/0", "de-dev/0"), {"train": 1, "val": 1, "test": 1}),
+        (("train/lm-eval/rows", "test/lm-eval/rows"), {"train": 1, "test": 1}),
+        (("train/part-00000-of-00002", "train/part-00001-of-00002"), {"train": 2}),
+        (("train_0/part-00000-of-00001", "train_1/part-00000-of-00001"), {"train": 2}),
+        ((f"train-{UUIDS[0]}", f"train-{UUIDS[1]}", f"train_{UUIDS[2]}"), {"train": 3}),
+        (("train-cafebabe-0", "train-1a2b3c4d-1", "train-12345678-2"), {"train": 3}),
+        (("train_face_deadbeef", "train_face_1a2b3c4d"), {"train": 2}),
+        (("train-sft/0000", "train-sft/0999", "train-sft/1000", "train-sft/10000"), {"train": 4}),
+        (("train/raw/0000", "train/raw/1000"), {"train": 2}),
+        (("train-sft/0000", "train-sft/more"), {"train": 2}),
+        (("train/a", "train/b", "train/2019"), {"train": 3}),
     ],
 )
 def test_files_of_one_split_are_no_several(
@@ -146,6 +167,12 @@ def test_files_of_one_split_are_no_several(
         ("raw-00000-of-00001", "filtered-00000-of-00001"),
         ("raw/0000", "filtered/0000"),
         ("train_sft", "train_prefs_0"),
+        ("train_sft/part-00000-of-00001", "train_gen/part-00000-of-00001"),
+        ("train_sft/data/0000", "train_gen/data/0000"),
+        ("train-sft/0000", "train-gen/1000"),
+        ("train-cafebabe", "train-1a2b3c4"),
+        ("train_face", "train_2019"),
+        ("a-train/rows", "b-train/rows"),
     ],
 )
 def test_splits_that_become_one_are_refused_for_pairs(
@@ -161,3 +188,45 @@ def test_splits_that_become_one_are_refused_for_pairs(
     texts = {"modality": "text", "caption_column": "chosen"}
     report, dataset = build_source("parquet", tmp_path / "in", tmp_path / "texts", **texts)
     assert dataset.samples() == 2 and any("joins" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("source", ["parquet", "preferences"])
+def test_a_word_that_is_not_used_is_noted(tmp_path: Path, source: str) -> None:
+    """lm-eval/ may hold anything: its rows are of train, and the user hears of it."""
+    for name in ("lm-eval/rows", "my_evaluation/x/rows", "lm-eval/test", "more/rows"):
+        path = tmp_path / f"in/{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, [FORMS["trl_text"]])
+    options = {"modality": "text", "caption_column": "chosen"} if source == "parquet" else {}
+    report, dataset = build_source(source, tmp_path / "in", tmp_path / "out", **options)
+    assert {split: dataset.samples(split) for split in dataset.splits} == {"train": 3, "test": 1}
+    (note,) = report.notes
+    assert note.startswith("the rows in lm-eval/, my_evaluation/ are of train")
+    if source == "parquet":
+        options["split"] = "train"
+        report, _ = build_source(source, tmp_path / "in", tmp_path / "named", **options)
+        assert not report.notes
+
+
+@pytest.mark.parametrize("source", ROWS)
+def test_a_split_in_two_forms_is_noted(tmp_path: Path, source: str) -> None:
+    names = ("train.json", "train.jsonl", "rows.json", "rows.jsonl", "test_1.json", "test_2.jsonl")
+    write(tmp_path / "in", source, *names)
+    report, dataset = build_source(source, tmp_path / "in", tmp_path / "out")
+    assert {split: dataset.samples(split) for split in dataset.splits} == {"train": 4, "test": 2}
+    assert [note for note in report.notes if "there as" in note] == [
+        "there as .json and .jsonl, which may repeat rows: rows, train"
+    ]
+
+
+def test_tables_of_a_split_in_two_forms_are_noted(tmp_path: Path) -> None:
+    names = ("train-00000-of-00001", "train", "test-00000-of-00001", "de/rows", "en/rows")
+    for name in names:
+        path = tmp_path / f"in/{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, [FORMS["trl_text"]])
+    report, dataset = build_source("preferences", tmp_path / "in", tmp_path / "out")
+    assert dataset.samples("train") == 4
+    assert report.notes == (
+        "there as .parquet and numbered .parquet, which may repeat rows: train",
+    )

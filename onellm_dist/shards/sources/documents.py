@@ -51,7 +51,7 @@ from onellm_dist.shards.sources.readers.saved_datasets import (
 )
 from onellm_dist.shards.sources.readers.split_names import (
     find_split,
-    note_joined_splits,
+    note_splits,
 )
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
@@ -99,7 +99,7 @@ def plan(
             "the documents are expected there.",
             "name the file, or its folder; pictures may lie elsewhere: -o media=FOLDER.",
         )
-    notes += note_joined_splits(map(PurePosixPath, files))
+    notes += note_splits(map(PurePosixPath, files))
     stems = make_keys_unique(make_safe_key(name.rpartition(".")[0]) for name in files)
     named = not inputs.is_dir()
     splits = (

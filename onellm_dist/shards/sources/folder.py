@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
@@ -37,6 +38,10 @@ from onellm_dist.shards.sources.readers.media_files import resolve_below
 from onellm_dist.shards.sources.readers.media_rows import parse_media_modalities
 from onellm_dist.shards.sources.readers.saved_datasets import refuse_saved_dataset
 from onellm_dist.shards.sources.readers.split_folders import find_split_folders
+from onellm_dist.shards.sources.readers.split_names import (
+    note_joined_split,
+    note_train_folders,
+)
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
 _SPLIT_SAMPLES = 1000
@@ -64,7 +69,10 @@ Found = tuple[tuple[str, ...], list[RawSample], list[str]]
 
 
 def find_raw_samples(
-    inputs: Path, modalities: tuple[str, ...] | None, options: FolderOptions
+    inputs: Path,
+    modalities: tuple[str, ...] | None,
+    options: FolderOptions,
+    split: str | None = None,
 ) -> tuple[tuple[str, ...], dict[str | None, list[RawSample]], list[str]]:
     """Find the samples of an input folder or table.
 
@@ -72,6 +80,7 @@ def find_raw_samples(
         inputs: the folder or table.
         modalities: the user's; None to infer them.
         options: where captions and files are.
+        split: the user's; None: folders say it, or it is train.
 
     Returns:
         Modalities; split to raw samples, where the split None is the one that the user chooses; and
@@ -88,13 +97,29 @@ def find_raw_samples(
     folders = {} if table is not None or modalities == () else find_split_folders(inputs)
     if not folders:
         found = _find_in_folder(root, root, table, modalities, options)
-        return found[0], {None: found[1]}, found[2]
+        media = root if options.media is None else resolve_below(root, options.media)
+        unsplit = note_train_folders(_count_folders(found[1], media)) if split is None else ()
+        return found[0], {None: found[1]}, [*found[2], *unsplit]
     samples, notes = dict[str | None, list[RawSample]](), list[str]()
-    for split, folder in folders.items():
-        table = find_table(folder, *columns, lists=lists)
-        modalities, samples[split], said = _find_in_folder(folder, root, table, modalities, options)
-        notes += [f"{folder.name}/ (split {split}): {line}" for line in said]
+    for name, several in folders.items():
+        for folder in several:
+            table = find_table(folder, *columns, lists=lists)
+            modalities, some, said = _find_in_folder(folder, root, table, modalities, options)
+            samples.setdefault(name, []).extend(some)
+            notes += [f"{folder.name}/ (split {name}): {line}" for line in said]
+        if len(several) > 1 and split is None:
+            notes.append(note_joined_split(name, [f"{folder.name}/" for folder in several]))
     return modalities or (), _renumber_keys(samples), notes
+
+
+def _count_folders(samples: Sequence[RawSample], root: Path) -> dict[PurePath, int]:
+    """Count the samples of each folder below one, by their first files, else by their keys."""
+    counts = Counter[str]()
+    for sample in samples:
+        file = next((part for part in sample.parts.values() if isinstance(part, Path)), None)
+        counts[os.path.dirname(root / sample.key if file is None else file)] += 1
+    folders = {PurePath(os.path.relpath(name, root)): count for name, count in counts.items()}
+    return {folder: count for folder, count in folders.items() if ".." not in folder.parts}
 
 
 def _choose_table(inputs: Path, captions: Path | None) -> Path | None:
@@ -229,7 +254,7 @@ def plan(
         )
     refuse_saved_dataset(inputs, "onellm shards build parquet IN OUT reads it, split by split.")
     modalities, found, notes = find_raw_samples(
-        inputs, parse_modalities(modality) if modality is not None else None, chosen
+        inputs, parse_modalities(modality) if modality is not None else None, chosen, split
     )
     if split is not None:
         found = {split: [sample for some in found.values() for sample in some]}
@@ -297,7 +322,7 @@ SOURCE = Source(
         "split": Option(
             None,
             "the split that all samples go to; default: that of the folders train/, validation/ "
-            "(val/, valid/, dev/) and test/ if there are no others, else train",
+            "(val/, valid/, dev/) and test/ (eval/) if there are no others, else train",
         ),
         "shuffle": Option(
             False, "write in random order (by the seed) instead of sorting by key", bool

@@ -43,7 +43,7 @@ from onellm_dist.shards.sources.readers.saved_datasets import (
 )
 from onellm_dist.shards.sources.readers.split_names import (
     find_split,
-    note_joined_splits,
+    note_splits,
 )
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
@@ -93,7 +93,7 @@ def plan(
         for split in split_rows(inputs, name, _ROWS, stem=stem, split=find_split(PurePath(name)))
     )
     notes = () if names else listed.make_notes(JSON_SUFFIXES)
-    notes += note_joined_splits(map(PurePath, files))
+    notes += note_splits(map(PurePath, files))
     return DatasetDescription(names, splits, notes, attributes)
 
 

@@ -65,8 +65,8 @@ from onellm_dist.shards.sources.readers.saved_datasets import (
 )
 from onellm_dist.shards.sources.readers.split_names import (
     find_split,
-    note_joined_splits,
     note_part_numbers,
+    note_splits,
 )
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 from onellm_dist.shards.sources.readers.unread_media import (
@@ -136,7 +136,7 @@ def plan(
     )
     notes += listed.make_notes((*SUFFIXES, ".json", ".md"))
     notes += note_part_numbers(tables if inputs.is_dir() else ())
-    notes += () if split else note_joined_splits(names_below)
+    notes += () if split else note_splits(names_below)
     return DatasetDescription(names, splits, notes, dict(LISTED) if several == "list" else {})
 
 

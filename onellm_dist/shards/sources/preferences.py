@@ -42,6 +42,7 @@ from onellm_dist.shards.sources.readers.split_names import (
     find_split,
     format_names,
     list_joined_splits,
+    note_splits,
 )
 from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
 from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
@@ -100,6 +101,7 @@ def _plan(
             "name the one to read, its file or folder, or move its files to a folder of their own; "
             "or build each, and mix them (data.mixture).",
         )
+    notes += note_splits(map(PurePath, tables))
     find_media_folders(root, media, ())
     names = () if modality is None else parse_media_modalities(modality)
     stems = make_keys_unique(n.rpartition(".")[0].replace(".", "_") for n in tables)

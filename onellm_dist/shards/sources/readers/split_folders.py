@@ -21,18 +21,20 @@ SPLIT_FOLDERS = {
     "dev": "val",
     "test": "test",
     "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
 """Name of a folder, in lower case, to the split that it holds (the names of Hugging Face's
 imagefolder)."""
 _DATA = "data"
 
 
-def find_split_folders(root: Path) -> dict[str, Path]:
+def find_split_folders(root: Path) -> dict[str, list[Path]]:
     """Find the folders of splits at the top of a folder, or of its folder `data/`.
 
     Returns:
-        Split to folder, in the order train, val, test; empty if there is none, if two have the same
-        split, or if media lie elsewhere too.
+        Split to its folders (`val/` and `validation/` may both be there), in the order train, val,
+        test; empty if there is none, or if media lie elsewhere too.
     """
     found = _find_at_top(root)
     if found or not (root / _DATA).is_dir():
@@ -41,18 +43,15 @@ def find_split_folders(root: Path) -> dict[str, Path]:
     return {} if any(_holds_media(root / n) for n in others) else _find_at_top(root / _DATA)
 
 
-def _find_at_top(root: Path) -> dict[str, Path]:
+def _find_at_top(root: Path) -> dict[str, list[Path]]:
     names = sorted(name for name in os.listdir(root) if not is_hidden(name))
-    found: dict[str, Path] = {}
+    found: dict[str, list[Path]] = {}
     for name in names:
         split = SPLIT_FOLDERS.get(name.lower())
-        if split is None or not (root / name).is_dir():
-            if _holds_media(root / name):
-                return {}
-        elif split in found:
+        if split is not None and (root / name).is_dir():
+            found.setdefault(split, []).append(root / name)
+        elif _holds_media(root / name):
             return {}
-        else:
-            found[split] = root / name
     return {split: found[split] for split in ("train", "val", "test") if split in found}
 
 
