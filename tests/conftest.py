@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from forked_python import open_folder
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -72,6 +73,12 @@ LONGEST = (
     "convert/test_publish.py",
 )
 """Files that take longest, the longest first: one that starts last would run alone at the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All test processes of a run share the programs of forked_python.py."""
+    if not hasattr(config, "workerinput"):
+        config.add_cleanup(open_folder())
 
 
 @pytest.hookimpl(tryfirst=True)

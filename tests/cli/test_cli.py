@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_python import get_programs
 
 COMMANDS = [
     "demo",
@@ -31,7 +32,7 @@ COMMANDS = [
 
 def run_onellm(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "onellm_dist.cli", *arguments],
+        [str(get_programs() / "onellm"), *arguments],
         capture_output=True,
         text=True,
         timeout=120,
@@ -58,7 +59,7 @@ def test_help_shows_every_default() -> None:
 @pytest.mark.seconds
 def test_the_shell_can_complete_commands() -> None:
     assert "--install-completion" in run_onellm("--help").stdout
-    command = Path(sys.executable).parent / "onellm"
+    command = Path(sys.executable).parent / "onellm"  # the real one
     typed = {"_ONELLM_COMPLETE": "complete_bash", "COMP_WORDS": "onellm generate --im"}
     done = subprocess.run(
         [command], env={**os.environ, **typed, "COMP_CWORD": "2"}, capture_output=True, text=True,

@@ -3,7 +3,9 @@
 Run as a program, it imports torch, transformers, DeepSpeed and the package once, then forks a
 process for each program that somebody starts. `get_programs` gives the folder of the programs: put
 it first on a PATH, or start its `python`. A program has the arguments, folder, environment, output,
-signals and exit code that it would have by itself, and costs 0.1 s of CPU instead of 5. What it
+signals and exit code that it would have by itself, and costs 0.1 s of CPU instead of 5. One serves
+all test processes of a run: `open_folder` (called by conftest.py) says where, and the first that
+needs a program starts it. What it
 cannot show is whether a program imports all that it needs, and what it does about `python -u` or
 variables that libraries read at import: `make soak` sets ONELLM_REAL_PROGRAMS, with which the real
 ones are started.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import array
 import atexit
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -29,12 +32,11 @@ import threading
 import time
 import traceback
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
-
-import torch
 
 PROGRAMS = {
     "onellm": "onellm_dist.cli:main",
@@ -75,37 +77,62 @@ os._exit(code)
 """
 
 
+FOLDER_VARIABLE = "ONELLM_TEST_PROGRAMS"
+"""Where the programs of this run are."""
+
+
+def open_folder() -> Callable[[], None]:
+    """Make the folder of the programs of a run; return what ends them and removes it."""
+    folder = Path(tempfile.mkdtemp(prefix="programs-"))
+    os.mkfifo(folder / "alive")
+    writer = os.open(folder / "alive", os.O_RDWR)  # closed when this process ends, however it does
+    os.environ[FOLDER_VARIABLE] = str(folder)
+
+    def close() -> None:
+        os.environ.pop(FOLDER_VARIABLE, None)
+        os.close(writer)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    return close
+
+
 @cache
 def get_programs() -> Path:
-    """The folder of the programs, for all tests of this process; it works until that ends.
+    """The folder of the programs; it works until the tests' first process ends.
 
     With a GPU they are the real ones (CUDA does not outlive a fork), and with ONELLM_REAL_PROGRAMS.
     """
+    import torch  # here: the process that starts the others needs none
+
     if torch.cuda.device_count() or os.environ.get("ONELLM_REAL_PROGRAMS"):
         return Path(sys.executable).parent
-    folder = Path(tempfile.mkdtemp(prefix="programs-"))
+    folder = Path(os.environ[FOLDER_VARIABLE])
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "python").exists():
+            _start_server(folder)
+    return folder
+
+
+def _start_server(folder: Path) -> None:
     address, root = folder / "socket", str(Path(__file__).parents[2])
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-u", __file__, str(folder)],
-            stdin=subprocess.PIPE, stdout=log, stderr=log,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
         )  # fmt: skip
-    assert process.stdin is not None
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    atexit.register(process.wait)
-    atexit.register(process.stdin.close)
-    program = folder / "python"
-    text = CLIENT.format(python=sys.executable, variable=PARENT_VARIABLE, address=str(address))
-    program.write_text(text)
-    program.chmod(0o755)
-    for name in ("python3", *PROGRAMS):
-        (folder / name).symlink_to(program)
     deadline = time.monotonic() + 600
     while not address.exists():
         assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
         time.sleep(0.05)
-    return folder
+    process.returncode = 0  # it outlives this process, which need not wait for it
+    program = folder / "client"
+    text = CLIENT.format(python=sys.executable, variable=PARENT_VARIABLE, address=str(address))
+    program.write_text(text)
+    program.chmod(0o755)
+    for name in ("python3", *PROGRAMS, "python"):
+        (folder / name).symlink_to(program)
 
 
 @dataclass
@@ -117,13 +144,14 @@ class _Child:
 
 
 class Server:
-    """Forks programs until its standard input is closed."""
+    """Forks programs until the tests' first process has ended."""
 
     def __init__(self, folder: Path) -> None:
         given = {*os.environ["PYTHONPATH"].split(os.pathsep), str(Path(__file__).parent)}
         self._folder, self._path = folder, [place for place in sys.path if place not in given]
         self._listener = socket.socket(socket.AF_UNIX)
         self._children: list[_Child] = []
+        self._alive = os.open(folder / "alive", os.O_RDONLY)
         prepare()
         self._listener.bind(str(folder / "bound"))
         self._listener.listen(64)
@@ -134,10 +162,10 @@ class Server:
         while True:
             self._report_the_ended()
             clients = {child.client.fileno(): child for child in self._children}
-            wanted: list[Any] = [0, self._listener, *clients]
+            wanted: list[Any] = [self._alive, self._listener, *clients]
             timeout = 0.02 if clients else None
             for found in select.select(wanted, [], [], timeout)[0]:
-                if found == 0:
+                if found == self._alive:
                     self._end()
                     return
                 if found is self._listener:

@@ -25,6 +25,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from forked_python import get_programs
+
 
 def serve() -> None:
     """The program."""
@@ -157,9 +159,10 @@ class Zygote:
             "DS_ACCELERATOR": "cpu",
             "CUDA_VISIBLE_DEVICES": "",
         }
+        python = get_programs() / "python"  # it has imported everything
         with (logs / "zygote.log").open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-u", __file__],
+                [str(python), "-u", __file__, sys.executable],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -315,5 +318,6 @@ class Start:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
+    sys.executable = sys.argv[1]  # ranks start real programs
     serve()
     os._exit(0)  # nothing to clean up, and torch takes seconds for it

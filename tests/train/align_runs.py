@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -166,13 +167,15 @@ def assert_same_run(runner: Runner, name: str, reference: str) -> None:
     assert have_same_values(exported(runner.out / name), exported(runner.out / reference))
 
 
-def get_rank_pid(launcher: int, rank: int) -> int:
-    """The process of a rank that the local launcher `launcher` started."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    for child in children:
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
-    raise AssertionError(f"no rank {rank} among {children}")
+def get_rank_pid(run_dir: Path, rank: int) -> int:
+    """The process of a rank of a run."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            said = (entry / "cmdline").read_bytes().split(b"\0")
+            wanted = f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0")
+            if wanted and f"run.dir={run_dir}".encode() in said:
+                return int(entry.name)
+    raise AssertionError(f"no rank {rank} of {run_dir}")
 
 
 def make_sample_unreadable(toy: Path) -> Callable[[], None]:

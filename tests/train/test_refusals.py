@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_python import get_programs
 from survival_runs import Runs
 from zygote import get_zygote
 
@@ -256,6 +257,7 @@ def test_local_ranks_that_refuse_their_start_leave_the_run_as_it_was(runs: Runs,
     def refuse(name: str, *more: str) -> str:
         overrides = runs.overrides(name, **PRESET)
         command = make_module_command("onellm_dist.train", "toy/align_image", *overrides, *more)
+        command[0] = str(get_programs() / "python")
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         found = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=600, check=False

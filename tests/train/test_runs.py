@@ -26,6 +26,7 @@ from align_runs import (
     make_sample_unreadable,
     read_trainable_state,
 )
+from forked_python import get_programs
 from small_onellm import get_small_model
 
 pytestmark = pytest.mark.slow
@@ -143,15 +144,16 @@ def test_the_exported_model_loads_and_the_next_stage_trains_the_llm(
 
 def test_killed_runs_resume_bit_identically(runner: Runner, two: str) -> None:
     """First the launcher is killed with everything, then one rank alone; a third start finishes."""
-    process = runner.start("killed")
+    launcher = [str(get_programs() / "python"), "-m", "onellm_dist.train"]
+    process = runner.start("killed", launcher=launcher)
     runner.wait_for_step("killed", EVERY, lambda: get_last_words(process))
     process.kill()
     process.communicate()
     assert not (runner.out / "killed" / "exit.json").exists()
 
-    again = runner.start("killed")
+    again = runner.start("killed", launcher=launcher)
     runner.wait_for_step("killed", 2 * EVERY, lambda: get_last_words(again))
-    os.kill(get_rank_pid(again.pid, 1), signal.SIGKILL)
+    os.kill(get_rank_pid(runner.out / "killed", 1), signal.SIGKILL)
     output, _ = again.communicate(timeout=TIMEOUT_S)
     assert again.returncode == 1
     assert "rank 1 failed first (ended by SIGKILL" in output

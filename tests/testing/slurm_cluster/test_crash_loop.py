@@ -6,10 +6,11 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_python import get_programs
+from small_onellm import get_small_keys
 
 from onellm_dist.common.run_files import EXCLUDE_LIST
 from onellm_dist.config.load import load_config
@@ -63,7 +64,8 @@ def test_the_commands_of_a_crash_loops_message_lead_to_the_end_of_the_run(tmp_pa
     run_dir = tmp_path / "a run"  # the message quotes it
     toy = make_toy_overrides(TOY_RECIPE, [], ranks=RANKS, data=tmp_path / "toy")
     build_toy_data(TOY_RECIPE, toy, tmp_path / "toy")
-    keys = [*toy, "train.callbacks=[planted_step:Planted]", f"run.dir={run_dir}"]
+    small = [f"{key.replace('__', '.')}={value}" for key, value in get_small_keys().items()]
+    keys = [*toy, *small, "train.callbacks=[planted_step:Planted]", f"run.dir={run_dir}"]
     bad = find_sample(keys)
     (tmp_path / "planted_step.py").write_text(PLANT.replace("SAMPLE", bad))
     script = tmp_path / "job.sbatch"
@@ -102,7 +104,7 @@ def test_the_commands_of_a_crash_loops_message_lead_to_the_end_of_the_run(tmp_pa
 def find_sample(keys: list[str]) -> str:
     """The id of a sample of the bad step."""
     config = load_config(TOY_RECIPE, keys)
-    model, processor, _ = open_model(path=None, preset=config.model.preset, seed=config.run.seed)
+    model, processor, _ = open_model(path=config.model.path, preset=None, seed=config.run.seed)
     plan = Plan.open(
         config.data, processor.tokenizer, config.run.seed, list(model.config.modalities), show=False
     )
@@ -118,7 +120,7 @@ def follow_message(log: str, run_dir: Path) -> list[str]:
     assert "Then submit the job again: it resumes from the latest checkpoint." in message
     previews, (exclude,) = commands[:-1], commands[-1:]
     assert previews and all(line.startswith("onellm shards preview ") for line in previews)
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env = {**os.environ, "PATH": f"{get_programs()}{os.pathsep}{os.environ['PATH']}"}
     for line in commands:
         done = subprocess.run(
             ["bash", "-c", line],

@@ -1,4 +1,4 @@
-"""Toy stage I with ZeRO-3 under a real Slurm of two nodes: every starter, every scenario."""
+"""Stage I of a small model, ZeRO-3, under a real Slurm of two nodes: every starter and scenario."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from small_onellm import get_small_keys
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.launch.slurm.attempts import read_attempts
@@ -35,6 +36,11 @@ needs_slurm = pytest.mark.skipif(bool(MISSING), reason=f"no throw-away Slurm her
 TIMEOUT_S = 800
 
 
+def list_small_keys() -> list[str]:
+    """A smaller model than toy size, as key=value."""
+    return [f"{key.replace('__', '.')}={value}" for key, value in get_small_keys().items()]
+
+
 def make_slug(scenario: str) -> str:
     return scenario.lower().replace(" ", "_")
 
@@ -43,7 +49,10 @@ def make_slug(scenario: str) -> str:
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """Where `onellm rehearse` (srun, one rank a node) left its runs, and its exit code."""
     out = tmp_path_factory.mktemp("rehearsal")
-    return out, rehearse_command(TOY_RECIPE, [], nodes=2, ranks_per_node=1, starter="srun", out=out)
+    keys = list_small_keys()
+    return out, rehearse_command(
+        TOY_RECIPE, keys, nodes=2, ranks_per_node=1, starter="srun", out=out
+    )
 
 
 @needs_slurm
@@ -76,12 +85,12 @@ def test_the_run_ends_with_the_samples_and_losses_of_the_clean_run(
 
 @needs_slurm
 @pytest.mark.slow
-@pytest.mark.parametrize("starter", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("starter", [pytest.param("torchrun", marks=pytest.mark.soak), "deepspeed"])
 def test_the_other_ways_of_starting_run_the_same(
     rehearsed: tuple[Path, int], starter: str, tmp_path: Path
 ) -> None:
     out, _ = rehearsed
-    keys = [f"data.root={out / 'toy'}", "train.steps=4"]
+    keys = [f"data.root={out / 'toy'}", "train.steps=4", *list_small_keys()]
     assert (
         rehearse_command(
             TOY_RECIPE,
@@ -119,6 +128,7 @@ def test_the_plain_deepspeed_line_of_the_readme_works_over_pdsh(
     out, _ = rehearsed
     keys = [
         *make_toy_overrides(TOY_RECIPE, [], ranks=2, data=out / "toy"),
+        *list_small_keys(),
         "train.steps=4",
         f"run.dir={tmp_path / 'run'}",
     ]
