@@ -189,10 +189,21 @@ def test_a_checkpoint_of_two_ranks_resumes_at_other_sizes_stages_and_engines(
         {"name": "back", "config": ZERO3, "from": str(two[0] / "fsdp")},
         {"name": "sgd", "fsdp": {}, "optim": SGD, "from": str(two[0] / "zero3_sgd")},
         {"name": "sgd_back", "config": ZERO3, "optim": SGD, "from": str(two[0] / "fsdp_sgd")},
+        {"name": "gathered", **GATHERED, "from": str(two[0] / "zero3")},
+        {"name": "gathered_back", "config": ZERO3, "from": str(two[0] / "fsdp_gathered")},
     ]
     if ranks == 4:
         jobs = jobs if every else jobs[:1]
-        jobs.append({"name": "hybrid", "fsdp": {"shard_ranks": 2}, "from": str(two[0] / "zero3")})
+        hybrid = {"shard_ranks": 2}
+        jobs += [
+            {"name": "hybrid", "fsdp": hybrid, "from": str(two[0] / "zero3")},
+            {
+                "name": "hybrid_gathered",
+                **GATHERED,
+                "fsdp": {**GATHERED["fsdp"], **hybrid},
+                "from": str(two[0] / "fsdp_gathered"),
+            },
+        ]
     for name, found in run_worker(tmp_path, ranks, jobs).items():
         assert found["steps"] == 5, name
         assert found["losses"] < 1e-5, name
