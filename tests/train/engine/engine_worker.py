@@ -130,7 +130,7 @@ def train(
         poisoned_empty: a step that gets one more micro-batch, empty on every rank, whose loss is
             not finite.
         discard: a good step that is skipped.
-        watch: called after each backward pass, and told whether it is the step's last one.
+        watch: called after each backward pass with whether it is the step's last one.
     """
     done = []
     for step in steps:

@@ -103,7 +103,7 @@ def test_units_that_are_larger_or_gathered_ahead_cost_memory() -> None:
     measure = partial(measure_buffers, stacks)
     assert measure() == measure(prefetch=1) == 10 * (2 * 2 + 4)
     assert measure(prefetch=3) == 10 * (4 * 2 + 4)
-    # What stays gathered is no buffer: one holds what is just gathered, until it is copied out.
+    # What stays gathered is counted elsewhere: a buffer holds a unit until it is copied out.
     assert measure(frozen="resident", reduce_every="step", prefetch=3) == 10 * (2 + 4)
     assert measure(unit_parameters=5) == measure()
     assert measure(unit_parameters=30) == 3 * measure()
