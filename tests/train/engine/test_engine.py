@@ -32,7 +32,7 @@ GATHERED: dict[str, Any] = {
     "blocks": ["Tower", "Branch"],
 }
 """Trained weights stay gathered for a step; each block is a unit."""
-JOBS = (
+JOBS: tuple[dict[str, Any], ...] = (
     {"name": "zero0", "config": {}},
     {"name": "zero1", "config": "zero1"},
     {"name": "zero2", "config": "zero2"},
@@ -156,7 +156,7 @@ def test_norms_of_the_parts_add_up_to_the_total(
         )  # the embedding is in no part
 
 
-@pytest.mark.parametrize("name", [param for param in EVERY if "gathered" in param.values[0]])
+@pytest.mark.parametrize("name", [param for param in EVERY if "gathered" in str(param.values[0])])
 def test_weights_stay_gathered_for_a_step_and_no_longer(
     two: tuple[Path, dict[str, Any]], name: str
 ) -> None:
