@@ -80,10 +80,12 @@ def _measure_block(block: nn.Module) -> BlockSize:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What a rank holds between steps."""
+    """What a rank holds throughout a step."""
 
     frozen_weights: float
     trained_weights: float
+    gathered: float
+    """Copies of trained weights that are gathered for a whole step; not there between steps."""
     gradients: float
     optimizer: float
     """The optimizer's state and the fp32 weights."""
@@ -93,7 +95,8 @@ class StateBytes:
     @property
     def device(self) -> float:
         """On the device."""
-        return self.frozen_weights + self.trained_weights + self.gradients + self.optimizer
+        weights = self.frozen_weights + self.trained_weights + self.gathered
+        return weights + self.gradients + self.optimizer
 
 
 def compute_state(
@@ -126,7 +129,8 @@ def compute_state(
     quantised = counts.quantised and counts.quantised * WEIGHT_BYTES[section.frozen_weights]
     return StateBytes(
         frozen_weights=counts.frozen * whole.frozen + quantised,
-        trained_weights=n * (whole.trainable - state.trainable),
+        trained_weights=n * (whole.trainable - state.trainable - whole.gathered),
+        gathered=n * whole.gathered,
         gradients=n * gradient.trainable,
         optimizer=n * (state.trainable - gradient.trainable),
         host=n * whole.trainable_host,
@@ -176,6 +180,7 @@ class MemoryPlan:
         return {
             "frozen_weights": state.frozen_weights,
             "trained_weights": state.trained_weights,
+            "gathered_weights": state.gathered,
             "gradients": state.gradients,
             "optimizer": state.optimizer,
             "activations": dict(self.activations),
@@ -206,7 +211,7 @@ def compute_memory(
     """Memory of a rank in its largest micro-batch.
 
     Args:
-        state: what it holds between steps.
+        state: what it holds throughout a step.
         count: the micro-batch, as counted.
         gpu: the device.
         inputs: bytes of the micro-batch's own tensors.

@@ -220,7 +220,7 @@ class Planner:
         return max(dict.fromkeys(self.get_step(config).packs), key=count)
 
     def compute_state(self, config: RunConfig) -> StateBytes:
-        """What a rank holds between steps."""
+        """What a rank holds throughout a step."""
         return compute_state(
             get_engine(config.engine.name),
             config.engine,
@@ -296,8 +296,9 @@ class Planner:
             self.compute_traffic(config),
             self.cluster,
             assumptions,
-            # Gradient, weights and state are read, weights and state are written.
-            optimizer_bytes=state.gradients + 2 * (state.optimizer + state.trained_weights),
+            # Gradients of what a rank steps are read, its weights and state read and written.
+            optimizer_bytes=state.optimizer * FLOAT_BYTES / self._state_bytes
+            + 2 * (state.optimizer + state.trained_weights),
         )
 
     def plan(self, config: RunConfig | None = None) -> RunPlan:

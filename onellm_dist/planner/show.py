@@ -77,6 +77,7 @@ def make_memory_rows(plan: RunPlan) -> Rows:
     rows: list[tuple[str, float]] = [
         ("weights, frozen", state.frozen_weights),
         ("weights, trained", state.trained_weights),
+        *([("weights, gathered for a step", state.gathered)] if state.gathered else []),
         ("gradients", state.gradients),
         ("optimizer and fp32 weights", state.optimizer),
         *((f"activations: {part}", size) for part, size in memory.activations.items()),
@@ -97,8 +98,8 @@ def make_speed_rows(plan: RunPlan, cluster: GpuCluster) -> Rows:
     pack = ", ".join(f"{count} {name}" for name, count in describe_pack(plan).items())
     per_gpu = plan.samples_per_second / cluster.world_size
     traffic = plan.traffic
-    gathered = traffic.gather_micro_batch * plan.micro_batches + traffic.gather_step
-    reduced = traffic.reduce_micro_batch * plan.micro_batches + traffic.reduce_step
+    gathered = traffic.count_gathered(plan.micro_batches)
+    reduced = traffic.count_reduced(plan.micro_batches)
     times = format_count(saved.count, "time")
     return [
         ("micro-batches a step", f"{plan.micro_batches} (largest: {pack})"),

@@ -175,7 +175,7 @@ def compute_step(
     """Time of a step.
 
     Args:
-        micro_batches: the slowest rank's time of each micro-batch.
+        micro_batches: the slowest rank's time of each micro-batch, of one at least.
         host: host time of a micro-batch.
         traffic: what the engine's collectives move.
         cluster: the machine.
@@ -187,11 +187,18 @@ def compute_step(
         max(time.forward, host.forward) + max(time.backward, host.backward)
         for time in micro_batches
     )
-    each = _move(traffic.gather_micro_batch, traffic.gather_ranks, cluster)
-    each += _move(traffic.reduce_micro_batch, traffic.reduce_ranks, cluster)
+    gather, reduce = traffic.gather_ranks, traffic.reduce_ranks
+    within = len(micro_batches) * _move(traffic.gather_micro_batch, gather, cluster)
+    within += len(micro_batches) * _move(traffic.reduce_micro_batch, reduce, cluster)
+    first = _move(traffic.gather_first, gather, cluster)
+    last = _move(traffic.reduce_last, reduce, cluster)
     once = _move(traffic.gather_step + traffic.reduce_step, traffic.step_ranks, cluster)
-    communication = each * len(micro_batches) + once
-    hidden = min(each * len(micro_batches), busy) * assumptions.overlap
+    communication = within + first + last + once
+    # What is gathered or reduced once has one pass to hide behind.
+    hideable = within
+    hideable += min(first, max(micro_batches[0].forward, host.forward))
+    hideable += min(last, max(micro_batches[-1].backward, host.backward))
+    hidden = min(hideable, busy) * assumptions.overlap
     return StepTime(
         device=device,
         host=busy - device,

@@ -39,10 +39,15 @@ class Tower(nn.Module):
 
 
 class SmallModel(nn.Module):
-    """Two branches -> frozen tower -> trained tower -> frozen or trained tied language part."""
+    """Two branches -> frozen tower -> trained tower -> frozen or trained tied language part.
 
-    def __init__(self) -> None:
+    Args:
+        indivisible: classes that FSDP2 gathers by themselves, as blocks; none: all with the root.
+    """
+
+    def __init__(self, indivisible: tuple[str, ...] = ()) -> None:
         super().__init__()
+        self._no_split_modules = indivisible
         self.branches = nn.ModuleDict({"a": Branch(10), "b": Branch(7)})
         self.encoder, self.upm = Tower(), Tower()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
@@ -50,7 +55,10 @@ class SmallModel(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
 
-    def forward(self, packed: PackedBatch) -> PackedOutput:
+    def compute_packed_logits(
+        self, packed: PackedBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The logits of the supervised tokens, [N, V], their places, [N], and the last states."""
         dtype = self.embedding.weight.dtype
         tokens = torch.cat(
             [self.branches[name](packed.values[name].to(dtype)) for name in ("a", "b")]
@@ -67,13 +75,16 @@ class SmallModel(nn.Module):
             states.append(own)
             start += length
         hidden = self.llm(torch.cat(states) + 0 * tokens.sum())
+        keep = (packed.labels[1:] != IGNORE).nonzero().flatten()
+        return self.head(hidden[:-1][keep]), keep, hidden
+
+    def forward(self, packed: PackedBatch) -> PackedOutput:
+        logits, keep, hidden = self.compute_packed_logits(packed)
         sample = torch.repeat_interleave(
             torch.arange(len(packed.text_token_counts)), torch.tensor(packed.text_token_counts)
         )
-        target = packed.labels[1:]
-        keep = (target != IGNORE).nonzero().flatten()
-        logits = self.head(hidden[:-1][keep])
-        nll = functional.cross_entropy(logits.float(), target[keep], reduction="none")
+        target = packed.labels[1:][keep]
+        nll = functional.cross_entropy(logits.float(), target, reduction="none")
         index = sample[1:][keep]
         loss = (nll * packed.weights[index]).sum() + 0.0 * logits.sum() + 0.0 * hidden.sum()
         return PackedOutput(loss=loss, nll=nll.detach(), sample_index=index)

@@ -44,6 +44,24 @@ def test_state_is_that_of_the_model_s_parameters(recipe: Path) -> None:
     assert planner.parameters.total == trained + frozen
 
 
+def test_the_optimizer_leaves_alone_what_it_does_not_step(recipe: Path) -> None:
+    """Copies that are gathered for a step, and gradients of other ranks' shards, take memory."""
+    resident = ["engine.name=fsdp", "engine.frozen=resident"]
+    plans = [
+        make_planner(recipe, [*resident, *more], H100)
+        for more in ([], ["engine.reduce_every=step"])
+    ]
+    each, once = (planner.compute_state(planner.config) for planner in plans)
+    trained = plans[0].parameters.trainable
+    assert (each.gathered, once.gathered) == (0, 2 * trained)
+    assert each.trained_weights == once.trained_weights == 0
+    assert (each.gradients, once.gradients) == (trained * 4 / 2, trained * 4)
+    assert once.device - each.device == 2 * trained + trained * 4 / 2
+    seconds = [planner.compute_time(planner.config).optimizer for planner in plans]
+    moved = trained / 2 * (4 + 2 * 12)
+    assert seconds == [pytest.approx(moved / plans[0].cluster.gpu.bandwidth)] * 2
+
+
 def test_processors_are_planned_with_the_kernels_that_they_run(recipe: Path) -> None:
     planner = make_planner(recipe, [], H100)
     processors = planner.cluster.gpu.model_copy(update={"shared": True})
@@ -74,7 +92,7 @@ def test_a_plan_is_printed_and_is_json(recipe: Path, capsys: pytest.CaptureFixtu
     assert run_plan(recipe, [], options) == EXIT_DONE
     found = json.loads(capsys.readouterr().out)
     memory = found["memory"]
-    state = ("frozen_weights", "trained_weights", "gradients", "optimizer")
+    state = ("frozen_weights", "trained_weights", "gathered_weights", "gradients", "optimizer")
     parts = (*state, "working", "inputs", "engine_buffers", "context", "fragmentation")
     total = sum(memory[part] for part in parts) + sum(memory["activations"].values())
     assert memory["total"] == pytest.approx(total) and memory["fits"]

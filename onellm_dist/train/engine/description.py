@@ -29,6 +29,9 @@ class ParameterBytes:
     """On the device, per trainable parameter: weight, gradient and optimizer state."""
     trainable_host: float = 0.0
     """In host memory, per trainable parameter, where the optimizer is offloaded."""
+    gathered: float = 0.0
+    """What of `trainable` is a copy that is gathered for a whole step; the optimizer leaves it
+    alone."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +104,27 @@ class StepTraffic:
     reduce_micro_batch: float
     """Gradients reduced in each micro-batch."""
     gather_step: float
-    """Weights gathered once a step."""
+    """Weights gathered once a step, outside of forward and backward."""
     reduce_step: float
-    """Gradients reduced once a step."""
+    """Gradients reduced once a step, outside of forward and backward."""
     gather_ranks: int
-    """Ranks that gather together; neighbours."""
+    """Ranks that gather together within passes; neighbours."""
     reduce_ranks: int
-    """Ranks that reduce together in each micro-batch; neighbours."""
+    """Ranks that reduce together within passes; neighbours."""
     step_ranks: int
     """Ranks that take part in the collectives of `gather_step` and `reduce_step`."""
+    gather_first: float = 0.0
+    """Weights gathered once a step, within the first micro-batch's forward."""
+    reduce_last: float = 0.0
+    """Gradients reduced once a step, within the last micro-batch's backward."""
+
+    def count_gathered(self, micro_batches: int) -> float:
+        """Bytes gathered in a step of that many micro-batches."""
+        return micro_batches * self.gather_micro_batch + self.gather_first + self.gather_step
+
+    def count_reduced(self, micro_batches: int) -> float:
+        """Bytes reduced in a step of that many micro-batches."""
+        return micro_batches * self.reduce_micro_batch + self.reduce_last + self.reduce_step
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from engine_states import gather_full_state
 from small_model import SmallModel, pack, sample, supervised
 from stage_setup import make_groups
+from torch.distributed.tensor import DTensor
 
 from onellm_dist.config.train_sections import OptimSection
 from onellm_dist.launch.local import end_with_parent
@@ -66,9 +68,10 @@ def assign_samples(step: int, world_size: int) -> list[list[list[PackedBatch]]]:
     return [p + [[]] * (count - len(p)) for p in packs]
 
 
-def new_model(stage: str) -> SmallModel:
+def new_model(job: dict[str, Any]) -> SmallModel:
+    """A model of the job's stage, whose `blocks` are gathered by themselves."""
     torch.manual_seed(7)
-    model = SmallModel()
+    stage, model = job.get("stage", "align"), SmallModel(tuple(job.get("blocks", ())))
     for name, parameter in model.named_parameters():
         trained = (
             name.startswith(("branches", "upm"))
@@ -82,7 +85,11 @@ def new_model(stage: str) -> SmallModel:
 def new_engine(
     dist: Distributed, model: SmallModel, job: dict[str, Any], bf16: bool = False
 ) -> Engine:
-    """Wrap a model: the job's `config` is a DeepSpeed JSON or its name; `fsdp` has FSDP2's keys."""
+    """Wrap a model.
+
+    The job's `config` is a DeepSpeed JSON or its name; `fsdp` has FSDP2's keys, and `resident` says
+    that frozen weights are.
+    """
     config = job.get("config", {})
     config = load_ds_config(Path(config)) if isinstance(config, str) else copy.deepcopy(config)
     parts = {
@@ -98,6 +105,7 @@ def new_engine(
         grad_clip=CLIP,
         options=FsdpOptions(**job["fsdp"]) if "fsdp" in job else config,
         parts=parts,
+        frozen_resident=job.get("resident", False),
     )
     engine = get_engine("fsdp" if "fsdp" in job else "deepspeed").load()
     return engine.wrap(model, make_groups(model, DECAY), settings)
@@ -110,6 +118,7 @@ def train(
     poisoned: int = -1,
     poisoned_empty: int = -1,
     discard: int = -1,
+    watch: Callable[[bool], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Train some steps.
 
@@ -121,6 +130,7 @@ def train(
         poisoned_empty: a step that gets one more micro-batch, empty on every rank, whose loss is
             not finite.
         discard: a good step that is skipped.
+        watch: called after each backward pass with whether it is the step's last one.
     """
     done = []
     for step in steps:
@@ -136,6 +146,7 @@ def train(
             loss, _, _ = engine.forward(batch, last=index == len(assigned) - 1)
             engine.backward(loss * float("nan") if is_poisoned else loss, global_valid_tokens)
             total += loss.detach().float()
+            watch(index == len(assigned) - 1)
         dist.sum(total)
         norms = engine.grad_norms()
         applied = engine.step(LR, discard=step == discard)
@@ -166,7 +177,7 @@ def reference(
     Returns:
         (weights, losses, norms of the gradient).
     """
-    model = new_model(job.get("stage", "align"))
+    model = new_model(job)
     optimizer = plain_optimizer(job, make_groups(model, DECAY))
     losses, norms = [], []
     for step in steps:
@@ -203,8 +214,8 @@ def update_error(
 
 
 def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
-    name, stage, bf16 = job["name"], job.get("stage", "align"), job.get("bf16", False)
-    model = new_model(stage)
+    name, bf16 = job["name"], job.get("bf16", False)
+    model = new_model(job)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     engine = new_engine(dist, model, job, bf16)
@@ -221,12 +232,15 @@ def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     train(engine, dist, range(8, 10))
     after = gather_full_state(engine)
 
-    resumed = new_engine(dist, new_model(stage), job, bf16)
+    resumed = new_engine(dist, new_model(job), job, bf16)
+    if job.get("resident"):
+        forward_alone(resumed)
     load_state(folder, resumed, dist)
     again = train(resumed, dist, range(5, 8))
     second, steps = gather_full_state(resumed), resumed.optimizer_steps
     train(resumed, dist, range(8, 10))
     straight = gather_full_state(resumed)
+    gathered = watch_gathered(dist, job, first) if job.get("resident") else {}
     if not dist.is_rank_zero:
         return {}
     expected, losses, norms = reference(job, range(8))
@@ -255,14 +269,66 @@ def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
         ),
         "norms": [s["norm"] for s in first],
         "parts": [s["parts"] for s in first],
+        **gathered,
+    }
+
+
+def forward_alone(engine: Engine) -> None:
+    """A forward pass with gradients that no backward follows, as a callback may have it."""
+    engine.forward(pack(step_samples(1)), last=True)
+
+
+def count_gathered(model: SmallModel) -> int:
+    """Bytes of the trained weights that lie whole on this rank."""
+    return sum(
+        p.untyped_storage().nbytes()
+        for p in model.parameters()
+        if p.requires_grad and not isinstance(p, DTensor)
+    )
+
+
+def watch_gathered(
+    dist: Distributed, job: dict[str, Any], right: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Train again with passes without backward before each step, and look at what lies whole.
+
+    Args:
+        dist: the ranks.
+        job: of an engine that keeps frozen weights resident.
+        right: what the same steps gave without those passes.
+    """
+    model = new_model(job)
+    engine = new_engine(dist, model, job, job.get("bf16", False))
+    held: dict[str, set[int]] = {}
+
+    def look(when: str) -> None:
+        held.setdefault(when, set()).add(count_gathered(model))
+
+    def watch(last: bool) -> None:
+        look("after_last" if last else "between")
+        if last:
+            with torch.no_grad():
+                engine.forward(pack(step_samples(1)), last=True)
+            look("validated")
+            engine.logits(pack(step_samples(1)))
+            look("logits")
+            forward_alone(engine)
+            look("forward_alone")
+
+    found = train(engine, dist, range(len(right)), watch=watch)
+    look("stepped")
+    return {
+        "held": {when: sorted(sizes) for when, sizes in held.items()},
+        "whole": sum(p.numel() for p in model.parameters() if p.requires_grad)
+        * engine.compute_dtype.itemsize,
+        "same_beside_passes": found == right,
     }
 
 
 def resume(dist: Distributed, job: dict[str, Any]) -> dict[str, Any]:
     """Train steps 5 to 7 from a checkpoint of another number of ranks, engine or ZeRO stage."""
-    stage = job.get("stage", "align")
-    before = {n: p.detach().clone() for n, p in new_model(stage).named_parameters()}
-    model = new_model(stage)
+    before = {n: p.detach().clone() for n, p in new_model(job).named_parameters()}
+    model = new_model(job)
     engine = new_engine(dist, model, job)
     load_state(Path(job["from"]), engine, dist)
     steps = engine.optimizer_steps

@@ -17,7 +17,7 @@ from onellm_dist.config.schema import EngineSection
 from onellm_dist.model.weights.lazy import build_empty_model
 from onellm_dist.planner.memory import count_parameters
 from onellm_dist.train.engine.base import Engine
-from onellm_dist.train.engine.description import BlockSize
+from onellm_dist.train.engine.description import BlockSize, StepTraffic, WeightUses
 from onellm_dist.train.engine.fsdp.description import FsdpOptions
 from onellm_dist.train.engine.fsdp.units import find_units, group_units, set_prefetch
 from onellm_dist.train.engine.select import all_engines, get_engine
@@ -44,6 +44,7 @@ def test_every_folder_is_an_engine_of_the_schema() -> None:
         ({"name": "fsdp"}, 2 / 8, 16 / 8, 0),
         ({"name": "fsdp", "shard_ranks": 4}, 2 / 4, 16 / 4, 0),
         ({"name": "fsdp", "reduce_every": "step"}, 2 / 8, 12 / 8 + 4, 0),
+        ({"name": "fsdp", "frozen": "resident", "reduce_every": "step"}, 2, 2 + 4 + 12 / 8, 0),
     ],
 )
 def test_bytes_per_parameter_of_adamw_in_bf16_on_8_ranks(
@@ -54,6 +55,31 @@ def test_bytes_per_parameter_of_adamw_in_bf16_on_8_ranks(
         section, world_size=8, compute_bytes=2, state_bytes=12
     )
     assert (found.frozen, found.trainable, found.trainable_host) == (frozen, trainable, host)
+    stays = keys.get("frozen") == "resident" and keys.get("reduce_every") == "step"
+    assert found.gathered == 2 * stays
+
+
+def test_groups_of_ranks_gather_and_reduce_among_themselves() -> None:
+    """Once a step too; the groups meet with their shards alone."""
+
+    def send(**keys: Any) -> StepTraffic:
+        section = EngineSection.model_validate({"name": "fsdp", "frozen": "resident", **keys})
+        uses = WeightUses(0, 0, 0, 1000, 1000, 0)
+        return get_engine("fsdp").traffic(
+            section, world_size=8, compute_bytes=2, trainable=1000, uses=uses
+        )
+
+    for keys, gathered, reduced in (
+        ({}, (4000, 0), (4000, 0)),
+        ({"reduce_every": "step"}, (0, 2000), (0, 4000)),
+    ):
+        alone, groups = send(**keys), send(**keys, shard_ranks=4)
+        for found, ranks, between in ((alone, 8, 0), (groups, 4, 1000)):
+            assert (found.gather_micro_batch, found.gather_first) == gathered
+            assert (found.reduce_micro_batch, found.reduce_last) == reduced
+            assert (found.gather_ranks, found.reduce_ranks) == (ranks, ranks)
+            assert (found.gather_step, found.reduce_step) == (0, between)
+            assert found.step_ranks == 8
 
 
 def test_keys_of_another_engine_are_refused() -> None:
@@ -77,6 +103,8 @@ def test_units_that_are_larger_or_gathered_ahead_cost_memory() -> None:
     measure = partial(measure_buffers, stacks)
     assert measure() == measure(prefetch=1) == 10 * (2 * 2 + 4)
     assert measure(prefetch=3) == 10 * (4 * 2 + 4)
+    # What stays gathered is counted elsewhere: a buffer holds a unit until it is copied out.
+    assert measure(frozen="resident", reduce_every="step", prefetch=3) == 10 * (2 + 4)
     assert measure(unit_parameters=5) == measure()
     assert measure(unit_parameters=30) == 3 * measure()
     assert measure(unit_parameters=31) == 4 * measure(), (

@@ -26,7 +26,13 @@ OFFLOAD: dict[str, Any] = {
     }
 }
 SGD = {"name": "sgd", "options": {"momentum": 0.9}}
-JOBS = (
+GATHERED: dict[str, Any] = {
+    "fsdp": {"reduce_every_micro_batch": False},
+    "resident": True,
+    "blocks": ["Tower", "Branch"],
+}
+"""Trained weights stay gathered for a step; each block is a unit."""
+JOBS: tuple[dict[str, Any], ...] = (
     {"name": "zero0", "config": {}},
     {"name": "zero1", "config": "zero1"},
     {"name": "zero2", "config": "zero2"},
@@ -45,8 +51,17 @@ JOBS = (
     {"name": "zero3_sgd", "config": ZERO3, "optim": SGD},
     {"name": "zero1_sgd", "config": "zero1", "optim": SGD},
     {"name": "fsdp_sgd", "fsdp": {}, "optim": SGD},
+    {"name": "fsdp_gathered", **GATHERED},
+    {"name": "fsdp_gathered_bf16", **GATHERED, "bf16": True},
+    {"name": "fsdp_gathered_tune", **GATHERED, "stage": "tune"},
+    {"name": "fsdp_gathered_sgd", **GATHERED, "optim": SGD},
 )
-FP32 = tuple(job["name"] for job in JOBS if not job.get("bf16"))
+SOAK = ("fsdp_gathered_bf16", "fsdp_gathered_tune", "fsdp_gathered_sgd")
+"""Run by `make soak` alone."""
+EVERY = [
+    pytest.param(job["name"], marks=pytest.mark.soak if job["name"] in SOAK else ()) for job in JOBS
+]
+FP32 = [param for param, job in zip(EVERY, JOBS, strict=True) if not job.get("bf16")]
 pytestmark = pytest.mark.slow
 
 
@@ -58,9 +73,18 @@ def run_worker(out: Path, ranks: int, jobs: list[dict[str, Any]]) -> dict[str, A
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def two(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """All jobs; those of `make soak` where a test of this session asks for them."""
     out = tmp_path_factory.mktemp("two_ranks")
-    return out, run_worker(out, 2, list(JOBS))
+    asked = {item.name for item in request.session.items if item.path == request.path}
+    jobs = [
+        job
+        for job in JOBS
+        if job["name"] not in SOAK or any(f"[{job['name']}]" in name for name in asked)
+    ]
+    return out, run_worker(out, 2, jobs)
 
 
 @pytest.mark.parametrize("name", FP32)
@@ -73,7 +97,7 @@ def test_updates_equal_one_process_with_all_samples(
     assert found["update_error"] < 1e-4, found["worst"]
 
 
-@pytest.mark.parametrize("name", [job["name"] for job in JOBS])
+@pytest.mark.parametrize("name", EVERY)
 def test_what_trains_moves_and_what_is_frozen_does_not(
     two: tuple[Path, dict[str, Any]], name: str
 ) -> None:
@@ -81,7 +105,7 @@ def test_what_trains_moves_and_what_is_frozen_does_not(
     assert two[1][name]["moved"]
 
 
-@pytest.mark.parametrize("name", [job["name"] for job in JOBS])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_resumed_run_ends_bit_identical(two: tuple[Path, dict[str, Any]], name: str) -> None:
     found = two[1][name]
     assert found["resume_identical"]
@@ -89,7 +113,7 @@ def test_a_resumed_run_ends_bit_identical(two: tuple[Path, dict[str, Any]], name
     assert found["steps"] == 8
 
 
-@pytest.mark.parametrize("name", [job["name"] for job in JOBS])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(
     two: tuple[Path, dict[str, Any]], name: str
 ) -> None:
@@ -98,7 +122,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(
     assert two[1][name]["poisoned_kept"]
 
 
-@pytest.mark.parametrize("name", [job["name"] for job in JOBS])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_good_step_that_is_skipped_leaves_no_trace(
     two: tuple[Path, dict[str, Any]], name: str
 ) -> None:
@@ -110,14 +134,14 @@ def test_a_good_step_that_is_skipped_leaves_no_trace(
     assert found["goes_on_identical"]
 
 
-@pytest.mark.parametrize("name", [job["name"] for job in JOBS])
+@pytest.mark.parametrize("name", EVERY)
 def test_the_norm_is_that_of_one_process_with_all_samples(
     two: tuple[Path, dict[str, Any]], name: str
 ) -> None:
-    assert two[1][name]["norm_error"] < (1e-5 if name in FP32 else 0.03)
+    assert two[1][name]["norm_error"] < (1e-5 if "bf16" not in name else 0.03)
 
 
-@pytest.mark.parametrize("name", [job["name"] for job in JOBS])
+@pytest.mark.parametrize("name", EVERY)
 def test_norms_of_the_parts_add_up_to_the_total(
     two: tuple[Path, dict[str, Any]], name: str
 ) -> None:
@@ -130,6 +154,21 @@ def test_norms_of_the_parts_add_up_to_the_total(
         assert (
             total < norm if "tune" in name else total == pytest.approx(norm, rel=1e-5)
         )  # the embedding is in no part
+
+
+@pytest.mark.parametrize("name", [param for param in EVERY if "gathered" in str(param.values[0])])
+def test_weights_stay_gathered_for_a_step_and_no_longer(
+    two: tuple[Path, dict[str, Any]], name: str
+) -> None:
+    """Forward passes without backward before each step change nothing.
+
+    Without gradients they leave nothing gathered; with them they do, and the step frees it.
+    """
+    found = two[1][name]
+    held, whole = found["held"], [found["whole"]]
+    assert held["between"] == held["forward_alone"] == whole
+    assert held["after_last"] == held["validated"] == held["logits"] == held["stepped"] == [0]
+    assert found["same_beside_passes"]
 
 
 @pytest.mark.parametrize(
@@ -150,10 +189,21 @@ def test_a_checkpoint_of_two_ranks_resumes_at_other_sizes_stages_and_engines(
         {"name": "back", "config": ZERO3, "from": str(two[0] / "fsdp")},
         {"name": "sgd", "fsdp": {}, "optim": SGD, "from": str(two[0] / "zero3_sgd")},
         {"name": "sgd_back", "config": ZERO3, "optim": SGD, "from": str(two[0] / "fsdp_sgd")},
+        {"name": "gathered", **GATHERED, "from": str(two[0] / "zero3")},
+        {"name": "gathered_back", "config": ZERO3, "from": str(two[0] / "fsdp_gathered")},
     ]
     if ranks == 4:
         jobs = jobs if every else jobs[:1]
-        jobs.append({"name": "hybrid", "fsdp": {"shard_ranks": 2}, "from": str(two[0] / "zero3")})
+        hybrid = {"shard_ranks": 2}
+        jobs += [
+            {"name": "hybrid", "fsdp": hybrid, "from": str(two[0] / "zero3")},
+            {
+                "name": "hybrid_gathered",
+                **GATHERED,
+                "fsdp": {**GATHERED["fsdp"], **hybrid},
+                "from": str(two[0] / "fsdp_gathered"),
+            },
+        ]
     for name, found in run_worker(tmp_path, ranks, jobs).items():
         assert found["steps"] == 5, name
         assert found["losses"] < 1e-5, name

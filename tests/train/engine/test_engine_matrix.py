@@ -37,12 +37,20 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp_gathered": {"fsdp": {"reduce_every_micro_batch": False}, "resident": True},
     "fsdp_hybrid": {"fsdp": {"shard_ranks": 2}},
     "fsdp_hybrid_once": {"fsdp": {"shard_ranks": 2, "reduce_every_micro_batch": False}},
+    "fsdp_hybrid_gathered": {
+        "fsdp": {"shard_ranks": 2, "reduce_every_micro_batch": False},
+        "resident": True,
+    },
+    "fsdp_gathered_joined": {
+        "fsdp": {"prefetch": 1, "unit_parameters": 20_000, "reduce_every_micro_batch": False},
+        "resident": True,
+    },
 }
 BASIC = ("zero1", "zero2", "zero3", "offload", "fsdp", "fsdp_once")
 KEPT = ("zero3_leaves", "fsdp_resident", "fsdp_gathered")
-UNITS = ("fsdp_ahead", "fsdp_joined")
+UNITS = ("fsdp_ahead", "fsdp_joined", "fsdp_gathered_joined")
 """With four layers an LLM has three units to gather ahead, or two joined ones of two blocks."""
-WIDE = ("zero3_hpz", "fsdp_hybrid", "fsdp_hybrid_once")
+WIDE = ("zero3_hpz", "fsdp_hybrid", "fsdp_hybrid_once", "fsdp_hybrid_gathered")
 """Four ranks as 2 x 2."""
 
 

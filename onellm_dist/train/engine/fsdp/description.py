@@ -90,9 +90,9 @@ class FsdpDescription(EngineDescription):
         gradient_ranks = ranks if section.reduce_every == "micro_batch" else 1
         # The fp32 weight is the weight itself: it is cast only while it is gathered.
         trainable = state_bytes / ranks + GRADIENT_BYTES / gradient_ranks
-        trainable += compute_bytes if _stay_gathered(section) else 0
+        gathered = compute_bytes if _stay_gathered(section) else 0
         frozen = compute_bytes / (1 if section.frozen == "resident" else ranks)
-        return ParameterBytes(frozen, trainable)
+        return ParameterBytes(frozen, trainable + gathered, gathered=gathered)
 
     def describe(self, section: EngineSection) -> str:
         parts = ["FSDP2"]
@@ -135,16 +135,19 @@ class FsdpDescription(EngineDescription):
                 uses.loose_reads - uses.loose_trained_reads,
             )
             read += 2 * loose - reads
-        # Groups of ranks meet once a step, with their shards of the gradients.
-        between = gradients / ranks if ranks < world_size else 0
+        # Groups of ranks meet once a step, with their shards of the gradients. With one reduction a
+        # step, a unit that runs twice in a micro-batch is reduced twice in the last backward (its
+        # first pass through there sends what earlier micro-batches left), which is not counted.
         return StepTraffic(
             gather_micro_batch=0 if once else compute_bytes * read,
             reduce_micro_batch=gradients if each else 0,
-            gather_step=compute_bytes * trainable if once else 0,
-            reduce_step=between + (0 if each else gradients),
+            gather_step=0,
+            reduce_step=gradients / ranks if ranks < world_size else 0,
             gather_ranks=ranks,
             reduce_ranks=ranks,
             step_ranks=world_size,
+            gather_first=compute_bytes * trainable if once else 0,
+            reduce_last=0 if each else gradients,
         )
 
     def buffer_bytes(

@@ -20,7 +20,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from onellm_dist.packed import PackedBatch
@@ -74,8 +74,17 @@ class FsdpEngine(Engine):
         self._norms = PartNorms(module.model, self._ranges, settings.parts, self.device)
         self._known_norms: GradNorms | None = None
         """Norms of the gradient that `step` is about to apply, if they were computed."""
+        options = settings.options
+        self._gathers_once = settings.frozen_resident and not options.reduce_every_micro_batch
+        """Whether trained weights are gathered once a step."""
+        if self._gathers_once:
+            # A unit that runs twice in a micro-batch would be gathered again within the last
+            # backward: its first pass through there would free it.
+            module.set_reshard_after_backward(False)
         self._stays_gathered = False
         """Whether what a forward pass gathers stays for its backward."""
+        self._is_last = False
+        """Whether the micro-batch at work is the step's last one."""
 
     @classmethod
     def wrap(
@@ -100,8 +109,8 @@ class FsdpEngine(Engine):
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         module = PackedLoss(model)
-        # The root is resharded too: if it stayed gathered after a forward pass without backward
-        # (validation), training would continue with old weights.
+        # The root is resharded too: by itself, FSDP2 keeps it gathered after a forward pass, and
+        # after one without backward (validation) it would stay so until the next step.
         found, options = find_units(model, resident), settings.options
         joined, stacks = group_units(model, found, resident, options.unit_parameters)
         units: list[Any] = [*joined, [module]]
@@ -124,7 +133,8 @@ class FsdpEngine(Engine):
         return cls(module, names, settings, mesh)
 
     def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, ...]:
-        self._keep_gathered(last=last)
+        self._keep_gathered()
+        self._is_last = last
         if not self._settings.options.reduce_every_micro_batch:
             self._module.set_requires_gradient_sync(last)
             self._module.set_is_last_backward(last)
@@ -133,24 +143,25 @@ class FsdpEngine(Engine):
         found: tuple[torch.Tensor, ...] = self._module(batch)
         return found
 
-    def _keep_gathered(self, *, last: bool) -> None:
-        """Say until when weights stay gathered; without a backward (validation) they never do.
+    def _keep_gathered(self) -> None:
+        """Let weights stay gathered after a forward pass whose backward will read them.
 
-        Args:
-            last: whether it is the step's last micro-batch.
+        Without a backward (validation) they never do.
         """
-        settings = self._settings
-        if not settings.frozen_resident or settings.options.reduce_every_micro_batch:
-            return
-        stays = torch.is_grad_enabled()
+        stays = self._gathers_once and torch.is_grad_enabled()
         if stays != self._stays_gathered:
             self._module.set_reshard_after_forward(not stays)
             self._stays_gathered = stays
-        self._module.set_reshard_after_backward(last)
+
+    def _free_gathered(self) -> None:
+        """Free all gathered weights; what is sharded already stays as it is."""
+        for unit in self._module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> torch.Tensor:
-        self._keep_gathered(last=True)
+        self._keep_gathered()
         values: torch.Tensor = self._module(batch, logits=True)
         return values
 
@@ -160,6 +171,8 @@ class FsdpEngine(Engine):
         poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         self._poison = self._poison * poison
         (loss * poison / loss_count).backward()
+        if self._gathers_once and self._is_last:
+            self._free_gathered()
 
     @torch.no_grad()
     def grad_norms(self) -> GradNorms:
@@ -178,6 +191,9 @@ class FsdpEngine(Engine):
         norm = (self._known_norms or self.grad_norms()).total
         self._known_norms = None
         applied = math.isfinite(norm) and not discard
+        # A forward pass that had no backward may have left weights gathered: the next one would
+        # compute with these, which are then a step old.
+        self._free_gathered()
         if applied:
             self._apply(lr, norm)
         for shard in self._shards:
@@ -201,6 +217,7 @@ class FsdpEngine(Engine):
         return self._steps
 
     def finish_restore(self, optimizer_steps: int) -> None:
+        self._free_gathered()  # as in `step`: the shards have other values now
         self._steps = optimizer_steps
         for values in self._values.values():
             self.optimizer.set_steps(self._torch_optimizer.state[values], optimizer_steps)
