@@ -117,16 +117,15 @@ def get_programs() -> Path:
 def _start_server(folder: Path) -> None:
     address, root = folder / "socket", str(Path(__file__).parents[2])
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
+        started = subprocess.run(
             [sys.executable, "-u", __file__, str(folder)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
         )  # fmt: skip
-    deadline = time.monotonic() + 600
+    running, deadline = Path("/proc", started.stdout.decode().strip()), time.monotonic() + 600
     while not address.exists():
-        assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        assert running.exists() and time.monotonic() < deadline, (folder / "log").read_text()
         time.sleep(0.05)
-    process.returncode = 0  # it outlives this process, which need not wait for it
     program = folder / "client"
     text = CLIENT.format(python=sys.executable, variable=PARENT_VARIABLE, address=str(address))
     program.write_text(text)
@@ -308,5 +307,10 @@ def end_program(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
+    if pid := os.fork():  # no child of a test process: it outlives that, and its own are not tests'
+        print(pid)
+        os._exit(0)
+    os.setsid()
+    os.dup2(2, 1)
     Server(Path(sys.argv[1])).serve()
     os._exit(0)
