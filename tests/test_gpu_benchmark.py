@@ -31,7 +31,7 @@ def read(out: Path) -> dict[str, Any]:
 def test_what_was_measured_outlives_a_kill(tmp_path: Path) -> None:
     process = start(tmp_path, "--only", "ceilings", "kernels", "--budget", "300")
     until = time.monotonic() + 300
-    while not (tmp_path / "figures.json").exists() and time.monotonic() < until:
+    while not (tmp_path / "page.html").exists() and time.monotonic() < until:
         assert process.poll() is None
         time.sleep(0.2)
     process.kill()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -144,18 +145,32 @@ class Reader:
         self._read_ahead.request(now, later)
         spans = (name for ref in micro.samples for name in corpus.list_spans(ref))
         rows = ValueRows(corpus.modalities, spans)
-        samples: list[_Sample] = []
-        for group in self._group(micro.samples):
-            prepared = []
-            for index in group:
-                with self.sandbox.sample(index):
-                    prepared.append(self._prepare_or_skip(micro.samples[index], ids[index]))
-            for index, item in zip(group, prepared, strict=True):
-                with self.sandbox.sample(index):
-                    sample, values = self._decode_or_skip(micro.samples[index], ids[index], item)
-                    rows.add(values)
-                samples.append(sample)
+        samples = [
+            sample
+            for group in self._group(micro.samples)
+            for sample in self._read_group(micro.samples, ids, group, rows)
+        ]
         return self._pack(samples, ids, rows, is_empty=False)
+
+    def _read_group(
+        self, refs: Sequence[SampleRef], ids: Sequence[str], group: range, rows: ValueRows
+    ) -> Iterator[_Sample]:
+        """Prepare the samples of a group, then decode each; its bytes are freed behind it.
+
+        Either part of a sample has the limits of one (`data.sample_seconds`, `data.sample_mb`).
+        """
+        prepared = deque[_Prepared]()
+        for index in group:
+            with self.sandbox.sample(index):
+                prepared.append(self._prepare_or_skip(refs[index], ids[index]))
+        for index in group:
+            if not prepared[0].media and prepared[0].sample.reason is None:
+                yield prepared.popleft().sample
+                continue
+            with self.sandbox.sample(index):
+                sample, values = self._decode_or_skip(refs[index], ids[index], prepared.popleft())
+                rows.add(values)
+            yield sample
 
     def _group(self, refs: Sequence[SampleRef]) -> Iterator[range]:
         """Yield the positions of samples that are prepared together, before any is decoded.
@@ -163,15 +178,9 @@ class Reader:
         Tokenizer and decoders push each other out of the processor's caches: a text costs a third
         of the time where others were encoded just before.
         """
-        first = size = 0
-        for index, ref in enumerate(refs):
-            location = self._locations.get(ref)
-            own = 0 if location is None else location.bytes.end - location.bytes.start
-            if index > first and size + own > _GROUP_BYTES:
-                yield range(first, index)
-                first, size = index, 0
-            size += own
-        yield range(first, len(refs))
+        found = [self._locations.get(ref) for ref in refs]
+        sizes = [0 if one is None else one.bytes.end - one.bytes.start for one in found]
+        return group_samples(sizes, _GROUP_BYTES)
 
     @property
     def _read_ahead(self) -> ReadAhead:
@@ -367,3 +376,14 @@ class Reader:
             if self._corpus.text_encoder.pairs
             else (),
         )
+
+
+def group_samples(sizes: Sequence[int], limit: int) -> Iterator[range]:
+    """Yield the positions of samples whose bytes are at most `limit` together, or one alone."""
+    first = held = 0
+    for index, size in enumerate(sizes):
+        if index > first and held + size > limit:
+            yield range(first, index)
+            first, held = index, 0
+        held += size
+    yield range(first, len(sizes))

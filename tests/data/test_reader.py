@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from data_worlds import encode, open_plan, tokenizer, write
 
 from onellm_dist.common.errors import OneLLMError, SampleError
-from onellm_dist.data import reader as reader_module
 from onellm_dist.data import retry
 from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.plan import Plan
@@ -149,24 +147,6 @@ def test_a_corrupt_sample_is_skipped_and_nothing_replaces_it(tmp_path: Path) -> 
             assert texts(batch)[i] == texts(expected)[i]
     labels = batch.labels.split(list(batch.text_token_counts))[at]
     assert (labels == IGNORE).all()
-
-
-@pytest.mark.parametrize("size", [1, 3000, 1 << 40])
-def test_what_is_prepared_together_changes_no_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    write(tmp_path, "both", ["image", "imu"], 16, broken=[3, 4])
-    plan = open_plan(tmp_path, {"both": 1}, pack_llm_tokens=4096, pack_encoder_tokens=20_000)
-    expected = batch_of(plan)
-    assert len(expected.skipped_samples) == 2
-    monkeypatch.setattr(reader_module, "_GROUP_BYTES", size)
-    batch = batch_of(plan)
-    for field in fields(PackedBatch):
-        found, wanted = getattr(batch, field.name), getattr(expected, field.name)
-        if field.name == "values" or isinstance(wanted, torch.Tensor):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-        else:
-            assert found == wanted
 
 
 UNEXPECTED = [StopIteration(), struct.error("cut"), RecursionError(), AssertionError("odd")]

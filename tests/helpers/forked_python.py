@@ -34,7 +34,6 @@ import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,10 +81,16 @@ FOLDER_VARIABLE = "ONELLM_TEST_PROGRAMS"
 
 
 def open_folder() -> Callable[[], None]:
-    """Make the folder of the programs of a run; return what ends them and removes it."""
+    """Make the folder of the programs of a run; return what ends them and removes it.
+
+    The programs have this process's environment, and not that of the test that starts them first.
+    """
     folder = Path(tempfile.mkdtemp(prefix="programs-"))
     os.mkfifo(folder / "alive")
     writer = os.open(folder / "alive", os.O_RDWR)  # closed when this process ends, however it does
+    root = str(Path(__file__).parents[2])
+    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": root}
+    (folder / "environment").write_text(json.dumps({**os.environ, **own}))
     os.environ[FOLDER_VARIABLE] = str(folder)
 
     def close() -> None:
@@ -96,7 +101,6 @@ def open_folder() -> Callable[[], None]:
     return close
 
 
-@cache
 def get_programs() -> Path:
     """The folder of the programs; it works until the tests' first process ends.
 
@@ -109,29 +113,40 @@ def get_programs() -> Path:
     folder = Path(os.environ[FOLDER_VARIABLE])
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "python").exists():
+        if not _is_served(folder):
             _start_server(folder)
     return folder
 
 
+def _is_served(folder: Path) -> bool:
+    try:
+        return Path("/proc", (folder / "pid").read_text()).exists()
+    except FileNotFoundError:
+        return False
+
+
 def _start_server(folder: Path) -> None:
-    address, root = folder / "socket", str(Path(__file__).parents[2])
+    address = folder / "socket"
+    address.unlink(missing_ok=True)
     with (folder / "log").open("w") as log:
         started = subprocess.run(
             [sys.executable, "-u", __file__, str(folder)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+            cwd=folder, env=json.loads((folder / "environment").read_text()),
         )  # fmt: skip
-    running, deadline = Path("/proc", started.stdout.decode().strip()), time.monotonic() + 600
+    pid, deadline = started.stdout.decode().strip(), time.monotonic() + 600
     while not address.exists():
-        assert running.exists() and time.monotonic() < deadline, (folder / "log").read_text()
+        running = Path("/proc", pid).exists()
+        assert running and time.monotonic() < deadline, (folder / "log").read_text()
         time.sleep(0.05)
     program = folder / "client"
     text = CLIENT.format(python=sys.executable, variable=PARENT_VARIABLE, address=str(address))
     program.write_text(text)
     program.chmod(0o755)
-    for name in ("python3", *PROGRAMS, "python"):
-        (folder / name).symlink_to(program)
+    for name in ("python", "python3", *PROGRAMS):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(program)
+    (folder / "pid").write_text(pid)
 
 
 @dataclass
@@ -150,7 +165,7 @@ class Server:
         self._folder, self._path = folder, [place for place in sys.path if place not in given]
         self._listener = socket.socket(socket.AF_UNIX)
         self._children: list[_Child] = []
-        self._alive = os.open(folder / "alive", os.O_RDONLY)
+        self._alive = os.open(folder / "alive", os.O_RDONLY | os.O_NONBLOCK)
         prepare()
         self._listener.bind(str(folder / "bound"))
         self._listener.listen(64)
@@ -175,6 +190,7 @@ class Server:
     def _end(self) -> None:
         for child in self._children:
             os.kill(child.pid, signal.SIGKILL)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _report_the_ended(self) -> None:
         for child in list(self._children):

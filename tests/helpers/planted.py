@@ -26,33 +26,36 @@ def _environment(variables: dict[str, str], rank: int) -> None:
     os.environ.update(variables)
 
 
-def _change_sample(sample_id: str, change: Any) -> None:
+def _change_sample(sample_id: str, change: Any, method: str = "_decode") -> None:
+    """Pass what a method of Reader gives for a sample (`_decode`: its values) through `change`."""
     from onellm_dist.data.reader import Reader
 
-    decode = Reader._decode
+    original = getattr(Reader, method)
 
-    def decode_changed(self: Reader, name: str, prepared: Any) -> Any:
-        values = decode(self, name, prepared)
-        return change(values) if name.split("@", maxsplit=1)[0] == sample_id else values
+    def changed(self: Reader, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        name = next(argument for argument in arguments if isinstance(argument, str))
+        return change(found) if name.split("@", maxsplit=1)[0] == sample_id else found
 
-    Reader._decode = decode_changed  # type: ignore[assignment, method-assign]  # the fault
+    setattr(Reader, method, changed)
 
 
 def _poison(samples: dict[str, str], rank: int) -> None:
-    """Decoding each sample crashes, hangs or uses up the memory of its process."""
+    """Encoding a sample's text crashes its process; its media make it hang or use up memory."""
+    faults = {"crash": (_crash, "_prepare"), "hang": (_hang, "_decode"), "eat": (_eat, "_decode")}
     for sample_id, what in samples.items():
-        _change_sample(sample_id, {"crash": _crash, "hang": _hang, "eat": _eat}[what])
+        _change_sample(sample_id, *faults[what])
 
 
-def _crash(values: Any) -> None:
+def _crash(found: Any) -> None:
     ctypes.string_at(0)
 
 
-def _hang(values: Any) -> None:
+def _hang(found: Any) -> None:
     ctypes.CDLL(None).pause()  # in C code, which no exception of Python ends
 
 
-def _eat(values: Any) -> None:
+def _eat(found: Any) -> None:
     kept = []
     while True:
         kept.append(bytearray(1 << 24))

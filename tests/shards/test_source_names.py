@@ -270,68 +270,6 @@ def test_classes_are_asked_for_where_there_are_none(tmp_path: Path) -> None:
     assert captions(dataset) == {"a/0": "x", "b/c/1": "y"} and report.notes == ()
 
 
-def make_pairs(*folders: str) -> dict[str, bytes | str]:
-    """A picture with a caption in each folder; all differ."""
-    files: dict[str, bytes | str] = {}
-    for i, folder in enumerate(folders):
-        files |= {f"{folder}/{i}.png": picture(i, "PNG"), f"{folder}/{i}.txt": folder}
-    return files
-
-
-@pytest.mark.parametrize("name", ["eval", "Evaluation"])
-def test_a_folder_of_evaluation_is_a_test_split(tmp_path: Path, name: str) -> None:
-    report, dataset = build(tmp_path, make_pairs("train", name))
-    assert captions(dataset) == {"train/0": "train"} and not report.notes
-    assert captions(dataset, "test") == {f"{name}/1": name}
-
-
-@pytest.mark.parametrize(
-    ("folders", "noted"),
-    [
-        (("train", "test", "more"), "1 sample in test/ are"),
-        (("coco-train", "coco-val", "lm-eval"), "2 samples in coco-val/, lm-eval/ are"),
-        (("a/train/x", "a/dev/x"), "1 sample in dev/ are"),
-        (("train", "more"), None),
-        (("train/test_tube", "val/train"), None),
-    ],
-)
-def test_folders_that_are_not_taken_for_splits_are_noted(
-    tmp_path: Path, folders: tuple[str, ...], noted: str | None
-) -> None:
-    """As those beside other media; but for what is of train anyway, or below a split."""
-    report, dataset = build(tmp_path, make_pairs(*folders))
-    assert [*dataset.splits] == (["train"] if noted or "more" in folders else ["train", "val"])
-    assert len(report.notes) == bool(noted)
-    assert all(note.startswith(f"{noted} of train: folders become") for note in report.notes)
-    report, _ = build(tmp_path, {}, overwrite=True, split="val")
-    assert not report.notes
-
-
-def test_folders_that_a_table_names_are_noted(tmp_path: Path) -> None:
-    files = make_pairs("train", "test")
-    table = "file,caption\ntrain/0.png,x\ntest/1.png,y\n"
-    report, dataset = build(tmp_path, {**files, "t.csv": table})
-    assert dataset.splits == ("train",)
-    assert any(note.startswith("1 sample in test/") for note in report.notes)
-    for name in ("in", "media"):  # the folders above IN and media say nothing
-        media = write_tree(tmp_path / "test" / name, files)
-        elsewhere = write_tree(tmp_path / "test_in", {"t.csv": "file,caption\n0.png,x\n"})
-        out = tmp_path / f"out_{name}"
-        options = {"media": str(media / "train")}
-        assert not build_dataset("folder", elsewhere, out, **split_arguments(options)).notes
-
-
-def test_two_folders_of_one_split_are_joined_and_noted(tmp_path: Path) -> None:
-    files = make_pairs("train", "val", "validation")
-    files["validation/2.txt"] = "x"
-    report, dataset = build(tmp_path, files)
-    assert captions(dataset) == {"train/0": "train"}
-    assert captions(dataset, "val") == {"val/1": "val", "validation/2": "x"}
-    assert report.notes == ("the split val joins val/, validation/, which may share rows",)
-    report, dataset = build(tmp_path, {}, overwrite=True, split="train")
-    assert len(captions(dataset)) == 3 and not report.notes
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from test_source_preferences import FORMS
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
+from onellm_dist.shards.sources.readers.split_names import note_splits
 
 TALK = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cube."}]
 UUIDS = (
@@ -214,8 +215,31 @@ def test_a_split_in_two_forms_is_noted(tmp_path: Path, source: str) -> None:
     write(tmp_path / "in", source, *names)
     report, dataset = build_source(source, tmp_path / "in", tmp_path / "out")
     assert {split: dataset.samples(split) for split in dataset.splits} == {"train": 4, "test": 2}
-    assert [note for note in report.notes if "there as" in note] == [
-        "there as .json and .jsonl, which may repeat rows: rows, train"
+    assert [note for note in report.notes if "two formats" in note] == [
+        "there in two formats, .json and .jsonl, which may repeat rows: rows, train"
+    ]
+
+
+def test_files_of_two_folders_or_names_are_no_two_formats() -> None:
+    names = ("en/train.json", "de/train.jsonl", "train/a.json", "train/b.jsonl", "train/2.json")
+    assert note_splits(map(PurePath, names)) == ()
+
+
+def test_rows_held_out_by_a_later_word_are_noted_where_none_are_of_train(tmp_path: Path) -> None:
+    names = ("web-dev/rows", "a/unit_test/rows", "b/my-train/x", "b/my-val/x", "valid-2/x", "rows")
+    for name in names:
+        path = tmp_path / f"in/{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, [FORMS["trl_text"]])
+    texts = {"modality": "text", "caption_column": "chosen"}
+    report, dataset = build_source("parquet", tmp_path / "in", tmp_path / "out", **texts)
+    counts = {split: dataset.samples(split) for split in dataset.splits}
+    assert counts == {"train": 2, "val": 3, "test": 1}
+    assert sorted(note for note in report.notes if "later" in note or "by a word" in note) == [
+        "the rows in unit_test/ are of test, by a word of the folder's name; rename it if they are "
+        "to be trained on",
+        "the rows in web-dev/ are of val, by a word of the folder's name; rename it if they are "
+        "to be trained on",
     ]
 
 
@@ -228,5 +252,5 @@ def test_tables_of_a_split_in_two_forms_are_noted(tmp_path: Path) -> None:
     report, dataset = build_source("preferences", tmp_path / "in", tmp_path / "out")
     assert dataset.samples("train") == 4
     assert report.notes == (
-        "there as .parquet and numbered .parquet, which may repeat rows: train",
+        "there in two formats, .parquet and numbered .parquet, which may repeat rows: train",
     )

@@ -94,13 +94,16 @@ def find_raw_samples(
     table = _choose_table(inputs, options.captions) or (
         find_table(inputs, *columns, lists=lists) if inputs.is_dir() else inputs
     )
-    folders = {} if table is not None or modalities == () else find_split_folders(inputs)
+    folders, left = (
+        ({}, ()) if table is not None or modalities == () else find_split_folders(inputs)
+    )
     if not folders:
         found = _find_in_folder(root, root, table, modalities, options)
         media = root if options.media is None else resolve_below(root, options.media)
         unsplit = note_train_folders(_count_folders(found[1], media)) if split is None else ()
         return found[0], {None: found[1]}, [*found[2], *unsplit]
-    samples, notes = dict[str | None, list[RawSample]](), list[str]()
+    samples = dict[str | None, list[RawSample]]()
+    notes = [f"{name}/ has no media: nothing is read from it" for name in left]
     for name, several in folders.items():
         for folder in several:
             table = find_table(folder, *columns, lists=lists)
@@ -118,7 +121,9 @@ def _count_folders(samples: Sequence[RawSample], root: Path) -> dict[PurePath, i
     for sample in samples:
         file = next((part for part in sample.parts.values() if isinstance(part, Path)), None)
         counts[os.path.dirname(root / sample.key if file is None else file)] += 1
-    folders = {PurePath(os.path.relpath(name, root)): count for name, count in counts.items()}
+    folders = {
+        PurePath(os.path.relpath(name or os.curdir, root)): count for name, count in counts.items()
+    }
     return {folder: count for folder, count in folders.items() if ".." not in folder.parts}
 
 

@@ -29,21 +29,22 @@ imagefolder)."""
 _DATA = "data"
 
 
-def find_split_folders(root: Path) -> dict[str, list[Path]]:
+def find_split_folders(root: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
     """Find the folders of splits at the top of a folder, or of its folder `data/`.
 
     Returns:
         Split to its folders (`val/` and `validation/` may both be there), in the order train, val,
-        test; empty if there is none, or if media lie elsewhere too.
+        test; empty if there is none, or if media lie elsewhere too. And the names of those that
+        hold no media, beside others that do: `eval/` may hold programs.
     """
     found = _find_at_top(root)
-    if found or not (root / _DATA).is_dir():
+    if found[0] or not (root / _DATA).is_dir():
         return found
     others = (n for n in os.listdir(root) if n != _DATA and not is_hidden(n))
-    return {} if any(_holds_media(root / n) for n in others) else _find_at_top(root / _DATA)
+    return ({}, ()) if any(_holds_media(root / n) for n in others) else _find_at_top(root / _DATA)
 
 
-def _find_at_top(root: Path) -> dict[str, list[Path]]:
+def _find_at_top(root: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
     names = sorted(name for name in os.listdir(root) if not is_hidden(name))
     found: dict[str, list[Path]] = {}
     for name in names:
@@ -51,8 +52,14 @@ def _find_at_top(root: Path) -> dict[str, list[Path]]:
         if split is not None and (root / name).is_dir():
             found.setdefault(split, []).append(root / name)
         elif _holds_media(root / name):
-            return {}
-    return {split: found[split] for split in ("train", "val", "test") if split in found}
+            return {}, ()
+    used = {folder for several in found.values() for folder in several if _holds_media(folder)}
+    left = tuple(f.name for several in found.values() for f in several if used and f not in used)
+    kept = {
+        split: [folder for folder in found.get(split, ()) if not used or folder in used]
+        for split in ("train", "val", "test")
+    }
+    return {split: several for split, several in kept.items() if several}, left
 
 
 def _holds_media(path: Path) -> bool:

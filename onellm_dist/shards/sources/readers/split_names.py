@@ -174,6 +174,7 @@ def note_splits(tables: Iterable[PurePath]) -> tuple[str, ...]:
         *(note_joined_split(split, names) for split, names in joined),
         *_note_forms(listed),
         *_note_unused_words(listed),
+        *_note_later_words(listed),
     )
 
 
@@ -183,22 +184,23 @@ def note_joined_split(split: str, names: list[str]) -> str:
 
 
 def _note_forms(tables: Iterable[PurePath]) -> list[str]:
-    """Make a note of the splits, or else files, that are there in two forms.
+    """Make a note of tables that exist in two formats: of the same name, in the same folder.
 
     Their rows are read twice if one was converted to the other, which the names leave open.
     """
     found = dict[tuple[str, str], set[str]]()
-    for path, name, _ in _name_tables(tables):
+    for table in tables:
+        path = PurePosixPath(table.as_posix())
         part = _PART.fullmatch(path.name)
-        called = name or str(path.parent / (part[1] if part else path.stem))
+        own = part[1] if part else path.stem
         form = f"numbered {path.suffix.lower()}" if part else path.suffix.lower()
-        found.setdefault((find_split(path), called.lower()), set()).add(form)
+        found.setdefault((find_split(path), str(path.parent / own).lower()), set()).add(form)
     names = dict[str, list[str]]()
     for (_, called), forms in found.items():
         if len(forms) > 1:
             names.setdefault(" and ".join(sorted(forms)), []).append(called)
     return [
-        f"there as {forms}, which may repeat rows: {format_names(several)}"
+        f"there in two formats, {forms}, which may repeat rows: {format_names(several)}"
         for forms, several in names.items()
     ]
 
@@ -220,6 +222,36 @@ def _note_unused_words(tables: Iterable[PurePath]) -> list[str]:
     ]
 
 
+def _note_later_words(tables: Iterable[PurePath]) -> list[str]:
+    """Make a note of folders that are held out by a later word of their name.
+
+    Beside a folder of `train` that is the custom (`coco-train/`, `coco-val/`); `web-dev/` may be
+    meant otherwise.
+    """
+    paths = [PurePosixPath(table.as_posix()) for table in tables]
+    trained = {
+        path.parts[:depth]
+        for path in paths
+        for depth, name in enumerate(path.parts[:-1])
+        if _find_in_folder(name) == "train"
+    }
+    names = dict[str, dict[str, None]]()
+    for path in paths:
+        folders = reversed(list(enumerate(path.parts[:-1])))
+        depth, name = next(((d, n) for d, n in folders if _find_in_folder(n)), (0, ""))
+        is_first = bool(_find_word(_list_words(name)[:1]))
+        if not name or is_first or path.parts[:depth] in trained:
+            continue
+        split = _find_in_folder(name)
+        if split and split != "train" and not _find_word(_list_words(path.stem)):
+            names.setdefault(split, {})[f"{name}/"] = None
+    return [
+        f"the rows in {format_names(sorted(several))} are of {split}, by a word of the folder's "
+        "name; rename it if they are to be trained on"
+        for split, several in names.items()
+    ]
+
+
 def note_train_folders(samples: Mapping[PurePath, int]) -> tuple[str, ...]:
     """Make a note of folders whose names say another split, where all samples are of train.
 
@@ -235,9 +267,9 @@ def note_train_folders(samples: Mapping[PurePath, int]) -> tuple[str, ...]:
     if not counts:
         return ()
     return (
-        f"{format_count(counts.total(), 'sample')} in {format_names(sorted(counts))} are of train: "
-        "folders become splits where IN, or its data/, has no table and no media but in train/, "
-        "validation/, test/ and the like",
+        f"{format_count(counts.total(), 'sample')} in {format_names(sorted(counts))} "
+        f"{'is' if counts.total() == 1 else 'are'} of train: folders become splits where IN, "
+        "or its data/, has no table, and media only in train/, validation/, test/ and the like",
     )
 
 
