@@ -179,7 +179,7 @@ class Reader:
         of the time where others were encoded just before.
         """
         found = [self._locations.get(ref) for ref in refs]
-        sizes = [0 if one is None else one.bytes.end - one.bytes.start for one in found]
+        sizes = [one.bytes.end - one.bytes.start if one else _GROUP_BYTES for one in found]
         return group_samples(sizes, _GROUP_BYTES)
 
     @property

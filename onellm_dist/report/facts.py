@@ -11,6 +11,7 @@ from onellm_dist.report.records import RunRecords, read_records
 from onellm_dist.report.start_history import build_starts
 from onellm_dist.report.starts import Start
 from onellm_dist.report.time_account import TimeAccount, build_time_account
+from onellm_dist.train.records.old_runs import check_run_directory
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ def load_facts(directory: Path, *, now: float | None = None) -> RunFacts:
         now: the current time in seconds since 1970; default: the clock's.
 
     Raises:
-        UsageError: the folder is not a run directory.
+        UsageError: the folder is not a run directory, or one of 0.1.0.
     """
+    check_run_directory(directory)
     records = read_records(directory, now=now)
     starts = build_starts(records)
     return RunFacts(records, starts, build_time_account(starts), find_incidents(records, starts))

@@ -68,11 +68,15 @@ def assemble_trainer(
     first_step = setup.restore_checkpoint(inputs, engine=engine, session=session)
     events = open_records(config, inputs=inputs, rates=by_name, session=session)
     sample_log = SampleLog(config.run.dir / SAMPLES, rank=dist.rank)
-    monitor = setup.build_monitor(config, inputs=inputs, sample_log=sample_log)
+    monitor = setup.build_monitor(
+        config.stability, data=config.data, inputs=inputs, sample_log=sample_log
+    )
     checkpoints = setup.build_checkpoints(
         config, engine=engine, inputs=inputs, monitor=monitor, dist=dist, events=events
     )
-    early_stopping = setup.build_early_stopping(config, inputs=inputs, dist=dist)
+    early_stopping = setup.build_early_stopping(
+        config.train.early_stopping, run_dir=config.run.dir, inputs=inputs, dist=dist
+    )
     built_in: list[Callback] = [session.watchdog, preemption, session.timing, early_stopping]
     built_in += build_callbacks(
         config, inputs=inputs, engine=engine, router=router, dist=dist, events=events

@@ -1,6 +1,7 @@
 """Builders of the parts of a run.
 
-Each takes its own section of the recipe; `assemble.py` calls them in order.
+`assemble.py` calls them in order. Each takes its own sections of the recipe; only what checks the
+recipe, or writes it into checkpoints, takes all of it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from onellm_dist import __version__
 from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.run_files import CHECKPOINTS
-from onellm_dist.config.schema import DataSection, RunConfig
+from onellm_dist.config.schema import DataSection, RunConfig, StabilitySection
+from onellm_dist.config.train_sections import EarlyStoppingSection
 from onellm_dist.data.length_check import check_batch, check_corpus
 from onellm_dist.data.phases import parse_data_phases
 from onellm_dist.data.plan import Plan
@@ -230,35 +232,41 @@ def restore_checkpoint(inputs: Inputs, *, engine: Engine, session: Session) -> i
         return get_steps_done(load_state(folder, engine, session.dist))
 
 
-def build_monitor(config: RunConfig, *, inputs: Inputs, sample_log: SampleLog) -> StabilityMonitor:
+def build_monitor(
+    section: StabilitySection, *, data: DataSection, inputs: Inputs, sample_log: SampleLog
+) -> StabilityMonitor:
     """Build what checks every step; a new data phase starts its windows anew.
 
     Args:
-        config: the recipe.
+        section: `stability`.
+        data: how many samples may be unreadable, and whether they are pairs.
         inputs: what this start has read.
         sample_log: says how many samples could not be read.
     """
     return StabilityMonitor(
-        config.stability,
-        max_skipped_samples=config.data.max_skipped_samples,
+        section,
+        max_skipped_samples=data.max_skipped_samples,
         skipped_samples=sample_log.unreadable,
         state={} if inputs.new_phase else inputs.manifest.get("stability", {}),
-        pairs=config.data.preference_pairs,
+        pairs=data.preference_pairs,
     )
 
 
-def build_early_stopping(config: RunConfig, *, inputs: Inputs, dist: Distributed) -> EarlyStopping:
+def build_early_stopping(
+    section: EarlyStoppingSection | None, *, run_dir: Path, inputs: Inputs, dist: Distributed
+) -> EarlyStopping:
     """Build what knows whether the validation loss has stopped falling.
 
     Args:
-        config: the recipe.
+        section: `train.early_stopping`.
+        run_dir: `run.dir`.
         inputs: what this start has read.
         dist: the ranks.
     """
     plan = inputs.validation_plan
     return EarlyStopping(
-        config.train.early_stopping,
-        run_dir=config.run.dir,
+        section,
+        run_dir=run_dir,
         dist=dist,
         sample_digest=plan.digest(0) if plan is not None and dist.is_rank_zero else "",
     )

@@ -114,16 +114,33 @@ def test_a_worker_does_not_free_the_garbage_of_its_parent() -> None:
     use()
     reader = PoisonReader(["good"] * 4)
     reader.before = lambda task: gc.collect()
-    gc.unfreeze()  # what other tests of this process have frozen
+    frozen = gc.get_freeze_count()
     gc.disable()
     try:
         Native()
         kept = []
         assert read_all(reader, 2) == ["good"] * 4
+        assert not gc.isenabled()
     finally:
         gc.enable()
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() == frozen  # the parent collects its garbage as before
     gc.collect()
+
+
+def test_no_collection_starts_while_a_worker_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        found.append(gc.isenabled())
+        return real()
+
+    def check(task: range) -> None:
+        assert gc.isenabled()
+
+    real, found = os.fork, list[bool]()
+    monkeypatch.setattr(os, "fork", fork)
+    reader = PoisonReader(["good"] * 4)
+    reader.before = check
+    assert read_all(reader, 2) == ["good"] * 4
+    assert found and not any(found) and gc.isenabled()
 
 
 def test_slow_is_not_hanging() -> None:

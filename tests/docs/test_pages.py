@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,17 @@ from typing import Any
 import pytest
 import typer
 from forked_python import get_programs
-from pages import ROOT, Block, blocks, commands, commands_without_language, pages, script
+from pages import (
+    ROOT,
+    SETUP,
+    Block,
+    blocks,
+    commands,
+    commands_without_language,
+    pages,
+    script,
+    strip_comment,
+)
 
 from onellm_dist.cli import app
 from onellm_dist.cli.generate import add_modality_options
@@ -39,6 +50,12 @@ def test_a_block_that_is_not_run_says_why() -> None:
     every = [block for page in pages() for block in blocks(page)]
     assert every
     assert not [f"{b.page}:{b.line}" for b in every if b.reason is not None and len(b.reason) < 8]
+
+
+def test_each_command_that_is_left_out_of_a_block_stands_in_one() -> None:
+    run = [block for page in pages() for block in blocks(page) if block.reason is None]
+    lines = {strip_comment(line) for block in run for line in block.code.splitlines()}
+    assert {*SETUP} <= lines
 
 
 @pytest.mark.parametrize("page", pages())
@@ -116,8 +133,9 @@ def test_the_blocks_of_a_page_run_with_every_import(page: str, tmp_path: Path) -
 
 def run_page(page: str, folder: Path, programs: Path) -> None:
     """Run the blocks of a page, and of those that continue it, in `folder`."""
-    for name in ("examples", "launch", "ds_configs"):
+    for name in ("launch", "ds_configs"):
         (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "examples", folder / "examples")  # pip builds in a folder of a package
     ran: set[str] = set()
     for each in (page, *(later for later, first in CONTINUES.items() if first == page)):
         for block in blocks(each):
@@ -149,7 +167,11 @@ def what_is_left(block: Block, ran: set[str]) -> str:
 
 
 def run(language: str, code: str, folder: Path, programs: Path) -> subprocess.CompletedProcess[str]:
-    """Run a block as a reader would, in `folder`, with the `python` and `onellm` of `programs`."""
+    """Run a block as a reader would, in `folder`, with the `python` and `onellm` of `programs`.
+
+    What it installs goes to a folder of the test; what is needed for that is there already.
+    """
+    installed = folder / "installed"
     command = (
         ["bash", "-euo", "pipefail", "-c", code]
         if language == "bash"
@@ -158,7 +180,10 @@ def run(language: str, code: str, folder: Path, programs: Path) -> subprocess.Co
     env = {
         **os.environ,
         "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{installed}:{ROOT}",
+        "PIP_TARGET": str(installed),
+        "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it as the value of --build-isolation
+        "PIP_NO_INDEX": "1",
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(

@@ -273,6 +273,7 @@ def be_program(folder: Path, path: list[str], order: dict[str, Any], server: int
     sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     sys.path[:] = [*places, *path]
+    forget_plugins()
     code = 0
     try:
         run_program(name, arguments, real)
@@ -284,6 +285,16 @@ def be_program(folder: Path, path: list[str], order: dict[str, Any], server: int
         traceback.print_exc()
         code = 1
     end_program(code)
+
+
+def forget_plugins() -> None:
+    """Let the registries look again: another path has other packages, and their entry points."""
+    from onellm_dist.evaluation.tasks.registry import all_tasks
+    from onellm_dist.modalities.registry import all_modalities
+    from onellm_dist.shards.build.registry import all_sources
+
+    for function in (all_modalities, all_sources, all_tasks):
+        function.cache_clear()
 
 
 def run_program(name: str, arguments: list[str], real: str) -> None:

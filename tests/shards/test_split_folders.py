@@ -8,6 +8,7 @@ import pytest
 from shard_worlds import picture, split_arguments, write_tree
 from test_source_names import build, captions
 
+from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
 
 
@@ -32,7 +33,29 @@ def test_a_split_folder_without_media_is_passed_over_with_a_note(tmp_path: Path,
     report, dataset = build(tmp_path, files)
     assert [dataset.samples(split) for split in ("train", "val")] == [1, 1]
     assert dataset.splits == ("train", "val")
-    assert report.notes == (f"{name}/ has no media: nothing is read from it",)
+    said = f"{name}/ has neither media nor a table: nothing is read from it"
+    assert report.notes == (said,)
+
+
+@pytest.mark.parametrize("name", ["val.zip", "cat.heic", "val-0.parquet", "shard"])
+def test_a_split_folder_with_what_nothing_reads_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"val: no file there is media of a known modality"):
+        build(tmp_path, {**make_pairs("train"), f"val/{name}": b"x", "val/README.md": "x"})
+    with pytest.raises(UsageError, match=r"train: no file there is media of a known modality"):
+        build(tmp_path / "other", {**make_pairs("test"), "train/fetch.sh": "x"})
+
+
+def test_a_split_folder_may_be_a_link_or_a_table_of_files_elsewhere(tmp_path: Path) -> None:
+    held_out = write_tree(tmp_path / "held out", {"7.png": picture(7, "PNG"), "7.txt": "seven"})
+    root = write_tree(tmp_path / "in", make_pairs("train"))
+    (root / "val").mkdir()
+    (root / "val" / "images").symlink_to(held_out)
+    (held_out / "again").symlink_to(held_out)
+    table = {"test/metadata.csv": "file,caption\ntrain/0.png,zero\n"}
+    report, dataset = build(tmp_path, table)
+    assert captions(dataset, "val") == {"val/images/7": "seven"}
+    assert [*captions(dataset, "test").values()] == ["zero"]
+    assert not any("nothing is read" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("inputs", [".", "t.csv", "../in"])

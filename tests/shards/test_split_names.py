@@ -254,3 +254,14 @@ def test_tables_of_a_split_in_two_forms_are_noted(tmp_path: Path) -> None:
     assert report.notes == (
         "there in two formats, .parquet and numbered .parquet, which may repeat rows: train",
     )
+
+
+def test_a_table_beside_its_parts_in_the_folder_data_is_noted(tmp_path: Path) -> None:
+    for name in ("train.parquet", "data/train-00000-of-00001.parquet"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, [FORMS["trl_text"]])
+    report, _ = build_source("preferences", tmp_path / "in", tmp_path / "out")
+    assert report.notes == (
+        "there in two formats, .parquet and numbered .parquet, which may repeat rows: train",
+    )

@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Hashable
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -29,6 +30,7 @@ OUT_OF_MEMORY = 101
 """Exit code of a worker in which a sample needed more memory than it may."""
 CANNOT_HAND_OVER = 102
 """Exit code of a worker that can pass neither its result nor an error to its parent process."""
+_FORK_LOCK = threading.Lock()
 Task_contra = TypeVar("Task_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
 
@@ -99,14 +101,17 @@ def _fork() -> int:
     Some of it waits for its threads when it is freed (the scaler of PyAV 15 and newer), and threads
     do not survive a fork.
     """
-    was_frozen = gc.get_freeze_count() > 0
-    gc.freeze()
-    pid = -1
-    try:
-        pid = os.fork()
-    finally:
-        if pid and not was_frozen:  # here, or there is no child
-            gc.unfreeze()
+    with _FORK_LOCK:  # released in the child, too
+        was_enabled = gc.isenabled()
+        gc.disable()  # what runs after a fork allocates, and could start a collection in the child
+        pid = -1
+        try:
+            pid = os.fork()
+        finally:
+            if pid == 0:
+                gc.freeze()
+            if was_enabled:
+                gc.enable()
     return pid
 
 

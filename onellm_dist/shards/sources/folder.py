@@ -95,7 +95,9 @@ def find_raw_samples(
         find_table(inputs, *columns, lists=lists) if inputs.is_dir() else inputs
     )
     folders, left = (
-        ({}, ()) if table is not None or modalities == () else find_split_folders(inputs)
+        ({}, ())
+        if table is not None or modalities == ()
+        else find_split_folders(inputs, lambda f: find_table(f, *columns, lists=lists) is not None)
     )
     if not folders:
         found = _find_in_folder(root, root, table, modalities, options)
@@ -103,7 +105,7 @@ def find_raw_samples(
         unsplit = note_train_folders(_count_folders(found[1], media)) if split is None else ()
         return found[0], {None: found[1]}, [*found[2], *unsplit]
     samples = dict[str | None, list[RawSample]]()
-    notes = [f"{name}/ has no media: nothing is read from it" for name in left]
+    notes = [f"{name}/ has neither media nor a table: nothing is read from it" for name in left]
     for name, several in folders.items():
         for folder in several:
             table = find_table(folder, *columns, lists=lists)

@@ -24,7 +24,7 @@ from onellm_dist.testing.demo.timetable import Timetable
 
 KILL_AT = 0.45
 """Share of the first run at which its processes are killed; it has a checkpoint every tenth."""
-STEP_COUNT = r"step (\d+)/(\d+)"
+STEP_COUNT = r"(\d+)/(\d+) steps"
 """How a training run prints its progress; it counts other things too."""
 ASSEMBLE_SHARE = 0.98
 """Share of its stage that is done when the towers are assembled."""

@@ -110,7 +110,7 @@ class MetricsWriter(Callback):
         mfu = "" if metrics["mfu"] is None else f"  MFU {100 * metrics['mfu']:.1f}%"
         skipped = "" if metrics["applied"] else "  SKIPPED"
         return (
-            f"step {metrics.step + 1}/{self._steps}  loss {metrics['loss']:.4f} ({losses})  "
+            f"{metrics.step + 1}/{self._steps} steps  loss {metrics['loss']:.4f} ({losses})  "
             f"lr {metrics['lr']:.2e}  |g| {metrics['grad_norm']:.2f}  "
             f"{rate:,.0f} tokens/s{mfu}  ETA {format_seconds(left)}{skipped}"
         )

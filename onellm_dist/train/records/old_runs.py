@@ -18,6 +18,7 @@ from onellm_dist.common.run_files import (
     DATA_PHASES,
     EXCLUDED,
     SAMPLES,
+    SKIPPED_INHERITED,
 )
 from onellm_dist.config.old_keys import explain_old_key
 
@@ -25,9 +26,16 @@ RENAMED_FILES: Mapping[str, str] = {
     "ledger": f"{SAMPLES}/",
     "ledger/segments.json": f"{SAMPLES}/{DATA_PHASES}",
     "ledger/tombstones-ranks-guard.jsonl": f"{SAMPLES}/{EXCLUDED}",
+    "ledger/tombstones-ranks-source.jsonl": f"{SAMPLES}/{SKIPPED_INHERITED}",
+    "ledger/tombstones-rank[0-9]*.jsonl": f"{SAMPLES}/skipped-rank*.jsonl",
 }
-"""File or folder of a run directory of 0.1.0 -> its name today."""
-RENAMED_ENTRIES: Mapping[str, str] = {"segments": "data_phases", "guard": "stability"}
+"""File or folder of a run directory of 0.1.0, or a pattern of such -> its name today."""
+RENAMED_ENTRIES: Mapping[str, str] = {
+    "segments": "data_phases",
+    "guard": "stability",
+    "step": "steps_done",
+    "world": "world_size",
+}
 """Entry of a checkpoint manifest of 0.1.0 -> its name today."""
 
 
@@ -39,9 +47,9 @@ def check_run_directory(run_dir: Path) -> None:
             and the new names.
     """
     found = [
-        f"{name} is called {new} now"
+        f"{name.replace('[0-9]*', '*')} is called {new} now"
         for name, new in RENAMED_FILES.items()
-        if (run_dir / name).exists()
+        if any(run_dir.glob(name))
     ]
     found += [f"{CONFIG}: {text}" for text in _find_old_keys(run_dir / CONFIG)]
     for path in sorted((run_dir / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*/{CHECKPOINT_MANIFEST}")):

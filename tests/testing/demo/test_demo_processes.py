@@ -43,8 +43,8 @@ def test_lanes_run_side_by_side_and_processes_of_a_lane_in_order(tmp_path: Path)
 
 
 def test_progress_is_the_last_count_of_this_start(tmp_path: Path) -> None:
-    job = make_process(tmp_path, "count", "print('step 30/40'); import time; time.sleep(30)")
-    job.log.write_text("step 40/40\n")
+    job = make_process(tmp_path, "count", "print('30/40 steps'); import time; time.sleep(30)")
+    job.log.write_text("40/40 steps\n")
     job.start()
     assert job.process is not None
     deadline = time.monotonic() + 20
@@ -75,7 +75,7 @@ def test_the_kill_includes_grandchildren(tmp_path: Path) -> None:
     grandchild = f"import subprocess, sys, time; {start}"
     code = (
         grandchild
-        + "print(p.pid); [(print(f'step {i}/100'), time.sleep(0.05)) for i in range(100)]"
+        + "print(p.pid); [(print(f'{i}/100 steps'), time.sleep(0.05)) for i in range(100)]"
     )
     job = make_process(tmp_path, "family", code, kill_at=0.1)
     run_lanes([[job]], lambda running: None)
@@ -83,7 +83,7 @@ def test_the_kill_includes_grandchildren(tmp_path: Path) -> None:
     text = job.log.read_text()
     pid = int(next(line for line in text.splitlines() if line.isdigit()))
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    assert "step 99/100" not in text
+    assert "99/100 steps" not in text
 
 
 def test_the_time_left_follows_what_was_measured(tmp_path: Path) -> None:

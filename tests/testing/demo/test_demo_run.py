@@ -71,7 +71,7 @@ def test_progress_of_training_is_not_taken_from_other_counts() -> None:
 
     output = (
         "Counting tokens: 4000/4000 (100%) sample\nLoading weights: 256/256\n"
-        "step 10/160  loss 0.6 (image 0.6)\n"
+        "10/160 steps  loss 0.6 (image 0.6)\n"
     )
     assert re.findall(STEP_COUNT, output) == [("10", "160")]
 

@@ -6,6 +6,7 @@ A repository of the Hugging Face hub may have them below `data/`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from onellm_dist.common.hidden_files import is_hidden
@@ -26,25 +27,42 @@ SPLIT_FOLDERS = {
 }
 """Name of a folder, in lower case, to the split that it holds (the names of Hugging Face's
 imagefolder)."""
-_DATA = "data"
+DATA_FOLDER = "data"
+"""Where a repository of the Hub may have its splits."""
+_NOTES = frozenset(
+    {".txt", ".md", ".rst", ".html", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".toml"}
+    | {".cfg", ".ini", ".log", ".py", ".pyc", ".ipynb", ".sh"}
+)
+"""Suffixes of programs, notes and results. A folder beside the splits with anything else in it
+(archives, pictures in a format that nothing reads) may be a split that cannot be read."""
 
 
-def find_split_folders(root: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+def find_split_folders(
+    root: Path, has_table: Callable[[Path], bool]
+) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
     """Find the folders of splits at the top of a folder, or of its folder `data/`.
+
+    Args:
+        root: the folder.
+        has_table: whether a folder has a table that names samples.
 
     Returns:
         Split to its folders (`val/` and `validation/` may both be there), in the order train, val,
-        test; empty if there is none, or if media lie elsewhere too. And the names of those that
-        hold no media, beside others that do: `eval/` may hold programs.
+        test; empty if there is none, or if media lie elsewhere too. And the names of those with
+        nothing but programs, notes and results in them, as `eval/` may have, beside others.
     """
-    found = _find_at_top(root)
-    if found[0] or not (root / _DATA).is_dir():
+    found = _find_at_top(root, has_table)
+    if found[0] or not (root / DATA_FOLDER).is_dir():
         return found
-    others = (n for n in os.listdir(root) if n != _DATA and not is_hidden(n))
-    return ({}, ()) if any(_holds_media(root / n) for n in others) else _find_at_top(root / _DATA)
+    others = (n for n in os.listdir(root) if n != DATA_FOLDER and not is_hidden(n))
+    if any(_holds_media(root / n) for n in others):
+        return {}, ()
+    return _find_at_top(root / DATA_FOLDER, has_table)
 
 
-def _find_at_top(root: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+def _find_at_top(
+    root: Path, has_table: Callable[[Path], bool]
+) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
     names = sorted(name for name in os.listdir(root) if not is_hidden(name))
     found: dict[str, list[Path]] = {}
     for name in names:
@@ -53,22 +71,40 @@ def _find_at_top(root: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
             found.setdefault(split, []).append(root / name)
         elif _holds_media(root / name):
             return {}, ()
-    used = {folder for several in found.values() for folder in several if _holds_media(folder)}
-    left = tuple(f.name for several in found.values() for f in several if used and f not in used)
+    held_out = [folder for split in ("val", "test") for folder in found.get(split, ())]
+    left = {f for f in held_out if _holds_notes_alone(f) and not has_table(f)}
+    if left == {folder for several in found.values() for folder in several}:
+        left = set()
     kept = {
-        split: [folder for folder in found.get(split, ()) if not used or folder in used]
+        split: [folder for folder in found.get(split, ()) if folder not in left]
         for split in ("train", "val", "test")
     }
-    return {split: several for split, several in kept.items() if several}, left
+    return (
+        {split: several for split, several in kept.items() if several},
+        tuple(folder.name for folder in held_out if folder in left),
+    )
 
 
 def _holds_media(path: Path) -> bool:
     """Check whether a path is a medium (by its name), or a folder with one in it."""
-    if not path.is_dir():
-        return _is_medium(path.name)
-    return any(
-        _is_medium(name) and not is_hidden(name) for _, _, names in os.walk(path) for name in names
-    )
+    return any(map(_is_medium, _walk(path))) if path.is_dir() else _is_medium(path.name)
+
+
+def _holds_notes_alone(folder: Path) -> bool:
+    return all(os.path.splitext(name)[1].lower() in _NOTES for name in _walk(folder))
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """List the names of the files below a folder but hidden ones; links are followed."""
+    seen = set[str]()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(path))
+        folders[:] = [
+            name
+            for name in folders
+            if not is_hidden(name) and os.path.realpath(os.path.join(path, name)) not in seen
+        ]
+        yield from (name for name in names if not is_hidden(name))
 
 
 def _is_medium(name: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 from onellm_dist.common.counts import format_count
-from onellm_dist.shards.sources.readers.split_folders import SPLIT_FOLDERS
+from onellm_dist.shards.sources.readers.split_folders import DATA_FOLDER, SPLIT_FOLDERS
 
 _WORD = re.compile(r"[^-_. 0-9]+")
 _PART = re.compile(
@@ -99,7 +99,7 @@ def _find_split_name(path: PurePosixPath, converted: Collection[PurePosixPath]) 
     if path.parent in converted and _CONVERTED.fullmatch(path.stem):
         is_saved = True
     # Spark calls its parts so in any folder: en/ and de/ do not become splits by it.
-    if is_saved and before != "part" and folders and folders[-1].lower() != "data":
+    if is_saved and before != "part" and folders and folders[-1].lower() != DATA_FOLDER:
         return folders[-1], True
     return next((name for name in reversed(folders) if _find_in_folder(name)), ""), False
 
@@ -186,6 +186,7 @@ def note_joined_split(split: str, names: list[str]) -> str:
 def _note_forms(tables: Iterable[PurePath]) -> list[str]:
     """Make a note of tables that exist in two formats: of the same name, in the same folder.
 
+    The folder `data/` counts as the one around it: `train.parquet` and `data/train-00000-of-00002`.
     Their rows are read twice if one was converted to the other, which the names leave open.
     """
     found = dict[tuple[str, str], set[str]]()
@@ -194,7 +195,9 @@ def _note_forms(tables: Iterable[PurePath]) -> list[str]:
         part = _PART.fullmatch(path.name)
         own = part[1] if part else path.stem
         form = f"numbered {path.suffix.lower()}" if part else path.suffix.lower()
-        found.setdefault((find_split(path), str(path.parent / own).lower()), set()).add(form)
+        folders = (name for name in path.parts[:-1] if name.lower() != DATA_FOLDER)
+        called = str(PurePosixPath(*folders, own)).lower()
+        found.setdefault((find_split(path), called), set()).add(form)
     names = dict[str, list[str]]()
     for (_, called), forms in found.items():
         if len(forms) > 1:
