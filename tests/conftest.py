@@ -13,6 +13,7 @@ import pytest
 from forked_python import open_folder
 from hypothesis import settings
 
+gc.disable()  # until pytest_collection_finish
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -101,9 +102,10 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays: no collection of garbage walks through it again."""
+    """What was imported and collected stays: no collection of garbage walks through it, ever."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @contextlib.contextmanager

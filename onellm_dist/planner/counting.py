@@ -25,6 +25,7 @@ from onellm_dist.model.kernels.counted import BACKWARD, FORWARD, count_flops
 from onellm_dist.model.losses.preference import list_llms
 from onellm_dist.model.quantised.linear import list_quantised
 from onellm_dist.packed import PackedBatch
+from onellm_dist.planner.meta_results import MetaResults
 from onellm_dist.planner.module_labels import ModuleLabels
 from onellm_dist.train.engine.description import WeightUses
 
@@ -38,6 +39,9 @@ _NO_WORK = frozenset(
     )
 )  # fmt: skip
 """Operations that move no bytes, beside those whose schema makes them views."""
+
+
+RESULTS = MetaResults()
 
 
 class OperationKey(NamedTuple):
@@ -120,7 +124,7 @@ class _OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = RESULTS.run(func, args, kwargs)
         phase = get_phase()
         self._found.calls[phase] += 1
         outputs = [x for x in list_tensors(out) if x.is_meta]

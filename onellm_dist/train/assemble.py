@@ -14,6 +14,7 @@ from onellm_dist.train import setup
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.callbacks.build import build_callbacks, load_callbacks
 from onellm_dist.train.callbacks.callback_list import CallbackList
+from onellm_dist.train.callbacks.early_stopping import EarlyStopping
 from onellm_dist.train.callbacks.experts import RouterWatch
 from onellm_dist.train.callbacks.preemption import Preemption
 from onellm_dist.train.checkpoint.folder import read_manifest
@@ -24,6 +25,7 @@ from onellm_dist.train.records.metrics import MetricSet
 from onellm_dist.train.records.old_runs import check_manifest, check_run_directory
 from onellm_dist.train.records.run_directory import check_inputs_stay
 from onellm_dist.train.records.sample_log import SampleLog
+from onellm_dist.train.stability.monitor import StabilityMonitor
 from onellm_dist.train.start.inputs import Inputs
 from onellm_dist.train.start.model import PreparedModel, prepare_model, shard_model
 from onellm_dist.train.start.records import open_records, write_start
@@ -68,14 +70,9 @@ def assemble_trainer(
     first_step = setup.restore_checkpoint(inputs, engine=engine, session=session)
     events = open_records(config, inputs=inputs, rates=by_name, session=session)
     sample_log = SampleLog(config.run.dir / SAMPLES, rank=dist.rank)
-    monitor = setup.build_monitor(
-        config.stability, data=config.data, inputs=inputs, sample_log=sample_log
-    )
+    monitor, early_stopping = _build_checks(config, inputs, sample_log=sample_log, dist=dist)
     checkpoints = setup.build_checkpoints(
         config, engine=engine, inputs=inputs, monitor=monitor, dist=dist, events=events
-    )
-    early_stopping = setup.build_early_stopping(
-        config.train.early_stopping, run_dir=config.run.dir, inputs=inputs, dist=dist
     )
     built_in: list[Callback] = [session.watchdog, preemption, session.timing, early_stopping]
     built_in += build_callbacks(
@@ -100,6 +97,19 @@ def assemble_trainer(
         early_stopping=early_stopping,
     )
     return _begin(trainer, first_step, inputs, parts, kernels)
+
+
+def _build_checks(
+    config: RunConfig, inputs: Inputs, *, sample_log: SampleLog, dist: Distributed
+) -> tuple[StabilityMonitor, EarlyStopping]:
+    """Build what judges the steps, and what judges the validations."""
+    monitor = setup.build_monitor(
+        config.stability, data=config.data, inputs=inputs, sample_log=sample_log
+    )
+    stopping = setup.build_early_stopping(
+        config.train.early_stopping, run_dir=config.run.dir, inputs=inputs, dist=dist
+    )
+    return monitor, stopping
 
 
 def _prepare(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from onellm_dist.common.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
 from onellm_dist.common.files import FileStamp, stamp_file
+from onellm_dist.common.garbage import leave_imports_uncollected
 from onellm_dist.common.logging import configure_logging, get_logger
 from onellm_dist.common.output import write_error, write_output
 from onellm_dist.common.patient_stream import drain_output, patient_output, replace_output
@@ -165,9 +166,10 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
 
 
 def _build_trainer(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> Trainer:
-    from onellm_dist.train.callbacks.startup_timing import StartupTiming
-    from onellm_dist.train.start.session import ProcessContext
-    from onellm_dist.train.trainer import Trainer
+    with leave_imports_uncollected():
+        from onellm_dist.train.callbacks.startup_timing import StartupTiming
+        from onellm_dist.train.start.session import ProcessContext
+        from onellm_dist.train.trainer import Trainer
 
     timing = StartupTiming(exit_file.heartbeat)
     timing.measure_imports()

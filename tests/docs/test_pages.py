@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from pages import (
 
 from onellm_dist.cli import app
 from onellm_dist.cli.generate import add_modality_options
+from onellm_dist.common import plugins
+from onellm_dist.modalities.registry import all_modalities
 
 RUN = [page for page in pages() if any(not block.reason for block in blocks(page))]
 CONTINUES = {"docs/quickstart.md": "README.md"}
@@ -40,10 +44,17 @@ SHELL_END = ("|", ">", "&&", ";", "&", "<", "2>&1")
 
 
 @pytest.fixture(scope="module")
-def onellm() -> Any:
-    """The command tree of `onellm`."""
+def onellm() -> Iterator[Any]:
+    """The command tree of `onellm`, with the modality that a tutorial installs."""
+    point = EntryPoint("thermal", "thermal_package:MODALITY", plugins.MODALITIES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples/thermal")
+        patch.setattr(plugins, "entry_points", lambda group: [point])
+        all_modalities.cache_clear()
+        add_modality_options()
+        yield typer.main.get_command(app)
+    all_modalities.cache_clear()
     add_modality_options()
-    return typer.main.get_command(app)
 
 
 def test_a_block_that_is_not_run_says_why() -> None:
