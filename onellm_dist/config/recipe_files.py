@@ -33,7 +33,7 @@ class RecipeFile:
     path: Path
     text: str
     values: dict[str, Any]
-    """Its sections without `base`, not validated yet."""
+    """The file's sections without `base`, not validated yet."""
     base: str | None
     """The recipe on which it is built, as written; None if it is complete by itself."""
 

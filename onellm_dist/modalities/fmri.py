@@ -116,7 +116,7 @@ class FmriModality(Modality):
         return draw_heatmap(rows, (448, 216), signed=True)
 
     def draw_value(self, value: torch.Tensor) -> Image.Image:
-        """As `preview`."""
+        """Draw a value as `preview` draws a raw scan."""
         return self.preview(value[0].numpy())
 
 

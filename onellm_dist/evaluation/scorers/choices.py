@@ -20,7 +20,7 @@ LETTERS = "ABCDEFGHIJ"
 HowRead = Literal["letter", "letter and text", "the answer is", "text of an option", "not read"]
 """How the option was read from an answer."""
 # A small a or i may be a word ("The answer is a dog.", "a, dog"), but not in parentheses. Behind
-# the other small letters no word goes on ("e.g.", "d'accord").
+# the other small letters no word continues ("e.g.", "d'accord").
 _SMALL = r"[b-hj](?![\w'’-]|\.\w)"
 _SENTENCE = re.compile(
     rf"\b(?i:answer|option|choice) (?i:is):? *(?:\(?([A-J]\b|{_SMALL})|\(([ai])\s*\))"

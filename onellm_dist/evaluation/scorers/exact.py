@@ -90,7 +90,7 @@ measure_numbers = make_measure("accuracy", match_numbers)
 
 
 def measure_msvd(answers: Sequence[GivenAnswer]) -> list[Measure]:
-    """Both rules: the strict one, and that of the reference's script."""
+    """Score by two rules: the strict one, and that of the reference's script."""
     script = make_measure("accuracy of the reference's script", match_reference_script)
     return [*measure_strict(answers), *script(answers)]
 

@@ -33,7 +33,7 @@ class CloudVolume:
     name: str
     """Name of a PersistentVolumeClaim, or of a volume of SkyPilot."""
     path: str
-    """Where it is mounted."""
+    """Where the volume is mounted."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Adapter(NamedTuple):
 
     scaling: float
     has_magnitude: bool
-    """Whether it is DoRA."""
+    """Whether the adapter is DoRA."""
 
 
 def add_adapters(model: Any, section: LoraSection) -> list[str]:

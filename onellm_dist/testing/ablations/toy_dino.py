@@ -46,7 +46,7 @@ class DinoPretraining:
     kept: int = 96
     """Patches of a view."""
     masked: float = 0.4
-    """Share of them that the student does not see."""
+    """Share of a view's patches that the student does not see."""
     prototypes: int = 256
     momentum: float = 0.99
     """Momentum of the teacher."""

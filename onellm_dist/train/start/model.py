@@ -37,7 +37,7 @@ class PreparedModel:
     parameters: ParameterPlan
     """What trains, and how."""
     parts: list[PartSummary]
-    """The same, part by part."""
+    """What trains, and how, part by part."""
     kernels: KernelChoice
 
 

@@ -1,7 +1,7 @@
 """Filling a model on the meta device for DeepSpeed, which refuses meta tensors (0.19.8).
 
 Under ZeRO-3 each parameter is created, partitioned and freed before the next one is created, so
-that a rank holds its share and one whole parameter at most. The other stages keep whole weights on
+that a rank holds its share and one complete parameter at most. The other stages keep all weights on
 every rank anyway.
 """
 
