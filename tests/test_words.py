@@ -57,7 +57,8 @@ WORDS = {
     "in flight, host copy": r"in[-_ ]flight|InFlight|host[_ ]copy|HostCopy",
     "aside": r"(?m)^(?!.*mov(?:e|es|ed|ing)[ _].*aside).*\baside\b",
     "whole": r"whole checkpoint|newest whole|\bwhole on (?:every|each|all)\b|\bwhole weights\b"
-    r"|\b(?:is|are|was|were|stays?|comes?|lies?|held|read) (?:not )?whole(?:[.,;:)]| again\b)",
+    r"|\b(?:is|are|was|were|stays?|comes?|lies?|held|read) (?:not )?whole"
+    r"(?:[.,;:)]| again\b| on\b)",
     "mend": r"\bmend(?:s|ed|ing)?\b",
     "take over": r"\b(?:take|takes|taken|took|taking) over\b",
     "obeyed": r"\bobey",

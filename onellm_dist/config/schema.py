@@ -34,7 +34,7 @@ class RunSection(Section):
     """The run directory. It receives `config.yaml`, `metrics.jsonl`, `events.jsonl`, `samples/`,
     `checkpoints/`, `tensorboard/` and `exit.json`."""
     seed: int = Field(0, ge=0, lt=1 << 63)
-    """Seed of the sample order, the mixture, augmentation and initialization. Two runs with the
+    """Seed of the sample order, the mixture, augmentation and initialisation. Two runs with the
     same seed and data read the same samples in the same steps."""
 
 

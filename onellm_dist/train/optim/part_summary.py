@@ -36,10 +36,10 @@ class PartSummary(NamedTuple):
     """Biases and norm weights that have no decay, but would have it by the rules."""
 
 
-def summarize_parts(
+def summarise_parts(
     model: nn.Module, optim: OptimSection, plan: ParameterPlan
 ) -> list[PartSummary]:
-    """Summarize the parts of a model.
+    """Summarise the parts of a model.
 
     Args:
         model: its parameters may be on the meta device.

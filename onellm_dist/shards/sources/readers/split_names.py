@@ -276,7 +276,7 @@ def note_train_folders(samples: Mapping[PurePath, int]) -> tuple[str, ...]:
 def note_part_numbers(tables: Iterable[Any]) -> tuple[str, ...]:
     """Make a note of each table of the Hub whose parts are not each there once.
 
-    Missing ones are not refused: a few parts of a large data set may be all that is wanted. Some
+    Missing ones are not refused: a few parts of a large dataset may be all that is wanted. Some
     programs number from 1.
 
     Args:
