@@ -68,7 +68,7 @@ class PackedBatch:
         return [self.input_ids, self.labels, self.weights, *self.values.values(), *counted]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
-        """The same batch with its tensors on `device`."""
+        """Copy the batch's tensors to `device`."""
 
         def move(t: torch.Tensor) -> torch.Tensor:
             return t.to(device, non_blocking=non_blocking)
@@ -93,7 +93,7 @@ class PackedBatch:
         )
 
     def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked memory (the torch DataLoader calls this by name)."""
+        """Copy the batch to page-locked memory (the torch DataLoader calls this by name)."""
         return PackedBatch(
             self.input_ids.pin_memory(),
             self.labels.pin_memory(),

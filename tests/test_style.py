@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,17 @@ LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 DOCUMENTED = 0.95
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+LEANING = re.compile(
+    r"(?:The same|As|Those|These|Its|Their|They|It|And|Both|Trainable ones|The others)\b(?!-)"
+    r"|(?:What|Whether|Where|When|Why|How|With|From|By|Of) (?:it|its|they|their|them|those|these)\b"
+    r"|(?:All|Some|Each|None|Most|Share|Pixels|Digest|Bytes) of (?:it|them|these|those)\b"
+    r"|That of\b|(?:In|On) [^.]{1,20}: the same\b|The question's\."
+)
+"""How a docstring begins that says nothing without the line above it."""
+STANDING = {
+    "data/pair_text.py": "Both texts of a preference sample, end to end.",
+}
+"""Docstrings that begin so, and name everything they are about."""
 
 
 def public_functions() -> Iterator[tuple[str, bool]]:
@@ -81,6 +93,30 @@ def test_public_functions_say_what_they_do() -> None:
     found = dict(public_functions())
     silent = sorted(name for name, said in found.items() if not said)
     assert len(silent) <= (1 - DOCUMENTED) * len(found), silent
+
+
+def docstrings() -> Iterator[tuple[str, int, str]]:
+    """File, line and text of each docstring: of functions, classes, and of the names above them."""
+    for path in modules():
+        for node in nodes(path):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                text = node.value.value
+                if isinstance(text, str):
+                    yield path, node.lineno, text
+
+
+def test_a_docstring_says_something_alone() -> None:
+    leaning = [
+        f"{path}:{line}: {text[:80]}"
+        for path, line, text in docstrings()
+        if LEANING.match(text) and STANDING.get(path) != text
+    ]
+    assert not leaning, "\n".join(leaning)
+
+
+def test_docstrings_that_stand_alone_are_there() -> None:
+    found = {(path, text) for path, _, text in docstrings()}
+    assert STANDING.items() <= found
 
 
 def test_a_class_name_is_used_once() -> None:

@@ -26,8 +26,10 @@ HISTORY = (
 """Files that must name old words: the history, this test, and the answers to old keys."""
 WORDS = {
     "tombstone": r"tombstone",
+    "marks (of the guard)": r"\bmarks\.jsonl|\bsamples? (?:is|are|was|were|be) marked"
+    r"|\bmark(?:s|ed|ing)? (?:a |the |bad |these |those )?samples?\b",
     "ledger": r"\bledger",
-    "guard (of a run)": r"\bguard[._](?:policy|window|threshold|max|stop|state)|\bGuard\b",
+    "guard (of a run)": r"\bguards?\b",
     "leap": r"\bleaps?\b",
     "culprits, suspects, blame": r"culprit|suspect|\bblame",
     "verdict, judge": r"verdict|\bjudge",
@@ -35,10 +37,15 @@ WORDS = {
     "divisor": r"divisor",
     "micro-step": r"micro[-_ ]?steps?\b|MicroStep",
     "dummy": r"\bdumm(?:y|ies)\b",
+    "world, main": r"(?<!_)(?<!toy )\bworlds\b|(?<!toy )(?<![_.])\bworld(?:: int\b|, rank|, workers"
+    r"|\)| workers)|\bfor world in\b|\bis_main\b(?!_process)|\bmain[ _]rank\b",
     "dealt": r"\bdealt\b",
+    "run of a modality": r"\bruns? of (?:a |one |the |each |some )(?:modality|medium)\b"
+    r"|\bruns? of (?:media|modalities)\b|\bmodality_runs\b",
     "Caps, Loads": r"\b(?:Caps|Loads)\b",
     "Segments, cu_q": r"\bcu_[qk]\b|\bmax_[qk]\b|\bSegments\b",
-    "new_segment": r"new_segment",
+    "segment (of a plan)": r"new_segment|\b(?:plan|data)[ _]segments?\b"
+    r"|\bsegments? of (?:a|the) plan\b",
     "text lengths, lengths sidecar": r"text_lengths|lengths? sidecar",
     "slots": r"\bslots?\b",
     "kind (of a sample)": r"\bkinds? of (?:a )?samples?\b",
@@ -49,14 +56,23 @@ WORDS = {
     "settle, linger": r"\bsettle|\blinger",
     "in flight, host copy": r"in[-_ ]flight|InFlight|host[_ ]copy|HostCopy",
     "aside": r"(?m)^(?!.*mov(?:e|es|ed|ing)[ _].*aside).*\baside\b",
+    "whole": r"whole checkpoint|newest whole|\bwhole on (?:every|each|all)\b|\bwhole weights\b"
+    r"|\b(?:is|are|was|were|stays?|comes?|lies?|held|read) (?:not )?whole"
+    r"(?:[.,;:)]| again\b| on\b)",
     "mend": r"\bmend(?:s|ed|ing)?\b",
     "take over": r"\b(?:take|takes|taken|took|taking) over\b",
     "obeyed": r"\bobey",
-    "beat (of a rank)": r"\.beat\(|\bbeats\b(?!_control)",
+    "beat, rest (of a rank)": r"\.beat\(|\bbeats\b(?!_control)|\.rest\(",
     "notice (of the end)": r"\bnotice_s\b|NOTICE|signal[-_]notice|\bnotice\b",
+    "phases of a start": r"\bphases? of (?:a|the|its|each|every|one) (?:\w+ )?start\b"
+    r"|\bstart[ _]phases?\b|\bstart-?up phases?\b",
+    "spec (of a source)": r"\b(?:raw|sample|split)[ _]specs?\b"
+    r"|\bspecs? of (?:a |the )?(?:sample|split)",
     "Found, Became, Told, Tries, Needs, Opened": r"\bclass (?:Found|Became|Use|Look|Seen|Told|Tries"
     r"|Needs|Writing|Written|Opened|Candidate|Group|Layout|Crew|Claim|Unit|Outcome)\b(?!\(enum)",
     "crew": r"\bcrew",
+    "claim, unit": r"\bclaim(?:s|ed|ing)? (?:a |an |the |its )?(?:shards?|tasks?|units?|work)\b"
+    r"|\bclaims?/|\b(?:build|shard|work) units?\b|\bunits? of (?:work|a build|the build)\b",
     "adopt": r"\badopt",
     "catalogue, Place": r"\bcatalogue|\bPlace\b",
     "say=, tell": r"\bsay=|(?<![.\w])_tell|\btold\b|\btells\b",
@@ -65,12 +81,14 @@ WORDS = {
     "is no number": r"(?<!there )\b(?:is|are|was|were) no (?!longer|better|more|problem|way|limit"
     r"|reason|place)\w+",
     "where not given": r"where (?:not|none is) given",
-    "go on": r"\b(?:goes|go|going|went) on (?:with|from|where)\b",
-    "whole checkpoint": r"whole checkpoint|newest whole",
+    "go on": r"\b(?:goes|go|going|went|gone) on (?:with|from|where)\b"
+    r"|\b(?:runs?|starts?|ranks?|training|process|others?|answers?|cannot|can|must|may)"
+    r" (?:goes|go|went|gone) on\b",
+    "on the way": r"\b(?:ended|killed|stopped|interrupted)(?: and \w+)? on the way\b",
+    "how equal": r"\bhow equal\b|what a run tells",
     "one behind the other": r"one behind the other",
 }
 CASE_MATTERS = {
-    "guard (of a run)",
     "Caps, Loads",
     "Segments, cu_q",
     "notice (of the end)",

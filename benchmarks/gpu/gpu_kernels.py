@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from gpu_record import Record, synchronize
+from gpu_record import Record, synchronise
 from gpu_steps import STAGE1, run_step
 from gpu_workload import Workload
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -40,7 +40,7 @@ def measure_kernels(record: Record, work: Workload) -> None:
     model, on_gpu = work.build(STAGE1), work.device.type == "cuda"
     batch = work.make_batch(work.make_stage1()[0])
     run_step(model, [batch], work)
-    synchronize()
+    synchronise()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with ExitStack() as stack:
         for name in PARTS:
@@ -48,7 +48,7 @@ def measure_kernels(record: Record, work: Workload) -> None:
         profiler = stack.enter_context(profile(activities=activities))
         started = time.perf_counter()
         run_step(model, [batch], work)
-        synchronize()
+        synchronise()
         wall = time.perf_counter() - started
     by_part: dict[str, float] = defaultdict(float)
     by_kind: dict[str, float] = defaultdict(float)

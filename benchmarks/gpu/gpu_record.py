@@ -84,7 +84,7 @@ def make_page(figures: dict[str, dict[str, Any]]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def synchronize() -> None:
+def synchronise() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -94,12 +94,12 @@ def clock(run: Callable[[], Any], repeats: int = 5, warm: int = 2) -> float:
     """Median seconds of a call, the device's work included."""
     for _ in range(warm):
         run()
-    synchronize()
+    synchronise()
     found = []
     for _ in range(repeats):
         started = time.perf_counter()
         run()
-        synchronize()
+        synchronise()
         found.append(time.perf_counter() - started)
     return statistics.median(found)
 

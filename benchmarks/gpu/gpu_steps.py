@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_record import Record, clock, free_memory, get_peak_gib, synchronize
+from gpu_record import Record, clock, free_memory, get_peak_gib, synchronise
 from gpu_workload import Setting, Workload
 from torch.nn import functional
 
@@ -164,7 +164,7 @@ def measure_reference(record: Record, work: Workload) -> None:
                 loss = model(packed=batch.to(work.device)).loss / samples
                 loss.item()
                 loss.backward()
-                synchronize()
+                synchronise()
                 for parameter in model.parameters():
                     parameter.grad = None
 

@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def run_section(record: Record, work: Workload, name: str, section: Section) -> bool:
-    """Measure a section; one that fails is recorded, and the others go on. Returns if it failed."""
+    """Measure a section and return if it failed: a failure is recorded, and the others continue."""
     try:
         section(record, work)
     except Exception as error:  # a figure less, and not all that follow

@@ -18,7 +18,7 @@ def chat(
     prompt_format: Annotated[
         str, typer.Option("--format", help="Prompt format: auto, chat, conversation or raw.")
     ] = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Users who are answered together.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Number of users answered in one batch.")] = 8,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of the longest answer that can be asked for.")
     ] = 512,

@@ -285,7 +285,7 @@ def convert_inspect(
 def convert_publish(
     folder: Annotated[Path, typer.Argument(help="A onellm directory.")],
     repository: Annotated[
-        str, typer.Option("--repo", help="Where it shall go on the Hub: OWNER/NAME.")
+        str, typer.Option("--repo", help="Repository on the Hub: OWNER/NAME.")
     ] = "OWNER/NAME",
     load: Annotated[
         bool, typer.Option(help="Also load it in a process without onellm_dist (all its weights).")

@@ -208,7 +208,7 @@ def run_publish(folder: Path, repository: str, *, load: bool) -> int:
 
     Args:
         folder: a onellm directory.
-        repository: where it shall go.
+        repository: OWNER/NAME on the Hub.
         load: whether to load it without this package.
 
     Returns:

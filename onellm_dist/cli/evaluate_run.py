@@ -83,7 +83,7 @@ class LeftCheckpoint(NamedTuple):
     """A checkpoint that has tasks to answer."""
 
     name: str
-    """With its checksum."""
+    """Name of the checkpoint, checksum included."""
     folder: Path
     tasks: list[str]
 
@@ -174,7 +174,7 @@ def _evaluate(
     started, out = time.monotonic(), get_folder(run, left.name)
     model = out / "model"
     out.mkdir(parents=True, exist_ok=True)
-    if not model.exists():  # it gets its name once it is whole
+    if not model.exists():  # it gets its name once it is complete
         run_convert("run", left.folder, model, None, {}, workers=None, overwrite=False)
     arguments = [str(model), *left.tasks, "--data", str(data), "--out", str(out)]
     code = _start_evaluate([*arguments, *list_options(config, section)], ranks, out)

@@ -105,7 +105,9 @@ def plan(
     as_json: AsJson = False,
     calibrate: Calibrate = False,
 ) -> None:
-    """Predict what a run needs and takes: memory by part, samples/s, MFU, traffic, hours, energy.
+    """Predict what a run needs and how long it takes.
+
+    The plan has memory by part, samples/s, MFU, traffic, hours and energy.
 
     Nothing is started, and neither data nor a GPU is needed. The exit code is
     1 if the run would not fit into the memory of its GPUs.

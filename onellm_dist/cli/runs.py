@@ -59,7 +59,7 @@ def train(
         typer.Option(
             "--show",
             help="Start nothing: print every key with its value and where that comes from, the "
-            "table of parameters, the samples of the first steps, and what a run needs and takes. "
+            "table of parameters, the samples of the first steps, and what a run needs. "
             "The exit code is 2 if a start would be refused.",
         ),
     ] = False,

@@ -25,7 +25,7 @@ class PlacedMedium(NamedTuple):
     """Where a medium stands in its text."""
 
     number: int
-    """Its number among the sample's media."""
+    """Number of the medium among the sample's media."""
     place: int
     """How many text tokens stand before it, BOS included."""
 

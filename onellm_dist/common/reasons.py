@@ -16,7 +16,7 @@ ALIKE = 0.9
 """Share of the reasons that are the same where samples fail alike."""
 
 
-def normalize_reason(reason: str) -> str:
+def normalise_reason(reason: str) -> str:
     """A reason without the sample's id, addresses and numbers, so that equal faults are equal."""
     text = reason.split(": ", 1)[1] if re.match(r"[^ ]*/[^ ]*@\d+: ", reason) else reason
     text = re.sub(r"0x[0-9a-f]+", "0x...", text)
@@ -33,7 +33,7 @@ def find_shared_reason(reasons: Iterable[str]) -> str | None:
         The normalised reason, or what stands before its first colon: reasons begin with their
         category.
     """
-    known = list(map(normalize_reason, reasons))
+    known = list(map(normalise_reason, reasons))
     for kinds in (Counter(known), Counter(reason.partition(":")[0] for reason in known)):
         common, count = kinds.most_common(1)[0] if kinds else ("", 0)
         if len(known) >= MIN_SAMPLES and count >= ALIKE * len(known):

@@ -1,4 +1,4 @@
-"""Which keys of a recipe an unknown key may stand for: it is misspelt, misplaced or of 0.1.0."""
+"""Which keys of a recipe an unknown key may stand for: it is misspelled, misplaced or of 0.1.0."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class RecipeFile:
     path: Path
     text: str
     values: dict[str, Any]
-    """Its sections without `base`, not validated yet."""
+    """The file's sections without `base`, not validated yet."""
     base: str | None
     """The recipe on which it is built, as written; None if it is complete by itself."""
 
@@ -67,7 +67,7 @@ def find_recipe(recipe: Path | str) -> Path:
 
 
 def list_recipe_names() -> list[str]:
-    """Return the names of the recipes that ship."""
+    """Return the names of the included recipes."""
     known = recipes_dir()
     return sorted(str(p.relative_to(known).with_suffix("")) for p in known.rglob("*.yaml"))
 

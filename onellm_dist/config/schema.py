@@ -34,7 +34,7 @@ class RunSection(Section):
     """The run directory. It receives `config.yaml`, `metrics.jsonl`, `events.jsonl`, `samples/`,
     `checkpoints/`, `tensorboard/` and `exit.json`."""
     seed: int = Field(0, ge=0, lt=1 << 63)
-    """Seed of the sample order, the mixture, augmentation and initialization. Two runs with the
+    """Seed of the sample order, the mixture, augmentation and initialisation. Two runs with the
     same seed and data read the same samples in the same steps."""
 
 
@@ -103,7 +103,7 @@ class ValidationSection(Section):
     tasks_data: LocalPath | None = None
     """Folder of their datasets (`gqa-eval/` and so on). Default: `data.root`."""
     tasks_limit: PositiveInt | None = None
-    """Only the first questions of each of them. Default: all."""
+    """How many questions of each task are asked, from the first on. Default: all."""
 
 
 class DataSection(Section):
@@ -213,7 +213,7 @@ class EngineSection(Section):
     `zero3`."""
     frozen: Literal["auto", "sharded", "resident"] = "auto"
     """Where weights that do not train lie. `sharded`: over the ranks like all others; they are
-    gathered in every micro-batch. `resident`: whole on every rank, without that traffic (FSDP2;
+    gathered in every micro-batch. `resident`: complete on every rank, without that traffic (FSDP2;
     ZeRO-1 and 2 always do so, ZeRO-3 never). `auto`: each start asks the planner, which says
     `resident` where a step is faster and a tenth of the memory stays free (`onellm plan` shows it);
     `sharded` on devices that the planner does not know, such as processors."""
@@ -222,8 +222,8 @@ class EngineSection(Section):
     `train.precision`. `fp8`: float8 (e4m3) and a scale for each row; inputs are rounded likewise,
     and GPUs of compute capability 8.9 and above multiply in float8. `int8`: 8 bits and a scale for
     each row. `nf4`: 4 bits and a scale for each 64 weights (QLoRA, arXiv 2305.14314). The last two
-    need torchao, and are expanded wherever they are used. Weights that are not plain are whole on
-    every rank under any engine, and checkpoints do not hold them."""
+    need torchao, and are expanded wherever they are used. Weights that are not plain are
+    complete on every rank under any engine, and checkpoints do not hold them."""
     shard_ranks: PositiveInt | None = None
     """`fsdp` only: number of neighbouring ranks (usually those of a node) that share one copy of
     the model; each such group holds a complete copy. Default: all ranks share one copy."""
@@ -245,7 +245,7 @@ class EngineSection(Section):
         if self.frozen_weights != "plain" and self.frozen == "sharded":
             raise ValueError(
                 f"engine.frozen=sharded with engine.frozen_weights={self.frozen_weights}: "
-                "quantised weights are whole on every rank; set engine.frozen=auto"
+                "quantised weights are complete on every rank; set engine.frozen=auto"
             )
         return self
 
@@ -327,7 +327,7 @@ class StabilitySection(Section):
     """The run ends if no rank makes progress within a step for this many minutes; the stack of
     every rank is written to `hangs/`. 0 turns the watchdog off."""
     first_step_minutes: float = Field(30.0, gt=0)
-    """Minutes without progress that are allowed in each phase of a start, the first step included
+    """Minutes without progress that are allowed in each part of a start, the first step included
     (kernels compile, caches are cold)."""
     checkpoint_minutes: float = Field(30.0, gt=0)
     """Minutes that a checkpoint or an export may take while training waits for it."""

@@ -1,7 +1,7 @@
 """What a recipe with wrong keys says all the same: the sections and values that are valid.
 
 What they name can be looked for before the wrong keys are fixed. Nothing is guessed: a value or
-section whose key may be the one that was misspelt, or put into another section, is not taken for
+section whose key may be the one that was misspelled, or put into another section, is not taken for
 its default.
 """
 

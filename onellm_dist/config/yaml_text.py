@@ -47,11 +47,11 @@ class Plain:
     """A scalar without quotes."""
 
     text: str
-    """As it was typed."""
+    """The scalar as it was typed."""
 
     @property
     def value(self) -> bool | int | float | str | None:
-        """What it stands for where a key takes truth values or numbers; else the text."""
+        """The truth value or number that the scalar stands for; the text where it is neither."""
         lower = self.text.lower()
         if lower in _CONSTANTS:
             return _CONSTANTS[lower]
@@ -66,7 +66,7 @@ class Plain:
 
     @property
     def free_value(self) -> bool | int | float | str | None:
-        """What it stands for where a key takes any value: YAML 1.2, but only what loses nothing.
+        """The scalar's value where a key takes any type: YAML 1.2, but only what loses nothing.
 
         `007`, `1_000`, `0o17`, `12:30:00` and `8e42137` are texts.
         """
@@ -82,7 +82,7 @@ class Plain:
 
     @property
     def has_two_meanings(self) -> bool:
-        """Whether it is a truth value in YAML 1.1, and a text in YAML 1.2."""
+        """Whether the scalar is a truth value in YAML 1.1, and a text in YAML 1.2."""
         return self.text.lower() in _TWO_MEANINGS
 
 

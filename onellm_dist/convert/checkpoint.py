@@ -222,7 +222,7 @@ def cast_tensors(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 
 
 def add_prefix(tensors: Tensors, prefix: str) -> Tensors:
-    """The same tensors, with `prefix` before every name."""
+    """Return the tensors with `prefix` before every name."""
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from onellm_dist.common.counts import format_count
 from onellm_dist.config.schema import DataSection, RunConfig
-from onellm_dist.data.mixture import quantize_weights
+from onellm_dist.data.mixture import quantise_weights
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 
 SPLIT = "train"
@@ -48,7 +48,7 @@ def describe_length(data: DataSection, datasets: Sequence[Dataset], steps: int) 
     """
     sizes = [dataset.samples(SPLIT) for dataset in datasets]
     read = steps * data.global_batch
-    counts = quantize_weights([entry.weight for entry in data.mixture])
+    counts = quantise_weights([entry.weight for entry in data.mixture])
     passes = ", ".join(
         f"{dataset.name} {read * count / sum(counts) / size:.3g}"
         for dataset, size, count in zip(datasets, sizes, counts, strict=True)

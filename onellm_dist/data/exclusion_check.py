@@ -29,7 +29,7 @@ class UnusedEntries:
     similar: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """Both kinds in words; "" where every entry leaves something out."""
+        """Describe both kinds of entries; "" where every entry leaves something out."""
         texts: list[str] = []
         if self.other_datasets:
             count = sum(self.other_datasets.values())

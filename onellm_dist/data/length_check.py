@@ -113,7 +113,7 @@ def _limit_positions(positions: int) -> Limit:
 def _find_too_large_varied(
     corpus: Corpus, number: int, positions: int | None
 ) -> Iterator[UsageError]:
-    """As `_find_too_large`, of a dataset whose samples differ in media or spans.
+    """Find too large samples of a dataset whose samples differ in media or spans.
 
     Sizes of media are read of those samples alone that might be too large.
     """
@@ -185,7 +185,7 @@ def _may_be_too_large(corpus: Corpus, number: int, positions: int | None) -> boo
 def _find_too_large_pairs(
     corpus: Corpus, number: int, positions: int | None
 ) -> Iterator[UsageError]:
-    """As `_find_too_large`, of preference pairs: both texts of a pair stand in one micro-batch."""
+    """Find too large preference pairs: both texts of a pair stand in one micro-batch."""
     if not _may_be_too_large(corpus, number, positions):
         return
     budget = read_budget(corpus.config)

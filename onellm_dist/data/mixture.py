@@ -39,7 +39,7 @@ class Mixture:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        self._fill(quantize_weights(weights))
+        self._fill(quantise_weights(weights))
 
     @classmethod
     def from_counts(cls, counts: Sequence[int]) -> Mixture:
@@ -113,7 +113,7 @@ class _LaidOutPeriod:
         return counts
 
 
-def quantize_weights(weights: Sequence[float]) -> list[int]:
+def quantise_weights(weights: Sequence[float]) -> list[int]:
     """Return integers in the ratio of the weights.
 
     They are exact if all weights are integers, or if their reduced integers add up to at most

@@ -42,7 +42,7 @@ def derive_key(*labels: object) -> int:
 
 
 def mix(words: Words) -> Words:
-    """Apply SplitMix64's finalizer: a bijection that scatters neighbours (Steele et al. 2014)."""
+    """Apply SplitMix64's finaliser: a bijection that scatters neighbours (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,6 +1,6 @@
 """Packing: the samples of a step into micro-batches, within two token budgets and balanced on cost.
 
-Samples stay whole, and there is no padding. Every rank gets the same number of micro-batches, the
+No sample is split, and nothing is padded. Every rank gets the same number of micro-batches, the
 smallest number for which a balanced packing was found; a rank may receive no samples for a
 micro-batch. The result is pure and deterministic: integers throughout, ties broken by position.
 """

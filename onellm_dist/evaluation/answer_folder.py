@@ -38,11 +38,11 @@ class WrittenAnswer:
     """One line of a file of answers."""
 
     id: str
-    """The question's."""
+    """Identifier of the question."""
     prompt: str
     """Everything the model read as text."""
     answer: str
-    """What it said, without special tokens, cut at the stop string."""
+    """The model's answer, without special tokens, cut at the stop string."""
     tokens: int
     """New tokens, those that ended the answer included."""
     ended: str

@@ -54,7 +54,7 @@ class ReadMedium:
     content: Mapping[str, str]
     """Modality -> what identifies its content."""
     picture: bytes | None = None
-    """A PNG of it for people, if it was asked for."""
+    """A PNG of the medium for people, if it was asked for."""
 
 
 class SplitCounts(NamedTuple):
@@ -65,7 +65,7 @@ class SplitCounts(NamedTuple):
     there: int
     """What the dataset was built from; media that could not be read are counted too."""
     readable: int | None
-    """Those whose media the dataset has; None: not counted."""
+    """Questions whose media the dataset has; None: not counted."""
 
 
 def list_media(

@@ -32,11 +32,11 @@ class Grade:
     """One line."""
 
     id: str
-    """The question's."""
+    """Identifier of the question."""
     model: str
-    """Who graded."""
+    """Model that graded."""
     prompt: str
-    """Digest of what it was asked."""
+    """Digest of what the grader was asked."""
     value: float
     """From 0 to 1."""
     reply: str

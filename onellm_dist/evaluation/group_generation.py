@@ -31,7 +31,7 @@ from onellm_dist.model.generation.sampling import RowSampling, choose_tokens
 
 LEADER = 0
 HOSTS_TIMEOUT = timedelta(hours=3)
-"""The others wait so long for the first rank, which reads media between batches. The end of its
+"""How long the other ranks wait for the first, which reads media between batches. The end of its
 process they see at once, as its connections are closed; not that of its node."""
 
 

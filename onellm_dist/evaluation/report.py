@@ -72,7 +72,7 @@ class ModalityResult:
     splits: Mapping[str, SplitResult]
 
 
-def summarize_captions(
+def summarise_captions(
     captions: Sequence[Caption], candidates: Mapping[str, Sequence[str]]
 ) -> list[ModalityResult]:
     """Score captions by modality and split, in the order of their first appearance.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onellm_dist.evaluation.report import Caption, ModalityResult, summarize_captions
+from onellm_dist.evaluation.report import Caption, ModalityResult, summarise_captions
 from onellm_dist.shards.sources.toyworld import world
 
 SPLITS = ("test_seen", "test_held_out")
@@ -13,7 +13,7 @@ SPLITS = ("test_seen", "test_held_out")
 
 def score_toy_captions(captions: Sequence[Caption]) -> list[ModalityResult]:
     """Score captions beside a shuffled control and a caption drawn evenly from all of them."""
-    return summarize_captions(captions, get_every_caption())
+    return summarise_captions(captions, get_every_caption())
 
 
 def get_every_caption() -> dict[str, list[str]]:

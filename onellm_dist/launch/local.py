@@ -50,7 +50,7 @@ def launch_local(
         logs: folder of the ranks' output; made if missing.
         env: their environment, to which the variables of a launcher are added; default: that of
             this process.
-        independent: whether each rank goes on when another one has failed.
+        independent: whether each rank continues when another one has failed.
 
     Returns:
         0, or the exit code of the first rank that failed (1 if a signal ended it).

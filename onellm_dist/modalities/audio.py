@@ -119,7 +119,7 @@ class AudioModality(Modality):
         return MediaSize(seconds=measure_sound(parts["audio"]))
 
     def count_spans(self, size: MediaSize, most: int) -> int:
-        """One for each window of 10.24 s; a rest of less than a second has none."""
+        """One span for each window of 10.24 s; a rest of less than a second has none."""
         windows = math.floor(max(0.0, size.seconds - SHORTEST_REST) / WINDOW_SECONDS) + 1
         return min(most, windows)
 

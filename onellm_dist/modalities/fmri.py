@@ -48,7 +48,7 @@ class FmriModality(Modality):
     | model input | [1, 15724], in the file's units (NSD's betas); nothing is normalised |
     | encoder tokens | 8 and the class token |
 
-    *Units.* The model learns from the numbers as they are, so all files of a data set must use the
+    *Units.* The model learns from the numbers as they are, so all files of a dataset must use the
     same units: z-scores, as MindEye's files have, or percent signal change. Values beyond 1000 are
     neither, and are refused. So are whole numbers: NSD's own files hold percent times 300 as 16-bit
     integers. `{"fmri_scale": 300}` in the sample's json says so, or `-o describe=fmri_scale=300`
@@ -116,7 +116,7 @@ class FmriModality(Modality):
         return draw_heatmap(rows, (448, 216), signed=True)
 
     def draw_value(self, value: torch.Tensor) -> Image.Image:
-        """As `preview`."""
+        """Draw a value as `preview` draws a raw scan."""
         return self.preview(value[0].numpy())
 
 

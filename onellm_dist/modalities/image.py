@@ -79,7 +79,7 @@ class ImageModality(PixelModality):
         return start.startswith(_JPEG)
 
     def count_spans(self, size: MediaSize, most: int) -> int:
-        """One, or one for the whole picture and one for each tile of the best grid."""
+        """One span, or one for the whole picture and one for each tile of the best grid."""
         columns, rows = choose_grid(size.width, size.height, range(1, most))
         return 1 + columns * rows if columns * rows > 1 else 1
 

@@ -168,7 +168,7 @@ class ImuModality(Modality):
         return _draw_signal(raw.signal)
 
     def draw_value(self, value: torch.Tensor) -> Image.Image:
-        """As `preview`, of the two seconds at 200 Hz."""
+        """Draw the two seconds at 200 Hz as `preview` draws a raw window."""
         return _draw_signal(value.numpy())
 
 

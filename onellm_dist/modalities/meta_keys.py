@@ -15,7 +15,7 @@ class MetaKey:
     """
 
     help: str
-    """What it says of the media."""
+    """What the key says of the media."""
     parse: Callable[[str], Any]
     """From the text of a command line to the value in the `.json`; ValueError if it is none."""
 

@@ -91,7 +91,7 @@ class VideoModality(Modality):
         return measure_film(parts["video"])
 
     def count_spans(self, size: MediaSize, most: int) -> int:
-        """One for each 10 seconds of the film."""
+        """One span for each 10 seconds of the film."""
         return max(1, min(most, math.ceil(size.seconds / STRETCH_SECONDS)))
 
     def decode_spans(

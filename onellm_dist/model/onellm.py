@@ -99,7 +99,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         """Passes through the encoder that are left out where they are empty
         (`modality_tokens.find_idle_passes`)."""
         self.generation_settings: Mapping[str, Any] | None = None
-        """As in the `generation_config.json` of the model's folder (`open_model`)."""
+        """Values of the `generation_config.json` of the model's folder (`open_model`)."""
         self.post_init()  # type: ignore[no-untyped-call]  # transformers has no annotation
         whole = {*(self._no_split_modules or ()), *list_layer_classes(self.llm)}
         self._no_split_modules = sorted(whole)
@@ -310,7 +310,7 @@ class OneLLMForConditionalGeneration(KeepsSums, WorksInTrainers, PreTrainedModel
         )
 
     def encode_packed(self, batch: PackedBatch) -> Encoded:
-        """As `encode`, of the values of a pack."""
+        """Encode the values of a pack, see `encode`."""
         return self.encode(batch.values, list_span_numbers(batch.modalities, batch.span_numbers))
 
     def compute_packed_logits(

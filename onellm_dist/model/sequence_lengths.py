@@ -74,7 +74,7 @@ class SequenceLengths:
         return cls(q, k, cu_seqlens_q, _accumulate(k, device))
 
     def to(self, device: Any, *, non_blocking: bool = False) -> SequenceLengths:
-        """The same lengths on another device (accelerate calls it, as it does a tensor's).
+        """Copy the lengths to another device (accelerate calls it, as it does a tensor's).
 
         Args:
             device: as of torch.

@@ -15,7 +15,7 @@ ASSUMED_GPU = "h100"
 
 
 def describe_briefly(recipe: Path | str, overrides: Sequence[str]) -> list[str]:
-    """Say what a run needs and takes, or why that is not known. Nothing is refused.
+    """Say what a run needs and how long it takes, or why that is not known. Nothing is refused.
 
     Args:
         recipe: a file, or the name of a recipe that ships.

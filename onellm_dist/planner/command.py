@@ -1,4 +1,4 @@
-"""`onellm plan`: says what a run needs and takes before it is queued."""
+"""`onellm plan`: predicts what a run needs and how long it takes, before it is queued."""
 
 from __future__ import annotations
 

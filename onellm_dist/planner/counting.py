@@ -48,7 +48,7 @@ class OperationKey(NamedTuple):
     """An operation of a micro-batch; packs of any size have the same ones."""
 
     part: str
-    """As `ModuleLabels` names it."""
+    """Part of the model, by its name in `ModuleLabels`."""
     phase: str
     """`forward`, `recompute` or `backward`."""
     name: str
@@ -68,7 +68,7 @@ class Work(NamedTuple):
 
 @dataclass
 class PackCount:
-    """What one micro-batch does and keeps, on one rank with whole weights."""
+    """What one micro-batch does and keeps, on one rank with complete weights."""
 
     operations: dict[OperationKey, Work] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))

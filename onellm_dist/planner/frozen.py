@@ -1,6 +1,6 @@
 """Where weights that do not train lie, if `engine.frozen` is `auto`: sharded, or on every rank.
 
-Whole on every rank they need more memory, and no traffic. Numbers and checkpoints are the same.
+Complete on every rank, they need more memory, and no traffic. Numbers and checkpoints are the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from onellm_dist.train.engine.frozen import list_placements
 WORTH = 0.005
 """Share of a step that must be gained before memory is spent on it."""
 FULLEST = 0.9
-"""Share of a device that a run may fill with weights whole on every rank, if nobody asked for that:
+"""Share of a device that a run may fill with all weights on every rank, if nobody asked for that:
 memory is predicted within some percent, and no start shards them again after an out-of-memory."""
 
 
@@ -60,11 +60,11 @@ def decide_placement(planner: Planner, config: RunConfig) -> Placement | None:
         return Placement(sharded, "keeping them on every rank would not make a step faster")
     memory = planner.compute_memory(resident)
     if not memory.fits:
-        return Placement(sharded, "whole on every rank, they would not fit")
+        return Placement(sharded, "on every rank, they would not fit")
     if not suits_start(config, resident, memory):
         return Placement(
             sharded,
-            f"whole on every rank, they would leave less than {1 - FULLEST:.0%} of the memory free",
+            f"on every rank, they would leave less than {1 - FULLEST:.0%} of the memory free",
         )
     return Placement(
         resident, f"they fit, and a step takes {after:.3g} s in place of {before:.3g} s"

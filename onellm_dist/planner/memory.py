@@ -35,7 +35,7 @@ class ParameterCounts:
     frozen: int
     trainable: int
     largest_unit: int
-    """Those of the largest module that engines gather at once."""
+    """Parameters of the largest module that engines gather at once."""
     quantised: int = 0
     """Frozen weights that are quantised; `frozen` does not count them."""
     stacks: tuple[tuple[BlockSize, ...], ...] = ()
@@ -43,7 +43,7 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All parameters, frozen, trainable and quantised."""
         return self.frozen + self.trainable + self.quantised
 
     def to_json(self) -> dict[str, int]:
@@ -158,7 +158,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """All memory."""
         return (
             self.state.device
             + sum(self.activations.values())

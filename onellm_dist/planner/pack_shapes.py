@@ -25,7 +25,7 @@ class SampleShape:
     text_tokens: int
     """Tokens of its text, BOS included."""
     supervised_tokens: int
-    """Those that are training targets."""
+    """Text tokens that are training targets."""
     answers: int = 1
     """2: a preference pair, whose counts are those of both texts."""
 

@@ -86,7 +86,7 @@ class CheckpointPlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run needs and takes."""
+    """What a run needs and how long it takes."""
 
     parameters: ParameterCounts
     memory: MemoryPlan

@@ -129,7 +129,7 @@ class StepTime:
     communication: float
     """All collectives, whether hidden or not."""
     exposed: float
-    """Those that computation does not hide."""
+    """Collectives that computation does not hide."""
     optimizer: float
     tail: float
     """After the step, while the device is idle."""

@@ -129,7 +129,7 @@ def _fits(key: str, value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number of a sensible size; NaN is not."""
+    """Whether a value is a number of a sensible size; NaN is not."""
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)

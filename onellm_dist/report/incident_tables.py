@@ -24,7 +24,7 @@ class IncidentTable:
     """One table of the section."""
 
     short: str
-    """What it lists, for the sentence that names what was not recorded."""
+    """What the table lists, for the sentence that names what was not recorded."""
     title: str
     head: tuple[str, ...]
     rows: list[tuple[Any, ...]]

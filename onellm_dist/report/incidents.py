@@ -41,7 +41,7 @@ class SlowStep:
     step: int
     seconds: float
     times: float
-    """Its seconds as a multiple of the median."""
+    """Seconds of the step as a multiple of the median."""
     waited: float
     """Share of the step spent waiting for data."""
     start: int

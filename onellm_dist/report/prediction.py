@@ -46,7 +46,7 @@ class Prediction:
     """The latest start that trained, as the planner sees it."""
 
     device: str
-    """Its ranks and what they run on."""
+    """Number of ranks, and what they run on."""
     constants: str
     """Date of the device's constants, and whether they were measured."""
     figures: tuple[PredictedFigure, ...] = ()

@@ -95,7 +95,7 @@ def _fill_latest_end(records: RunRecords, start: Start, seen: float) -> None:
 
 
 def _seems_alive(records: RunRecords, start: Start) -> bool:
-    """Whether it seems to be running although no lock says so.
+    """Whether a start seems to be running although no lock says so.
 
     Something was written lately, or the job script began lately and no rank holds the directory
     yet.

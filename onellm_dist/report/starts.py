@@ -69,7 +69,7 @@ class Start:
     trained_at: float | None = None
     """When everything was built and the first step was about to begin."""
     steps: list[Entry] = field(default_factory=list)
-    """Its valid lines of `metrics.jsonl`."""
+    """Valid lines of `metrics.jsonl` that this start wrote."""
     repeats: tuple[int, float] | None = None
     """Steps of earlier starts, and their seconds, that this one reports it has to repeat; None if
     it reports nothing."""

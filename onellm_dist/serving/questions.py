@@ -23,7 +23,7 @@ class AskedQuestion:
     files: Sequence[tuple[str, Path]]
     """(modality, file) pairs."""
     line: int | None = None
-    """Its line in the file that it stands in."""
+    """Line of the question in its file."""
     adapter: str = ""
     """Name of the adapter that answers it; "": the model alone."""
 

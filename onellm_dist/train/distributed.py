@@ -116,7 +116,7 @@ class Distributed:
         """What the other ranks raise: the error's own class may not be pickled."""
         return OneLLMError(
             f"rank {self.rank} failed: {type(error).__name__}: {get_first_line(error)}",
-            "the others cannot go on without it.",
+            "the others cannot continue without it.",
             "see what that rank says.",
         )
 

@@ -3,7 +3,7 @@
 The ranks of a start are split into groups of equal size. Each group has a process group of its own,
 whose store its first rank holds. They find each other by files of a folder that all ranks see: the
 first one calls, the others answer with the names of their hosts, and it says where it listens. So a
-group needs no other one, neither to begin nor to go on.
+group needs no other one, neither to begin nor to continue.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class _Meeting:
     address: str
     port: int
     is_on_one_machine: bool
-    """Whether all of them are: launchers may hand neighbouring ranks to different machines."""
+    """Whether all ranks of the group are: launchers may hand neighbouring ones to different
+    machines."""
 
 
 @contextmanager

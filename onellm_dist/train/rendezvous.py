@@ -23,7 +23,7 @@ LOOPBACK = "127.0.0.1"
 ONE_MACHINE_S = 300.0
 """Seconds that ranks of one machine wait for each other: something has started them together."""
 MACHINES_S = 900.0
-"""The same for several machines, whose imports may take minutes on a cold network disk."""
+"""Seconds that ranks of several machines wait: imports may take minutes on a cold network disk."""
 FIRST_WORD_S = 5.0
 """Seconds after which a rank says whom it waits for; after that, once a minute."""
 SHOWN_RANKS = 8

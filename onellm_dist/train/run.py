@@ -79,7 +79,7 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
     section = config.data.validation
     answers = section is not None and bool(section.tasks)  # checkpoints, after the training
     if count == 1 and not config.data.finds_budgets and not answers:
-        # else somebody must start the rank again, or go on when it has ended
+        # else somebody must start the rank again, or continue when it has ended
         run_rank(recipe, overrides, Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port()))
     return _run_local_ranks(recipe, overrides, config.run.dir, count)
 

@@ -117,7 +117,7 @@ class Trainer:
                 variables say, else one rank.
             callbacks: callbacks beside those of the recipe.
             process: given by a process that does nothing but train; default: the calling process
-                goes on whatever happens.
+                is never ended.
 
         Raises:
             UsageError: the recipe asks for something that does not exist or is not possible.

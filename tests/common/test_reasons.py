@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from onellm_dist.common.reasons import find_shared_reason, normalize_reason
+from onellm_dist.common.reasons import find_shared_reason, normalise_reason
 
 
 def test_equal_faults_have_equal_reasons() -> None:
     one = "cc/train-000001/000000017@0: unreadable audio: RuntimeError: at 0x7ffe12 byte 17"
     other = "cc/train-000003/000000917@2: unreadable audio: RuntimeError: at 0x7aae12 byte 9"
-    assert normalize_reason(one) == normalize_reason(other)
-    assert normalize_reason(one) == "unreadable audio: RuntimeError: at Nx... byte N"
+    assert normalise_reason(one) == normalise_reason(other)
+    assert normalise_reason(one) == "unreadable audio: RuntimeError: at Nx... byte N"
 
 
 @pytest.mark.parametrize(

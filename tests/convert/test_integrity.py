@@ -85,7 +85,7 @@ def test_flipped_bits_of_a_written_folder_are_found(tmp_path: Path) -> None:
 
 
 def _names_other_files(sums: Path) -> bool:
-    """Whether a flip in the list made it name a file that is not there: the weights are whole."""
+    """Whether a flip made the list name a file that is not there: the weights are complete."""
     try:
         names = {line.split("  ", 1)[1] for line in sums.read_text().splitlines()}
     except (IndexError, UnicodeDecodeError):

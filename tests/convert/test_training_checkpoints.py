@@ -167,7 +167,7 @@ def test_a_run_that_is_not_complete_or_lost_its_base(tmp_path: Path) -> None:
         )
 
 
-def save_zero(folder: Path, stage: int, world: int) -> None:
+def save_zero(folder: Path, stage: int, world_size: int) -> None:
     """A ZeRO checkpoint as DeepSpeed 0.19.8 lays it out: its zero_to_fp32 reads it too."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
@@ -176,28 +176,28 @@ def save_zero(folder: Path, stage: int, world: int) -> None:
     names = list(weights)
     groups = [names[: len(names) // 2], names[len(names) // 2 :]]
     shapes = [{n: weights[n].shape for n in group} for group in groups]
-    ranks: list[list[torch.Tensor]] = [[] for _ in range(world)]
+    ranks: list[list[torch.Tensor]] = [[] for _ in range(world_size)]
     for group in groups:
         if stage == 3:
-            for rank in range(world):
+            for rank in range(world_size):
                 parts = []
                 for n in group:
-                    each = -(-weights[n].numel() // world)
+                    each = -(-weights[n].numel() // world_size)
                     padded = torch.nn.functional.pad(
-                        weights[n].flatten(), (0, each * world - weights[n].numel())
+                        weights[n].flatten(), (0, each * world_size - weights[n].numel())
                     )
                     parts.append(padded[rank * each : (rank + 1) * each])
                 ranks[rank].append(torch.cat(parts))
         else:
             flat = torch.cat([weights[n].flatten() for n in group])
-            flat = torch.nn.functional.pad(flat, (0, -len(flat) % (2 * world)))
-            for rank, part in enumerate(flat.chunk(world)):
+            flat = torch.nn.functional.pad(flat, (0, -len(flat) % (2 * world_size)))
+            for rank, part in enumerate(flat.chunk(world_size)):
                 ranks[rank].append(part.clone())
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-    for rank in range(world):
+    for rank in range(world_size):
         state = {
             "zero_stage": stage,
-            "partition_count": world,
+            "partition_count": world_size,
             key: ranks[rank],
             "loss_scaler": LossScaler(scale=1.0),
         }
@@ -223,14 +223,14 @@ def save_zero(folder: Path, stage: int, world: int) -> None:
         torch.save(content, folder / name)
 
 
-@pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 3), (3, 4)])
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 3), (3, 4)])
 @pytest.mark.seconds
-def test_deepspeeds_own_checkpoints(stage: int, world: int, tmp_path: Path) -> None:
+def test_deepspeeds_own_checkpoints(stage: int, world_size: int, tmp_path: Path) -> None:
     """Beside DeepSpeed's own zero_to_fp32 on the same files."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     base = save_onellm(tmp_path / "base")
-    save_zero(tmp_path / "ds" / "global_step10", stage, world)
+    save_zero(tmp_path / "ds" / "global_step10", stage, world_size)
     (tmp_path / "ds" / "latest").write_text("global_step10")
     opened, _ = convert(
         "deepspeed",
@@ -249,9 +249,11 @@ def test_deepspeeds_own_checkpoints(stage: int, world: int, tmp_path: Path) -> N
     assert torch.equal(found["llm.model.norm.weight"], onellm().llm.model.norm.weight)
     assert opened.notes["zero stage"] == stage
     (
-        tmp_path / "ds" / "global_step10" / f"zero_pp_rank_{world - 1}_mp_rank_00_optim_states.pt"
+        tmp_path / "ds/global_step10" / f"zero_pp_rank_{world_size - 1}_mp_rank_00_optim_states.pt"
     ).unlink()
-    with pytest.raises(UsageError, match=f"{world - 1} of {world} ranks' files are there"):
+    with pytest.raises(
+        UsageError, match=f"{world_size - 1} of {world_size} ranks' files are there"
+    ):
         open_checkpoint(tmp_path / "ds", ConversionOptions(base=base), "deepspeed")
 
 

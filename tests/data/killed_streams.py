@@ -27,14 +27,14 @@ class KilledStream:
         open_plan: opens the plan anew.
         describe: a line for each sample of a batch.
         steps: how many steps are read.
-        worlds: numbers of ranks.
+        world_sizes: numbers of ranks.
         workers: numbers of workers; where there are four ranks or more, two at most.
     """
 
     open_plan: Callable[[], Plan]
     describe: Callable[[PackedBatch], list[str]]
     steps: int
-    worlds: Sequence[int]
+    world_sizes: Sequence[int]
     workers: Sequence[int]
 
     def read(self, folder: Path, seed: int, kills: int) -> tuple[dict[int, list[str]], int]:
@@ -47,10 +47,10 @@ class KilledStream:
         applied: dict[int, list[str]] = {}
         step, killed = 0, 0
         for number in range(10 * kills):
-            world = draw.choice(self.worlds)
-            workers = draw.choice([w for w in self.workers if world < 4 or w < 2])
+            world_size = draw.choice(self.world_sizes)
+            workers = draw.choice([w for w in self.workers if world_size < 4 or w < 2])
             log = folder / f"{number}.jsonl"
-            process = context.Process(target=self._start, args=(log, step, world, workers))
+            process = context.Process(target=self._start, args=(log, step, world_size, workers))
             process.start()
             signalled = killed < kills
             if signalled:
@@ -65,13 +65,13 @@ class KilledStream:
             process.join()
             expected = (0, -signal.SIGKILL) if signalled else (0,)
             assert process.exitcode in expected, (
-                f"start {number} (world {world}, {workers} workers) ended with {process.exitcode}"
+                f"start {number} ({world_size} ranks, {workers} workers): {process.exitcode}"
             )
             killed += process.exitcode != 0
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             for at, found in (json.loads(line) for line in lines if line.endswith("\n")):
                 assert applied.setdefault(at, found) == found, (
-                    f"step {at} differs in start {number} (world {world}, {workers} workers)"
+                    f"step {at} differs in start {number} ({world_size} ranks, {workers} workers)"
                 )
             done = max(applied, default=-1) + 1
             if done == self.steps and killed >= kills:
@@ -79,13 +79,14 @@ class KilledStream:
             step = draw.randint(max(0, min(done, self.steps - 1) - 6), min(done, self.steps - 1))
         return applied, killed
 
-    def _start(self, log: Path, first: int, world: int, workers: int) -> None:
+    def _start(self, log: Path, first: int, world_size: int, workers: int) -> None:
         """All ranks of a start, in lockstep; the log gets a line when all have done a step."""
         os.setsid()
         torch.set_num_threads(1)  # the threads of the parent's torch are not there after a fork
         plan = self.open_plan()
         loaders = [
-            iter(Loader(plan, world, rank, first, self.steps, workers)) for rank in range(world)
+            iter(Loader(plan, world_size, rank, first, self.steps, workers))
+            for rank in range(world_size)
         ]
         with log.open("a") as out:
             for step in range(first, self.steps):

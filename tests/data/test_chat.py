@@ -50,7 +50,7 @@ PHI3 = (
     "m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-"""Writes EOS behind a conversation that does not go on."""
+"""Writes EOS behind a conversation that does not continue."""
 QWEN3 = (
     "{% for m in messages %}{% set content = m['content'] %}{% set thoughts = '' %}"
     "{% if '</think>' in content %}"

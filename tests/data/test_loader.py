@@ -54,9 +54,9 @@ def no_worker_is_left() -> Iterator[None]:
 
 
 def run(
-    plan: Plan, world: int, rank: int, workers: int, first: int = 0, last: int = STEPS
+    plan: Plan, world_size: int, rank: int, workers: int, first: int = 0, last: int = STEPS
 ) -> list[tuple[MicroBatch, PackedBatch]]:
-    with Loader(plan, world, rank, first, last, workers) as loader:
+    with Loader(plan, world_size, rank, first, last, workers) as loader:
         return list(loader)
 
 
@@ -108,10 +108,10 @@ def by_sample(
 
 
 PAIRS = [
-    (world, workers)
-    for world in (1, 2, 3, 4, 5, 8)
+    (world_size, workers)
+    for world_size in (1, 2, 3, 4, 5, 8)
     for workers in (0, 1, 3)
-    if workers < 3 or world in (2, 5)
+    if workers < 3 or world_size in (2, 5)
 ]
 """Three workers per rank for 8 ranks would only cost time."""
 
@@ -131,11 +131,13 @@ def test_one_stream_for_any_number_of_ranks_and_workers(
     skipped = [read[3] for step in expected.values() for read in step.values()]
     assert any(skipped)
     digests = [plan.digest(step) for step in range(STEPS)]
-    for world, workers in pairs:
+    for world_size, workers in pairs:
         again = open_plan(root, MIXTURE, workers=workers)
         assert [again.digest(step) for step in range(STEPS)] == digests
-        batches = [pair for rank in range(world) for pair in run(again, world, rank, workers)]
-        assert by_sample(batches) == expected, (world, workers)
+        batches = [
+            pair for rank in range(world_size) for pair in run(again, world_size, rank, workers)
+        ]
+        assert by_sample(batches) == expected, (world_size, workers)
 
 
 def test_workers_give_the_same_batches_in_the_same_order(root: Path) -> None:

@@ -126,18 +126,18 @@ def describe(batch: PackedBatch) -> list[str]:
     return lines
 
 
-def read_steps(root: Path, world: int, workers: int, count: int = STEPS) -> list[list[str]]:
+def read_steps(root: Path, world_size: int, workers: int, count: int = STEPS) -> list[list[str]]:
     """The lines of all samples of each step, read by all ranks one after another."""
     steps: list[list[str]] = [[] for _ in range(count)]
     plan = open_here(root, workers=workers)
-    for rank in range(world):
-        with Loader(plan, world, rank, 0, count, workers) as loader:
+    for rank in range(world_size):
+        with Loader(plan, world_size, rank, 0, count, workers) as loader:
             for micro, batch in loader:
                 steps[micro.step] += describe(batch)
     return [sorted(lines) for lines in steps]
 
 
-PAIRS = [(world, workers) for world in (1, 2, 3, 4, 8) for workers in (0, 1, 3)][1:]
+PAIRS = [(world_size, workers) for world_size in (1, 2, 3, 4, 8) for workers in (0, 1, 3)][1:]
 SOME = [(2, 3), (3, 1), (4, 0), (8, 1)]
 
 
@@ -153,8 +153,8 @@ def test_one_stream_for_any_number_of_ranks_and_workers(
     """Texts, places, numbers and values of every sample, however the samples are packed."""
     expected = read_steps(root, 1, 0)
     assert [len(lines) for lines in expected] == [10] * STEPS
-    for world, workers in pairs:
-        assert read_steps(root, world, workers) == expected, (world, workers)
+    for world_size, workers in pairs:
+        assert read_steps(root, world_size, workers) == expected, (world_size, workers)
 
 
 @pytest.mark.slow
@@ -164,8 +164,8 @@ def test_one_stream_for_any_number_of_ranks_and_workers(
 def test_kills_at_random_and_other_numbers_of_ranks_leave_one_stream(
     root: Path, tmp_path: Path, seed: int, kills: int
 ) -> None:
-    worlds, workers = (1, 2, 3, 4, 8), (0, 1, 3)
-    stream = KilledStream(lambda: open_here(root), describe, KILLED_STEPS, worlds, workers)
+    world_sizes, workers = (1, 2, 3, 4, 8), (0, 1, 3)
+    stream = KilledStream(lambda: open_here(root), describe, KILLED_STEPS, world_sizes, workers)
     found, killed = stream.read(tmp_path, seed, kills)
     assert killed == kills
     assert sorted(found) == list(range(KILLED_STEPS))

@@ -83,24 +83,24 @@ def test_one_stream_for_any_number_of_ranks_and_any_history(root: Path) -> None:
     step = 0
     while step < 10:
         plan = _open(root, global_batch=16)
-        world = draw.choice((1, 2, 3, 4, 8))
+        world_size = draw.choice((1, 2, 3, 4, 8))
         for _ in range(draw.randint(1, 4)):
-            assigned = plan.step(step, world)
+            assigned = plan.step(step, world_size)
             assert Counter(s for r in assigned.ranks for m in r for s in m.samples) == Counter(
                 whole.samples(step)
             )
             assert plan.digest(step) == whole.digest(step)
-            assert assigned.digest() == whole.step(step, world).digest()
+            assert assigned.digest() == whole.step(step, world_size).digest()
             step += 1
 
 
 def test_a_sample_has_the_same_values_in_every_pack(root: Path) -> None:
     """A sample's spans, places and values depend on it alone, not on its neighbours."""
     alone: dict[str, tuple[Any, ...]] = {}
-    for world in (1, 3):
+    for world_size in (1, 3):
         plan = _open(root, global_batch=12)
         reader = Reader(plan.corpus)
-        for rank in plan.step(0, world).ranks:
+        for rank in plan.step(0, world_size).ranks:
             for micro in rank:
                 batch = reader.read(micro)
                 used = dict.fromkeys(batch.values, 0)

@@ -13,7 +13,7 @@ from onellm_dist.data.mixture import (
     COARSE_PERIOD,
     Mixture,
     build_sequence,
-    quantize_weights,
+    quantise_weights,
     round_weights,
 )
 from onellm_dist.data.split_tree import SplitTree
@@ -79,11 +79,11 @@ def test_positions_are_found_without_replay(counts: list[int], at: list[int]) ->
     ],
 )
 def test_decimal_weights_are_exact(weights: list[float], counts: list[int]) -> None:
-    assert quantize_weights(weights) == counts
+    assert quantise_weights(weights) == counts
 
 
 def test_a_tiny_weight_is_not_lost() -> None:
-    counts = quantize_weights([1e9, 1.0, 0.3333333333])
+    counts = quantise_weights([1e9, 1.0, 0.3333333333])
     assert sum(counts) == COARSE_PERIOD
     assert counts[1:] == [1, 1]
 
@@ -106,7 +106,7 @@ def test_eight_weights_stay_under_the_bound_that_greedy_breaks() -> None:
 @pytest.mark.parametrize("weights", [[], [1.0, 0.0], [-1.0]])
 def test_bad_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="above 0"):
-        quantize_weights(weights)
+        quantise_weights(weights)
 
 
 @pytest.mark.parametrize(

@@ -20,18 +20,18 @@ def loads_of(samples: list[tuple[int, int, int]]) -> ItemSizes:
 
 @given(
     samples=st.lists(SAMPLE, min_size=1, max_size=120),
-    world=st.integers(1, 9),
+    world_size=st.integers(1, 9),
     llm=st.integers(50, 200),
     encoder=st.integers(90, 400),
 )
 @settings(max_examples=150, deadline=None)
 @pytest.mark.seconds
 def test_every_sample_once_within_the_budgets_and_as_many_micro_batches_a_rank(
-    samples: list[tuple[int, int, int]], world: int, llm: int, encoder: int
+    samples: list[tuple[int, int, int]], world_size: int, llm: int, encoder: int
 ) -> None:
     loads, budget = loads_of(samples), TokenBudget(llm, encoder)
-    assigned = pack(loads, budget, world)
-    assert len(assigned) == world
+    assigned = pack(loads, budget, world_size)
+    assert len(assigned) == world_size
     assert len({len(packs) for packs in assigned}) == 1
     assert sorted(i for packs in assigned for members in packs for i in members.tolist()) == list(
         range(len(samples))
@@ -40,7 +40,7 @@ def test_every_sample_once_within_the_budgets_and_as_many_micro_batches_a_rank(
         assert loads.llm[members].sum() <= llm
         assert loads.encoder[members].sum() <= encoder
         assert (np.diff(members) > 0).all()
-    again = pack(loads, budget, world)
+    again = pack(loads, budget, world_size)
     assert [[m.tolist() for m in packs] for packs in again] == [
         [m.tolist() for m in packs] for packs in assigned
     ]
@@ -70,16 +70,18 @@ def eight_modalities(
     return ItemSizes(llm, encoder, model.samples(media, llm)), TokenBudget(4096, cap_encoder)
 
 
-@pytest.mark.parametrize("world", [16, 8])
+@pytest.mark.parametrize("world_size", [16, 8])
 @pytest.mark.parametrize("encoder", [16_384, 65_536])
-def test_stage_one_is_balanced(world: int, encoder: int) -> None:
+def test_stage_one_is_balanced(world_size: int, encoder: int) -> None:
     """Batch 5120 of eight modalities: the fullest micro-batch costs at most 1.10 x the mean."""
     for seed in range(3):
         loads, budget = eight_modalities(np.random.default_rng(seed), 5120, encoder)
-        assigned = pack(loads, budget, world)
+        assigned = pack(loads, budget, world_size)
         costs = [loads.cost[members].sum() for packs in assigned for members in packs]
         assert max(costs) / np.mean(costs) <= 1.10
-        fewest = max(loads.llm.sum() / budget.llm, loads.encoder.sum() / budget.encoder) / world
+        fewest = (
+            max(loads.llm.sum() / budget.llm, loads.encoder.sum() / budget.encoder) / world_size
+        )
         assert len(assigned[0]) <= 1.12 * fewest + 1
 
 

@@ -94,11 +94,11 @@ def test_kills_around_a_change_leave_one_stream(root: Path) -> None:
             else open_plan(root, FIRST)
         )
         end = min(8 if step < 8 else 20, step + draw.randint(1, 6))
-        world = draw.choice((1, 2, 3, 5))
+        world_size = draw.choice((1, 2, 3, 5))
         for at in range(step, end):
             names = [
                 plan.corpus.sample_id(ref)
-                for rank in plan.step(at, world).ranks
+                for rank in plan.step(at, world_size).ranks
                 for micro in rank
                 for ref in micro.samples
             ]

@@ -39,9 +39,9 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(root: Path) 
     for step in range(4):
         expected = Counter(plan.samples(step))
         assert sum(expected.values()) == 12
-        for world in (1, 2, 3, 4, 5, 8):
-            assigned = open_plan(root, MIXTURE).step(step, world)
-            assert len(assigned.ranks) == world
+        for world_size in (1, 2, 3, 4, 5, 8):
+            assigned = open_plan(root, MIXTURE).step(step, world_size)
+            assert len(assigned.ranks) == world_size
             assert (
                 Counter(s for rank in assigned.ranks for micro in rank for s in micro.samples)
                 == expected
@@ -58,12 +58,15 @@ def test_any_history_of_stops_and_ranks_gives_one_stream(root: Path) -> None:
     applied: dict[int, str] = {}
     step = 0
     for _ in range(20):
-        world, plan = draw.choice((1, 2, 3, 4, 5, 8)), open_plan(root, MIXTURE, global_batch=16)
+        world_size, plan = (
+            draw.choice((1, 2, 3, 4, 5, 8)),
+            open_plan(root, MIXTURE, global_batch=16),
+        )
         killed = step + draw.randint(1, 15)
         for at in range(step, killed):
             names = [
                 plan.corpus.sample_id(ref)
-                for rank in plan.step(at, world).ranks
+                for rank in plan.step(at, world_size).ranks
                 for micro in rank
                 for ref in micro.samples
             ]

@@ -81,9 +81,9 @@ def test_a_batch_holds_what_the_plan_names(root: Path) -> None:
 def test_augmentation_depends_on_sample_epoch_and_seed_alone(root: Path) -> None:
     mixture = {"pic": 1.0}
     by_name: dict[str, torch.Tensor] = {}
-    for world in (1, 3):
+    for world_size in (1, 3):
         plan = open_plan(root, mixture, global_batch=8)
-        for rank in plan.step(0, world).ranks:
+        for rank in plan.step(0, world_size).ranks:
             for micro in rank:
                 batch = Reader(plan.corpus).read(micro)
                 for name, value in zip(batch.sample_ids, batch.values["image"], strict=True):

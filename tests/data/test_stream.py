@@ -32,8 +32,8 @@ from onellm_dist.shards.format.parts import read_parts
 from onellm_dist.shards.format.writer import DatasetWriter
 
 STEPS, BATCH = 200, 12
-WORLDS, WORKERS = (1, 2, 3, 4, 5, 8), (0, 1, 3)
-PAIRS = [(world, workers) for world in WORLDS for workers in WORKERS][1:]
+WORLD_SIZES, WORKERS = (1, 2, 3, 4, 5, 8), (0, 1, 3)
+PAIRS = [(world_size, workers) for world_size in WORLD_SIZES for workers in WORKERS][1:]
 """All but one rank without workers, which the others are compared with."""
 WEIGHTS = (0.38, 0.2, 0.14, 0.1, 0.08, 0.05, 0.03, 0.02)
 
@@ -134,10 +134,10 @@ class Stream:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_all(plan: Plan, world: int, workers: int) -> Stream:
+def read_all(plan: Plan, world_size: int, workers: int) -> Stream:
     stream = Stream()
-    for rank in range(world):
-        with Loader(plan, world, rank, 0, STEPS, workers) as loader:
+    for rank in range(world_size):
+        with Loader(plan, world_size, rank, 0, STEPS, workers) as loader:
             for micro, batch in loader:
                 stream.add(micro.step, batch)
     return stream
@@ -191,10 +191,10 @@ def test_one_digest_for_any_number_of_ranks_and_workers(
     assert sum(count > 1 for count in reads_fail_once.values()) > 20, (
         "many reads failed, and none of them permanently"
     )
-    for world, workers in pairs:
-        stream = read_all(plan, world, workers)
-        assert stream.digest() == expected, (world, workers)
-        assert stream.steps == whole.steps, (world, workers)
+    for world_size, workers in pairs:
+        stream = read_all(plan, world_size, workers)
+        assert stream.digest() == expected, (world_size, workers)
+        assert stream.steps == whole.steps, (world_size, workers)
         assert stream.skipped_samples == whole.skipped_samples
 
 
@@ -214,7 +214,7 @@ def test_the_undisturbed_stream_skips_no_sample(sound: Path, broken: Path) -> No
 
 def killed_stream(root: Path) -> KilledStream:
     return KilledStream(
-        lambda: plan_of(root), lambda batch: list(batch.sample_ids), STEPS, WORLDS, WORKERS
+        lambda: plan_of(root), lambda batch: list(batch.sample_ids), STEPS, WORLD_SIZES, WORKERS
     )
 
 

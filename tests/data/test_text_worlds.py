@@ -105,12 +105,12 @@ def texts(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
 
 
 def read(
-    plan: Plan, steps: Sequence[int], world: int = 1, workers: int = 0
+    plan: Plan, steps: Sequence[int], world_size: int = 1, workers: int = 0
 ) -> dict[str, tuple[list[int], list[int]]]:
     """Sample id (with its epoch) to ids and labels, read by a loader."""
     found: dict[str, tuple[list[int], list[int]]] = {}
-    for rank in range(world):
-        with Loader(plan, world, rank, steps[0], steps[-1] + 1, workers) as loader:
+    for rank in range(world_size):
+        with Loader(plan, world_size, rank, steps[0], steps[-1] + 1, workers) as loader:
             for _, batch in loader:
                 assert not batch.skipped_samples
                 found.update(
@@ -165,7 +165,7 @@ def test_of_several_captions_every_epoch_takes_one_and_the_plan_knows_its_length
     assert plan.step(3, 1).global_valid_tokens == global_valid_tokens
 
     again = open_plan(root, {"many": 1}, modalities=MODALITIES, global_batch=16, augment=False)
-    assert read(again, range(2), world=3, workers=1) == {
+    assert read(again, range(2), world_size=3, workers=1) == {
         name: found for name, found in once.items() if name.endswith(("@0", "@1"))
     }
 

@@ -33,9 +33,9 @@ def test_the_next_step_is_planned_and_this_one_is_described(
     made: list[int] = []
     assign = plan._assign
 
-    def note(step: int, world: int) -> Any:
+    def note(step: int, world_size: int) -> Any:
         made.append(step)
-        return assign(step, world)
+        return assign(step, world_size)
 
     monkeypatch.setattr(plan, "_assign", note)
     assert work_ahead(plan, 0, 3, ranks()) == plan.digest(0) != plan.digest(1)

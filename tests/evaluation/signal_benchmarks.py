@@ -69,7 +69,7 @@ def valor() -> Files:
 
 
 def avsd() -> Files:
-    dialogs = [
+    dialogues = [
         {
             "image_id": f"CH{i}",
             "dialog": [
@@ -81,7 +81,7 @@ def avsd() -> Files:
     ]
     images = [{"id": i + 1} for i in range(ROWS)]
     return {
-        "test_set4DSTC7-AVSD.json": json.dumps({"dialogs": dialogs}),
+        "test_set4DSTC7-AVSD.json": json.dumps({"dialogs": dialogues}),
         "test_set4DSTC7-AVSD_multiref.json": coco_form(CAPTIONS, images),
         **talkies("videos/CH{}.mp4"),
     }

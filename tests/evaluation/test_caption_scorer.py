@@ -11,7 +11,7 @@ from onellm_dist.evaluation.scorers.captions import (
     compute_chance,
     draw_derangement,
     exact_match,
-    normalize_text,
+    normalise_text,
     score_captions,
     score_shuffled,
     token_f1,
@@ -19,8 +19,8 @@ from onellm_dist.evaluation.scorers.captions import (
 )
 
 
-def test_normalizing_ignores_case_punctuation_and_spaces() -> None:
-    assert normalize_text("  A red,  Circle. ") == "a red circle"
+def test_normalising_ignores_case_punctuation_and_spaces() -> None:
+    assert normalise_text("  A red,  Circle. ") == "a red circle"
     assert exact_match("A red circle.", "a  red circle") == 1.0
     assert exact_match("a red square", "a red circle") == 0.0
 

@@ -74,8 +74,8 @@ def expected(
 def test_shares_are_disjoint_complete_and_alike() -> None:
     rng = random.Random(0)
     costs = [rng.randint(1, 100) for _ in range(101)]
-    for world in (1, 2, 3, 4, 7, 200):
-        shares = assign(costs, world)
+    for world_size in (1, 2, 3, 4, 7, 200):
+        shares = assign(costs, world_size)
         assert sorted(item for share in shares for item in share) == list(range(len(costs)))
         loads = [sum(costs[item] for item in share) for share in shares]
         assert max(loads) - min(loads) <= max(costs)
@@ -85,21 +85,21 @@ def test_shares_are_disjoint_complete_and_alike() -> None:
     assert assign(costs, 3) == assign(list(costs), 3)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize(("batch", "reuse"), [(1, True), (4, False), (16, True)])
 @pytest.mark.seconds
 def test_answers_do_not_depend_on_ranks_batches_or_reuse(
     ask: Ask,
     expected: dict[str, WrittenAnswer],
     tmp_path: Path,
-    world: int,
+    world_size: int,
     batch: int,
     reuse: bool,
 ) -> None:
-    for rank in range(world):
-        ask(tmp_path, rank=rank, world_size=world, batch=batch, reuse_media=reuse)
+    for rank in range(world_size):
+        ask(tmp_path, rank=rank, world_size=world_size, batch=batch, reuse_media=reuse)
     assert read(tmp_path) == expected
-    assert len(list((tmp_path / TASK / ANSWERS).glob("*.jsonl"))) == world
+    assert len(list((tmp_path / TASK / ANSWERS).glob("*.jsonl"))) == world_size
     assert ask(tmp_path).prompts == 0  # nothing is left
 
 
@@ -127,7 +127,7 @@ def test_a_request_to_stop_ends_it_after_a_batch_and_an_older_one_does_not(
     assert read(tmp_path) == expected
 
 
-def start(ask: Ask, out: Path, rank: int, world: int) -> int:
+def start(ask: Ask, out: Path, rank: int, world_size: int) -> int:
     """A rank as a process of its own: a copy of this one, with its model."""
     child = os.fork()
     if child:
@@ -135,7 +135,7 @@ def start(ask: Ask, out: Path, rank: int, world: int) -> int:
     status = 1
     try:
         torch.set_num_threads(1)  # OpenMP's threads stay with the parent: a child waits for ever
-        ask(out, rank=rank, world_size=world, batch=1)
+        ask(out, rank=rank, world_size=world_size, batch=1)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -158,9 +158,9 @@ def kill_and_resume(ask: Ask, root: Path, kills: int, seed: int) -> list[Path]:
         if count_lines(folders[-1]) >= COUNT:
             folders.append(root / str(len(folders)))
         out = folders[-1]
-        world = rng.choice((1, 2, 4))
+        world_size = rng.choice((1, 2, 4))
         wanted = count_lines(out) + rng.choice((0, 1, 1, 2))
-        ranks = [start(ask, out, rank, world) for rank in range(world)]
+        ranks = [start(ask, out, rank, world_size) for rank in range(world_size)]
         deadline = time.monotonic() + 300
         running = set(ranks)
         while running and count_lines(out) < wanted and time.monotonic() < deadline:

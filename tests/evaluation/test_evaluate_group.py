@@ -36,12 +36,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def begin(base: Path, benchmark_data: Callable[[str], Path], tmp_path: Path) -> Begin:
     def start(
-        world: int, *more: str, fault: str = "none", rank: int | str = 0, out: str = "out"
+        world_size: int, *more: str, fault: str = "none", rank: int | str = 0, out: str = "out"
     ) -> Start:
         arguments = ["evaluate", str(base), TASK, "--data", str(benchmark_data(TASK))]
         arguments += ["--out", str(tmp_path / out), "--format", "raw", "--any-count", *more]
         script = [str(SCRIPT), fault, str(rank), *arguments]
-        return get_zygote().start(world, [], script=script)
+        return get_zygote().start(world_size, [], script=script)
 
     return start
 

@@ -1,4 +1,4 @@
-"""Mutated checkpoints of every format: a model that is whole, or a refusal in words."""
+"""Mutated checkpoints of every format: a complete model, or a refusal in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutated files of a run's sample log: an answer, or a refusal in words; and a start goes on."""
+"""Mutated files of a run's sample log: an answer, or a refusal in words; and a start continues."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def resume(run_dir: Path) -> None:
 
 
 def make_surface(run_dir: Path, name: str) -> Callable[[bytes], None]:
-    """Mutate one file of the run; the others are whole again before each case."""
+    """Mutate one file of the run; the others are intact again before each case."""
     whole = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
     def read(data: bytes) -> None:

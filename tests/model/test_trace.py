@@ -40,7 +40,7 @@ def test_a_profile_has_the_innermost_operation() -> None:
         found = find_innermost(record(run, on_gpu=False))
     assert found == "aten::_scaled_dot_product_attention_math"
     with profile(activities=[ProfilerActivity.CPU]) as other:
-        assert record(run, on_gpu=False) == []  # and the other profiler goes on
+        assert record(run, on_gpu=False) == []  # and the other profiler continues
     assert any("attention" in event.name for event in other.events() or ())
 
 

@@ -280,7 +280,7 @@ def test_the_report_shows_predicted_beside_measured(
     assert "<h2>Predicted and measured</h2>" in page.read_text()
     run_report(run.directory, page, as_json=False)
     assert "predicted and measured (2 x " in capsys.readouterr().out
-    # A recipe that is not whole, and a device without constants.
+    # A recipe that is not complete, and a device without constants.
     (run.directory / "config.yaml").write_text("run: {seed: 0}")
     assert predict(run).problem == "config.yaml is not a complete recipe"
     (cache / "calibration" / "cpu.yaml").unlink()

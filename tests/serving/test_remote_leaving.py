@@ -116,7 +116,7 @@ def test_a_server_that_takes_no_connections_is_given_up(
         took = time.monotonic() - began
     for each in (full, *held):
         each.close()
-    assert answer.status_code == 502 and "no whole answer" in answer.json()["error"]["message"]
+    assert answer.status_code == 502 and "no complete answer" in answer.json()["error"]["message"]
     assert took < 10
 
 

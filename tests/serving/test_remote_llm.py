@@ -117,9 +117,9 @@ def test_a_part_of_an_answer_is_not_passed_on_as_whole(
 ) -> None:
     monkeypatch.setattr(mock, "change", change)
     refused = ask(address, {})
-    assert refused.status_code == 502 and "no whole answer" in refused.json()["error"]["message"]
+    assert refused.status_code == 502 and "no complete answer" in refused.json()["error"]["message"]
     streamed = ask(address, {}, stream=True).text
-    assert "no whole answer" in streamed and '"finish_reason": "' not in streamed
+    assert "no complete answer" in streamed and '"finish_reason": "' not in streamed
 
 
 def test_a_server_with_another_llm_is_refused(mock: Mock) -> None:

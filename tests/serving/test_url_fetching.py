@@ -134,7 +134,7 @@ SLOW = {
 def test_a_host_that_takes_too_long_is_given_up(
     monkeypatch: pytest.MonkeyPatch, threads: ThreadPoolExecutor, sent: bytes, drips: bool
 ) -> None:
-    """The connection is closed, and no thread goes on waiting for it."""
+    """The connection is closed, and no thread keeps waiting for it."""
     monkeypatch.setattr(fetching, "SECONDS", 0.3)
     with answer(stall(sent, drips)) as (host, left):
         count = threading.active_count()

@@ -195,7 +195,7 @@ def test_names_say_how_many_files_there_are_without_a_description(tmp_path: Path
     assert dataset.samples() == 6
 
 
-def test_a_data_set_that_is_saved_again_is_read_anew(tmp_path: Path) -> None:
+def test_a_saved_dataset_that_is_saved_again_is_read_anew(tmp_path: Path) -> None:
     write_split(tmp_path / "in", [FORMS["trl"]])
     assert list_dataset_files(tmp_path / "in")[0] == [tmp_path / "in/data-00000-of-00001.arrow"]
     (tmp_path / "in/data-00000-of-00001.arrow").rename(tmp_path / "in/data-0.arrow")

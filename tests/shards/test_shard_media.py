@@ -230,7 +230,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
 def test_tars_of_one_picture_a_sample_stay_what_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their indexes get sizes; the dataset lists no media, and pictures are not read whole."""
+    """Their indexes get sizes; the dataset lists no media, and pictures are not read completely."""
     noise = np.random.default_rng(0).integers(0, 255, (900, 1200, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(noise).save(out, "JPEG", quality=95)

@@ -21,7 +21,7 @@ from onellm_dist.shards.storage.paths import RemotePath, translate_store_errors
 
 
 class Failing:
-    """Media that raise, and are whole from the `good`-th try on."""
+    """Media that raise, and are intact from the `good`-th try on."""
 
     def __init__(self, error: Callable[[], Exception], good: int = 10) -> None:
         self.error, self.good, self.tries = error, good, 0

@@ -27,7 +27,7 @@ def voxels(seed: int, repetitions: int = 3) -> np.ndarray:
 
 
 def whole_numbers(seed: int) -> np.ndarray:
-    """Percent times 300, as NSD's own files hold it; the mean of three repetitions is not whole."""
+    """Percent times 300, as in NSD's own files; means of three repetitions are not integers."""
     return (voxels(seed) * 300).astype(np.int16)
 
 

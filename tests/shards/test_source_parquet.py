@@ -75,7 +75,7 @@ def test_a_table_of_preferences_is_still_one_of_conversations(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("format_", ["stream", "file"])
-def test_a_data_set_that_was_saved_to_disk(tmp_path: Path, format_: str) -> None:
+def test_a_saved_dataset_that_was_saved_to_disk(tmp_path: Path, format_: str) -> None:
     table = pa.Table.from_pylist([{"image": media(i), "label": i % 2} for i in range(4)])
     features = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
     table = table.replace_schema_metadata(

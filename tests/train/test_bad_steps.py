@@ -29,7 +29,7 @@ def two(runs: Runs) -> str:
     return "two"
 
 
-WORLDS = [
+RANKS_AND_ENGINES = [
     (1, "deepspeed"),
     (2, "fsdp"),
     *(pytest.param(4, engine, marks=pytest.mark.soak) for engine in ("deepspeed", "fsdp")),
@@ -57,7 +57,7 @@ def skipping(runs: Runs, two: str) -> Callable[[int, str], str]:
     return start
 
 
-@pytest.mark.parametrize(("world_size", "engine"), WORLDS)
+@pytest.mark.parametrize(("world_size", "engine"), RANKS_AND_ENGINES)
 def test_a_nan_sample_is_skipped_and_named(
     runs: Runs, two: str, skipping: Callable[[int, str], str], world_size: int, engine: str
 ) -> None:
@@ -139,7 +139,7 @@ def test_a_loss_spike_is_skipped_before_it_is_applied(
     ]
 
 
-@pytest.mark.parametrize(("world_size", "engine"), WORLDS)
+@pytest.mark.parametrize(("world_size", "engine"), RANKS_AND_ENGINES)
 def test_a_gradient_spike_is_skipped_before_it_is_applied(
     runs: Runs, two: str, skipping: Callable[[int, str], str], world_size: int, engine: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""The recipes that ship: the paper's numbers, and each stage starts from the one before."""
+"""The included recipes: the paper's numbers, and each stage starts from the one before."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def listed(runs: Runs, name: str) -> set[tuple[int, str]]:
 
 
 def test_another_run_that_continues_a_checkpoint_leaves_the_same_samples_out(runs: Runs) -> None:
-    """First, then two ways on: the run itself, and another one, which is stopped on the way."""
+    """First, then two ways on: the run itself, and another one, which is stopped midway."""
     from onellm_dist.train.sample_log.exclude import exclude_command
     from onellm_dist.train.sample_log.stream import RunStream
 

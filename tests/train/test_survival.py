@@ -92,7 +92,9 @@ def test_a_kill_in_a_save_loses_no_complete_checkpoint_and_leaves_none_that_load
     folder = runs.out / "in_save" / "checkpoints"
     start = runs.start("in_save", plant={"slow_writes": 30.0})
     runs.wait_until(start, lambda: any(folder.glob(f".step-{EVERY:08d}.partial")))
-    runs.wait_until(start, lambda: runs.steps_done("in_save") > EVERY)  # training goes on meanwhile
+    runs.wait_until(
+        start, lambda: runs.steps_done("in_save") > EVERY
+    )  # training continues meanwhile
     start.kill()
     assert runs.checkpoints("in_save") == []
     runs.done("in_save")

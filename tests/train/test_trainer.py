@@ -1,4 +1,4 @@
-"""Training from Python: two runs in one process, which goes on; callbacks and metrics of others."""
+"""Training from Python: two runs in one process, which continues; callbacks and metrics."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ assert dict(os.environ) == environment
 assert [t.name for t in threading.enumerate() if t.name in ("watchdog", "checkpoint")] == []
 import psutil
 assert psutil.Process().children() == [], "loader workers"
-print("goes on")
+print("continues")
 """
 
 
@@ -135,7 +135,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def test_the_process_trains_several_times_and_goes_on(trained: tuple[Path, str]) -> None:
     folder, output = trained
     lines = output.splitlines()
-    assert lines.count("outcome done 2 0") == 3 and lines[-1] == "goes on"
+    assert lines.count("outcome done 2 0") == 3 and lines[-1] == "continues"
     assert any(
         line.startswith("refused UsageError train.callbacks: others:Nothing") for line in lines
     )

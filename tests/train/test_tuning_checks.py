@@ -40,7 +40,7 @@ from onellm_dist.train.export import run as run_export
 from onellm_dist.train.export.adapter import plan_adapter
 from onellm_dist.train.optim.groups import build_parameter_groups
 from onellm_dist.train.optim.layers import map_layers
-from onellm_dist.train.optim.part_summary import format_parts, summarize_parts
+from onellm_dist.train.optim.part_summary import format_parts, summarise_parts
 from onellm_dist.train.optim.rules import ParameterPlan, prepare_parameters
 from onellm_dist.train.records.config_changes import find_changes
 from onellm_dist.train.start.resume_changes import check_epochs_stay
@@ -205,7 +205,7 @@ def test_magnitudes_do_not_decay_and_the_table_says_why(adapted: nn.Module) -> N
     assert {decay for name, decay in found.items() if not name.endswith(MAGNITUDE)} == {0.1}
 
     def tell(plan: ParameterPlan) -> str:
-        lines = format_parts(summarize_parts(adapted, OptimSection(lr=1.0), plan))
+        lines = format_parts(summarise_parts(adapted, OptimSection(lr=1.0), plan))
         return next(line for line in lines if line.startswith("llm"))
 
     assert "(biases, norms)" in tell(plan)

@@ -62,10 +62,10 @@ class _Worker:
     connection: socket.socket
     status: StatusMemory
     pending: deque[tuple[int, Any]] = field(default_factory=deque)
-    """What it was asked for and has not handed over, with its number."""
+    """Requests that the worker has not answered yet, with their numbers."""
     results: deque[Any] = field(default_factory=deque)
     killed_at: float | None = None
-    """When it was killed because a sample took too long; None: it was not."""
+    """When the worker was killed because a sample took too long; None: it was not."""
     seen: WorkerStatus | None = None
     cpu_seconds: float = 0.0
     idle_seconds: float = 0.0

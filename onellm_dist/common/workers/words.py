@@ -13,7 +13,7 @@ class PoolWords(NamedTuple):
     worker: str
     """`loader worker`."""
     result: str
-    """What it hands over: `batch`."""
+    """What a worker hands over: `batch`."""
     parent: str
     """The process that it works for: `training process`."""
     seconds: str

@@ -261,7 +261,7 @@ def _join_ranges(folder: Path, name: str, entry: dict[str, Any], ranges: Tensors
 
 
 def _read_metrics(run: Path, steps_done: object) -> dict[str, Any]:
-    """Loss and sample digest of the checkpoint's last step; the run may have gone on since."""
+    """Loss and sample digest of the checkpoint's last step; the run may have continued since."""
     try:
         lines = (run / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -66,7 +66,7 @@ class LazyTensor:
         return self.load().reshape(self.shape).contiguous()
 
     def read_blocks(self) -> Iterator[torch.Tensor]:
-        """Its bytes in row-major order, as 1-D uint8 tensors of at most BLOCK bytes.
+        """Yield the tensor's bytes in row-major order, as 1-D uint8 tensors of at most BLOCK bytes.
 
         Each block is valid until the next is asked for.
         """
@@ -76,7 +76,7 @@ class LazyTensor:
             yield from _to_bytes(self).split(BLOCK)
 
     def reshape(self, shape: Sequence[int]) -> LazyTensor:
-        """The same elements in another shape.
+        """Make a lazy tensor of these elements in another shape.
 
         Raises:
             ValueError: the shape has another number of elements.
@@ -88,7 +88,7 @@ class LazyTensor:
         return LazyTensor(tuple(shape), self.dtype, self.load, self.stream, self.window)
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
-        """The same values in another dtype, block by block.
+        """Make a lazy tensor of these values in another dtype, block by block.
 
         A value that becomes infinite is found by the writer.
         """

@@ -52,7 +52,7 @@ class SimulatedFaults:
     link_delay: float = 0.0
     """Seconds by which each of its all-reduces is late."""
     link_stuck: bool = False
-    """Its all-reduces never begin."""
+    """Whether the rank's all-reduces never begin."""
     free_bytes: int | None = None
     """Free space of every disk."""
     torch: str = ""

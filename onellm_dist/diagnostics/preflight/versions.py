@@ -33,7 +33,7 @@ PREFIXES = (
 """Prefixes of variables that change how ranks communicate or compute, beside those of the
 engines."""
 PER_NODE = ("TORCHELASTIC_", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-"""Of those, the variables that may differ between nodes."""
+"""Variables with these prefixes that may differ between nodes."""
 
 
 def get_versions(simulated: SimulatedFaults) -> dict[str, str]:

@@ -16,20 +16,20 @@ import numpy as np
 _Z95 = 1.959963984540054
 
 
-def normalize_text(text: str) -> str:
+def normalise_text(text: str) -> str:
     """Return a text in lower case, without punctuation, with single spaces."""
     return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """Return 1.0 if both texts are the same after `normalize_text`, else 0.0."""
-    return float(normalize_text(prediction) == normalize_text(reference))
+    """Return 1.0 if both texts are the same after `normalise_text`, else 0.0."""
+    return float(normalise_text(prediction) == normalise_text(reference))
 
 
 def token_f1(prediction: str, reference: str) -> float:
     """Return the harmonic mean of precision and recall over words; 1.0 for two empty texts."""
-    predicted = Counter(normalize_text(prediction).split())
-    wanted = Counter(normalize_text(reference).split())
+    predicted = Counter(normalise_text(prediction).split())
+    wanted = Counter(normalise_text(reference).split())
     if not predicted and not wanted:
         return 1.0
     common = sum((predicted & wanted).values())

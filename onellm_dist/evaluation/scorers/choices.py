@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onellm_dist.evaluation.questions import GivenAnswer
-from onellm_dist.evaluation.scorers.captions import normalize_text
+from onellm_dist.evaluation.scorers.captions import normalise_text
 from onellm_dist.evaluation.scorers.labels import collect_labels
 from onellm_dist.evaluation.scorers.measure import Measure
 
@@ -20,7 +20,7 @@ LETTERS = "ABCDEFGHIJ"
 HowRead = Literal["letter", "letter and text", "the answer is", "text of an option", "not read"]
 """How the option was read from an answer."""
 # A small a or i may be a word ("The answer is a dog.", "a, dog"), but not in parentheses. Behind
-# the other small letters no word goes on ("e.g.", "d'accord").
+# the other small letters no word continues ("e.g.", "d'accord").
 _SMALL = r"[b-hj](?![\w'’-]|\.\w)"
 _SENTENCE = re.compile(
     rf"\b(?i:answer|option|choice) (?i:is):? *(?:\(?([A-J]\b|{_SMALL})|\(([ai])\s*\))"
@@ -55,8 +55,8 @@ def read_choice(answer: str, options: Sequence[str]) -> ReadChoice:
     named = {(found[1] or found[2]).upper() for found in _SENTENCE.finditer(text)}
     if len(named) == 1 and (letter := named.pop()) in known:
         return ReadChoice(letter, "the answer is")
-    said = normalize_text(text)
-    same = [known[i] for i, option in enumerate(options) if normalize_text(option) == said]
+    said = normalise_text(text)
+    same = [known[i] for i, option in enumerate(options) if normalise_text(option) == said]
     if said and len(same) == 1:
         return ReadChoice(same[0], "text of an option")
     return ReadChoice("", "not read")

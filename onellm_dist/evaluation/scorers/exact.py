@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from onellm_dist.evaluation.questions import GivenAnswer
-from onellm_dist.evaluation.scorers.captions import normalize_text
+from onellm_dist.evaluation.scorers.captions import normalise_text
 from onellm_dist.evaluation.scorers.labels import collect_labels
 from onellm_dist.evaluation.scorers.measure import Measure
 from onellm_dist.evaluation.scorers.vqa_accuracy import load_words
@@ -19,8 +19,8 @@ def match_gqa(answer: str, references: Sequence[str]) -> bool:
 
 def match_strict(answer: str, references: Sequence[str]) -> bool:
     """Equal to a reference without case and punctuation; an empty answer is wrong."""
-    said = normalize_text(answer)
-    return bool(said) and any(said == normalize_text(r) for r in references)
+    said = normalise_text(answer)
+    return bool(said) and any(said == normalise_text(r) for r in references)
 
 
 def match_reference_script(answer: str, references: Sequence[str]) -> bool:
@@ -38,7 +38,7 @@ def match_numbers(answer: str, references: Sequence[str]) -> bool:
     An instrument's underscore (`acoustic_guitar`) is a space.
     """
     words = {digits: word for word, digits in load_words("number_words").items()}
-    plain, *named = (normalize_text(text.replace("_", " ")) for text in (answer, *references))
+    plain, *named = (normalise_text(text.replace("_", " ")) for text in (answer, *references))
     said = re.sub(r"\d+", lambda m: words.get(m[0], "more than ten"), plain)
     return bool(said) and said in named
 
@@ -56,13 +56,13 @@ def match_class(answer: str, references: Sequence[str], classes: Sequence[str]) 
 
 def find_class(answer: str, classes: Sequence[str]) -> str:
     """The one class that an answer names; "" if there is none, or several."""
-    said = f" {normalize_text(answer)} "
-    named = [c for c in classes if f" {normalize_text(c)} " in said]
+    said = f" {normalise_text(answer)} "
+    named = [c for c in classes if f" {normalise_text(c)} " in said]
     # `home office` names the class office too
     longest = [
         c
         for c in named
-        if not any(c != d and normalize_text(c) in normalize_text(d) for d in named)
+        if not any(c != d and normalise_text(c) in normalise_text(d) for d in named)
     ]
     return longest[0] if len(longest) == 1 else ""
 
@@ -90,7 +90,7 @@ measure_numbers = make_measure("accuracy", match_numbers)
 
 
 def measure_msvd(answers: Sequence[GivenAnswer]) -> list[Measure]:
-    """Both rules: the strict one, and that of the reference's script."""
+    """Score by two rules: the strict one, and that of the reference's script."""
     script = make_measure("accuracy of the reference's script", match_reference_script)
     return [*measure_strict(answers), *script(answers)]
 

@@ -90,7 +90,7 @@ class Measure:
         return self.combine(draw_sums(self.rows))
 
     def split(self, table: str) -> dict[str, Measure]:
-        """The same score of each category of a table, in order of name."""
+        """Compute this score for each category of a table, in order of name."""
         found = np.asarray(self.labels[table])
         return {
             str(category): self._select(np.flatnonzero(found == category))
@@ -98,7 +98,7 @@ class Measure:
         }
 
     def keep(self, wanted: set[str]) -> Measure:
-        """The same score of some units alone."""
+        """Compute this score from the named units alone."""
         return self._select(np.array([i for i, u in enumerate(self.units) if u in wanted], int))
 
     def _select(self, at: np.ndarray) -> Measure:

@@ -1,4 +1,4 @@
-"""AVSD of DSTC7: the last question of each dialog, without the turns before it."""
+"""AVSD of DSTC7: the last question of each dialogue, without the turns before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SENTENCE = "Answer the question and explain the reason in one sentence."
 TASK = Task(
     name="avsd",
     title="AVSD (DSTC7)",
-    summary="The last answer of dialogs about videos, CIDEr.",
+    summary="The last answer of dialogues about videos, CIDEr.",
     modalities=("video", "audio"),
     split="test",
     prompts={"paper": make_suffix(SENTENCE)},

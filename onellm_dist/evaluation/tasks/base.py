@@ -37,7 +37,7 @@ class Task:
     name: str
     """Name on the command line."""
     title: str
-    """Its name among people."""
+    """Name of the benchmark in tables and pages."""
     summary: str
     """What is measured, in one sentence."""
     modalities: tuple[str, ...]

@@ -67,7 +67,7 @@ class Grading:
     build: Callable[[GivenAnswer], str]
     """From an answer to what the model is asked."""
     read: Callable[[str], float | None]
-    """From its reply to a score from 0 to 1; None: it cannot be read."""
+    """From the grader's reply to a score from 0 to 1; None: it cannot be read."""
     max_tokens: int
     """Most tokens of a reply."""
 

@@ -8,9 +8,9 @@ from onellm_dist.evaluation.questions import BenchmarkQuestion
 
 LETTERS = "ABCDEFGHIJ"
 SHORT_PAPER = "Answer the question using a single word or phase"
-"""As the paper prints it."""
+"""Prompt for a short answer as the paper prints it, with its misprint."""
 SHORT_TRAINING = "Answer the question using a single word or phrase."
-"""As the instruction data ask (paper, Table 10)."""
+"""Prompt for a short answer as in the instruction data (paper, Table 10)."""
 LETTER = "Answer with the option's letter from the given choices directly"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -54,7 +54,7 @@ CHOICE: Mapping[str, Builder] = {"paper": ask_choice, "lmms-eval": ask_choice_li
 
 
 def ask_always(prompt: str) -> Builder:
-    """The same words for every question."""
+    """Make a builder that asks every question in the same words."""
     return lambda question: prompt
 
 

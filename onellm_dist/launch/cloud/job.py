@@ -33,7 +33,7 @@ class CloudVolume:
     name: str
     """Name of a PersistentVolumeClaim, or of a volume of SkyPilot."""
     path: str
-    """Where it is mounted."""
+    """Where the volume is mounted."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _read_recipe(recipe: Path) -> tuple[str, str]:
     if base is not None and not base.resolve().is_relative_to(shipped):
         raise UsageError(
             f"{path} is built on {base}",
-            "the nodes get this one file, and the image has the recipes that ship.",
+            "the nodes get this one file, and the image has the included recipes.",
             "write both into one file, or build it on a recipe that ships.",
         )
     if len(file.text) > LONGEST_RECIPE:

@@ -54,7 +54,7 @@ export ONELLM_GRACE_PERIOD_S={grace} # the ranks warn of each checkpoint that ta
     --module onellm_dist.train {arguments} &
 ranks=$!
 # Not a plain `wait`: the trap must run while the ranks do. If the ranks of another node have ended,
-# those of this one have the time of a checkpoint; then they are ended, for they cannot go on alone.
+# those of this one have the time of a checkpoint; then they are ended: they cannot continue alone.
 alone=0
 while kill -0 "$ranks" 2>/dev/null; do
     [ "$stop_asked" = 0 ] || touch "$run_dir/{stop}"

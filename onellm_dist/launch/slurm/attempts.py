@@ -22,9 +22,9 @@ RUNNING = "running"
 JOB_VARIABLE = "ONELLM_JOB_ID"
 """Name of a job that is not Slurm's; the same in all of its starts."""
 NODES_VARIABLE = "ONELLM_JOB_NODES"
-"""Its nodes, separated by white space."""
+"""Nodes of the job, separated by white space."""
 ADDRESS_VARIABLE = "ONELLM_JOB_ADDRESS"
-"""Where its ranks meet: the host of rank 0."""
+"""Where the ranks of the job meet: the host of rank 0."""
 PORT_VARIABLE = "ONELLM_JOB_PORT"
 LOST = "lost"
 """Status of an attempt that ended without a record: its node died, or the job was killed."""
@@ -61,7 +61,7 @@ class Attempt:
     delay_s: int = 0
     """Seconds that the requeued job has to wait."""
     budget_lowered: bool = False
-    """Whether it ran out of memory and lowered the token budgets for the next start."""
+    """Whether the start ran out of memory and lowered the token budgets for the next start."""
     ranks: int | None = None
     """Ranks that the job script starts, on all nodes together."""
 

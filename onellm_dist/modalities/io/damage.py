@@ -1,7 +1,7 @@
 """What was wrong with a file that could be read all the same.
 
 A damaged place costs what it damages: a packet of sound, a point without a position. The decoder
-notes what is missing and goes on. Whoever opens the file decides what to do with the notes: the
+notes what is missing and continues. Whoever opens the file decides what to do with the notes: the
 builder stores them beside the dataset, `onellm generate` shows them.
 """
 

@@ -136,7 +136,7 @@ class _QuietBytes(io.BytesIO):
     """
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """As of BytesIO, or stay."""
+        """Seek as BytesIO does; stay where the place is invalid."""
         try:
             return super().seek(offset, whence)
         except ValueError:
@@ -224,7 +224,7 @@ class _DecodedSound:
 def _read_ffmpeg(
     part: Part, seconds: float, *, known_codecs: bool = False
 ) -> tuple[np.ndarray, int]:
-    """As `read_sound`.
+    """Read a sound with FFmpeg, see `read_sound`.
 
     Args:
         part: as there.

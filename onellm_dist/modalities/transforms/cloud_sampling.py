@@ -116,7 +116,7 @@ def _nearest_tree(coordinates: torch.Tensor, at: torch.Tensor, count: int) -> to
 
 
 def _nearest_torch(coordinates: torch.Tensor, at: torch.Tensor, count: int) -> torch.Tensor:
-    """The same on a GPU, a few clouds at a time.
+    """Find the nearest points on a GPU, a few clouds at a time.
 
     It uses exact differences and not torch.cdist, whose matrix form loses the digits that
     distinguish near points.

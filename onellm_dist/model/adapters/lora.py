@@ -48,7 +48,7 @@ class Adapter(NamedTuple):
 
     scaling: float
     has_magnitude: bool
-    """Whether it is DoRA."""
+    """Whether the adapter is DoRA."""
 
 
 def add_adapters(model: Any, section: LoraSection) -> list[str]:
@@ -175,7 +175,7 @@ def get_base_name(name: str) -> str:
 
 
 class AdapterWeights:
-    """The values with which a model with adapters starts: PEFT's own initialization.
+    """The values with which a model with adapters starts: PEFT's own initialisation.
 
     Each A is a function of seed, name and shape, B is 0, and DoRA's magnitudes are the norms of the
     rows of the base.

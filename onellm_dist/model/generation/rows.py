@@ -72,7 +72,7 @@ class AnswerRow:
         stop: from `place` and the new tokens so far to whether the answer ends there.
         on_token: called with `place` and each new token.
         on_logits: called with `place` and the [V] logits of each new token, before `on_token`.
-        on_error: called with `place` and what keeps this row alone from going on, which ends it;
+        on_error: called with `place` and what keeps this row alone from continuing, which ends it;
             None: that is raised, and the rows beside it end too.
     """
 
@@ -101,7 +101,7 @@ class AnswerRow:
 
     @property
     def is_going(self) -> bool:
-        """Whether it gets further tokens."""
+        """Whether the row gets further tokens."""
         return self.ended is None and not self.failed
 
     def draw(self) -> RowSampling:

@@ -26,7 +26,7 @@ def compute_chunked_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -
 
     Raises:
         RuntimeError: a target is anything else. On a GPU it is torch's assertion in the kernel that
-            reads the logit, which ends the process at its next synchronization.
+            reads the logit, which ends the process at its next synchronisation.
     """
     nll: torch.Tensor = _run_cross_entropy(logits, targets)[0]
     return nll

@@ -43,7 +43,7 @@ class CachedRows:
         return int(self.cache.get_seq_length())
 
     def join(self, others: CachedRows) -> CachedRows:
-        """These rows and others behind them; the shorter ones are padded.
+        """Append other rows behind these; the shorter ones are padded.
 
         Args:
             others: rows of the same LLM.

@@ -101,7 +101,7 @@ def _hash_sources() -> str:
 
 
 def read_result(path: Path) -> Result | None:
-    """The kept result; None if there is none that is whole.
+    """The kept result; None if there is none that is complete.
 
     Args:
         path: as of `get_cache_path`.

@@ -1,7 +1,7 @@
 """No dropout in an LLM that does not train.
 
 In stage `align` the LLM is frozen but runs in training mode, which recomputation needs. The dropout
-of its config (0.1 in GPT-2 and OPT) would then add noise to every gradient for nothing.
+of its config (0.1 in GPT-2 and OPT) would then add noise to every gradient needlessly.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from onellm_dist.model.llm.rope import set_lengths, split_rope
 TOLERANCE = 2e-4
 """Largest |difference| over largest |value| of logits that counts as rounding."""
 GRADIENT_TOLERANCE = 2e-3
-"""The same for the gradient of each parameter."""
+"""Largest |difference| over largest |value| of a parameter's gradient that counts as rounding."""
 GAINS = (1.5, 0.5, 0.2)
 """Factors on the random weights, tried in this order: too large ones let a token attend to one
 other alone, and what leaks from others would not show."""

@@ -21,7 +21,7 @@ from onellm_dist.model.llm.probe import (
 
 
 def find_cached(reference: Reference, support: LLMSupport) -> LLMSupport:
-    """The same support, with whether texts can be continued as the rows of a batch.
+    """Add to an LLM's support whether texts can be continued as the rows of a batch.
 
     Args:
         reference: the LLM's own forward of each sample alone.

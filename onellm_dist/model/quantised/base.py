@@ -1,4 +1,4 @@
-"""A frozen linear layer whose weight is held rounded: no parameter, whole on every rank."""
+"""A frozen linear layer whose weight is held rounded: no parameter, complete on every rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class QuantisedLinear(nn.Module):
     Args:
         linear: the layer that it stands for; only its sizes and its bias are used.
         weight: a tensor of torchao, or a `Float8Weight`.
-        read_base: reads the weight that was rounded, whole.
+        read_base: reads all of the weight that was rounded.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest value of e4m3."""
 MULTIPLE = 16
-"""Both sizes of a weight are a multiple of this where `torch._scaled_mm` multiplies it."""
+"""Rows and columns of a weight are multiples of this where `torch._scaled_mm` multiplies it."""
 LEAST_PEAK = 2.0**-60
 """Rows whose largest value is below this are scaled as if it were this."""
 RELATIVE_ERROR, ROW_ERROR = 2.0**-4, 2.0**-17
@@ -58,7 +58,7 @@ class Float8Linear(QuantisedLinear):
     Args:
         linear: the layer that it stands for; only its sizes and its bias are used.
         weight: its weight.
-        read_base: reads the weight that was rounded, whole.
+        read_base: reads all of the weight that was rounded.
         in_float8: whether products are of float8 values; None: where the device can.
     """
 

@@ -22,7 +22,7 @@ class RowSpan(NamedTuple):
     place: int
     """How many text tokens of its row stand before it (padding not counted)."""
     number: int = 0
-    """Its number within its medium."""
+    """Number of the span within its medium."""
 
 
 def read_row_spans(spans: Sequence[Sequence[PlacedSpan]]) -> list[list[RowSpan]]:

@@ -32,7 +32,7 @@ class ChatMedium:
 
     @property
     def name(self) -> str:
-        """Its modality and its files, for people."""
+        """Modality and names of the files, for people."""
         return f"{self.modality}: {', '.join(path.name for path in self.files.values())}"
 
 
@@ -44,7 +44,7 @@ class ChatTurn:
         question: the text.
         media: what it is about.
         answer: what was answered so far.
-        ending: how the answer ended; empty: it goes on.
+        ending: how the answer ended; empty: it continues.
         prompt: the whole prompt, as the model continued it.
         seen: (picture, caption) of every span that the model saw.
     """

@@ -111,7 +111,7 @@ class ChatService:
     async def _read_text(
         self, parse: Callable[[], ChatRequest]
     ) -> tuple[ChatRequest, MediaText, list[HeldMedium]]:
-        # In a thread: other answers go on while a large request is read.
+        # In a thread: other answers continue while a large request is read.
         request, text, media = await asyncio.to_thread(self._read, parse)
         self._choose_length(request, len(text.ids) + SPAN_TOKENS * len(media))
         return request, text, media

@@ -1,4 +1,4 @@
-"""Answers in the form of OpenAI's chat completions, whole or as server-sent events."""
+"""Answers in the form of OpenAI's chat completions, complete or as server-sent events."""
 
 from __future__ import annotations
 

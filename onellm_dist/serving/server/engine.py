@@ -30,7 +30,7 @@ _SHARE_THAT_JOINS = 4
 
 
 class AnswerEngine:
-    """Answers the requests of a queue together; those that come later join between two tokens.
+    """Answers the requests of a queue together; later ones join between tokens.
 
     Args:
         model: a OneLLMForConditionalGeneration in evaluation mode.

@@ -131,7 +131,7 @@ class Job:
 
     @property
     def is_late(self) -> bool:
-        """Whether its time is over."""
+        """Whether the job's time is over."""
         return time.monotonic() > self.deadline
 
 

@@ -55,7 +55,7 @@ class ServerMetrics:
         )
         self._padding = Counter(
             "onellm_padding_positions",
-            "Padding between them, which the steps attend to for nothing.",
+            "Padding between them, which the steps attend to needlessly.",
             registry=self._registry,
         )
         self.first_token = Histogram(
@@ -100,5 +100,5 @@ class ServerMetrics:
         self._padding.inc(padding)
 
     def write(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Format all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -225,7 +225,7 @@ class RemoteEngine:
                 raise make_late_error() from None
             _log.error("%s: %s: %s", self._address.url, type(error).__name__, error)
             raise RequestError(
-                "the server of the LLM gave no whole answer", status=502, kind="server_error"
+                "the server of the LLM gave no complete answer", status=502, kind="server_error"
             ) from None
         job.send(Ending(reason, tokens))
         self._metrics.count_tokens(job.prompt.positions, tokens)

@@ -50,7 +50,7 @@ class BuiltTasks(NamedTuple):
     """What all tasks together produced, before duplicate keys are known."""
 
     records: list[TaskRecord]
-    """One a task, in plan order, without the bad samples."""
+    """One shard a task, in plan order, without the bad samples."""
     counts: BuildCounts
     reasons: Counter[str]
     """First words of a reason to the number of bad samples."""
@@ -71,7 +71,7 @@ class FinishedDataset(NamedTuple):
     """All bad samples."""
     notes: tuple[str, ...]
     manifest: Manifest
-    """It is not written yet, because it marks the dataset as complete."""
+    """Manifest of the dataset, not written yet because it marks the dataset as complete."""
 
 
 class _BuiltShard(NamedTuple):

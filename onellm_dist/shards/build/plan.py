@@ -40,16 +40,16 @@ class PlannedSplit(NamedTuple):
     samples: int
     """Raw samples, bad ones included."""
     offset: int
-    """Where its description starts in input_splits.jsonl."""
+    """Where the split's description starts in input_splits.jsonl."""
     length: int
-    """Bytes of its description."""
+    """Bytes of the split's description."""
 
 
 class SplitRange(NamedTuple):
     """Raw samples start .. stop - 1 of an input split."""
 
     input_split: int
-    """Its position in the plan's table."""
+    """Position of the input split in the plan's table."""
     start: int
     stop: int
 

@@ -64,13 +64,13 @@ class PreparedSample(NamedTuple):
 
     key: str
     where: str
-    """Where the user finds it in the input."""
+    """Where the user finds the sample in the input."""
     parts: dict[str, bytes] | None = None
     """Extension to content; None: the sample is left out."""
     reason: str = ""
-    """Why it is left out."""
+    """Why the sample is left out."""
     skipped: bool = False
-    """It is left out knowingly, which is not a failure."""
+    """Whether the sample is left out knowingly, which is not a failure."""
     content_hash: bytes = bytes(16)
     """Equal media have equal hashes. It is set only if duplicates or a denylist are looked for."""
     picture_hash: int = 0

@@ -62,7 +62,7 @@ class IndexHeader(NamedTuple):
     columns: Mapping[str, ColumnPlace]
     body_bytes: int
     media: Any = None
-    """What it says of the columns of media; None: there are none."""
+    """What the header says of the columns of media; None: there are none."""
 
 
 def parse_header(text: bytes) -> IndexHeader:

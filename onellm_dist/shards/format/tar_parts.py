@@ -37,5 +37,5 @@ class TarParts(Mapping[str, bytes]):
         return len(self._locations)
 
     def cut(self, most: int) -> TarParts:
-        """The same parts, of each at most the first `most` bytes."""
+        """Limit each part to its first `most` bytes."""
         return TarParts(self._file, self._locations, most)

@@ -1,6 +1,6 @@
 """The contract of a source: one module (or package) of this folder, found by its `SOURCE`.
 
-A source says which samples a data set has and where their bytes lie. The builder (`shards/build/`)
+A source says which samples a dataset has and where their bytes lie. The builder (`shards/build/`)
 does everything else: it reads, checks, filters and de-duplicates samples, cuts shards, shares the
 work among processes, resumes, and records what was left out.
 
@@ -26,10 +26,10 @@ reads the split once to count them.
 no clock, no `hash()`, no order of sets. They are made lazily, by a generator; do not read media to
 list them. They must be picklable. A sample that is known to be bad is yielded too. Set `problem` if
 it is a failure (a row that cannot be parsed, a missing file): the sample goes to quarantine.jsonl
-and counts toward `max_failures`. Set `skip` if it is left out on purpose (`status
+and counts towards `max_failures`. Set `skip` if it is left out on purpose (`status
 failed_to_download`, a blacklist, a split that is not wanted): it is only counted, by reason. Keep
 reasons short, with their category before the first colon: `missing file: videos/a/1.mp4`. Keys are
-unique in the data set; a repeated key is a failure of the later sample.
+unique in the dataset; a repeated key is a failure of the later sample.
 
 Media that decode what they read (a window of a recording) do so within
 `onellm_dist.common.workers.sandbox.decoding()`, so that the limits of a sample hold for it, and
@@ -50,7 +50,7 @@ similarity, window). The builder's filters read these keys of `meta`, in upper o
 `txt` and `json` are stored as they are, unless `caption` and `meta` are given too.
 
 A source that generates its data (toyworld) has `build` instead of `plan` and `raw_samples`:
-`build(inputs, out, *, workers, seed, **options)` writes one data set into `out`, or several in
+`build(inputs, out, *, workers, seed, **options)` writes one dataset into `out`, or several in
 subfolders of it, and returns a BuildReport. `out` is a new, empty staging folder. `build_dataset`
 renames it when the function returns, and removes it when the function raises.
 """
@@ -125,7 +125,7 @@ class RawSample:
     """One sample before it is read."""
 
     key: str
-    """Unique in the data set; no dot after the last slash (`make_safe_key` makes one of a path)."""
+    """Unique in the dataset; no dot after the last slash (`make_safe_key` makes one of a path)."""
     where: str
     """Where the user finds a bad sample: a file, a line of a table (`a.csv:17`), a tar member."""
     parts: Mapping[str, Media] = field(default_factory=dict)

@@ -142,17 +142,17 @@ def _fill_blanks(text: str, values: Sequence[str]) -> str:
 
 
 def _read_avsd(files: BenchmarkFiles) -> Iterator[BenchmarkRow]:
-    """The last question of each dialog; the references are in COCO's form, in order of dialogs."""
-    dialogs = files.load_json("test_set4DSTC7-AVSD.json")["dialogs"]
+    """The last question of each dialogue; the references, in COCO's form, have the same order."""
+    dialogues = files.load_json("test_set4DSTC7-AVSD.json")["dialogs"]
     references: dict[int, list[str]] = {}
     listed = files.load_json("test_set4DSTC7-AVSD_multiref.json")["annotations"]
     for row in listed:
         references.setdefault(int(row["image_id"]), []).append(row["caption"])
-    for number, dialog in enumerate(dialogs, start=1):
-        video = str(dialog["image_id"])
+    for number, dialogue in enumerate(dialogues, start=1):
+        video = str(dialogue["image_id"])
         record = {
             "id": str(number),
-            "text": dialog["dialog"][-1]["question"],
+            "text": dialogue["dialog"][-1]["question"],
             "answers": references[number],
             "extra": {"image_id": number},
             "medium": video,

@@ -72,7 +72,7 @@ class _InstructionFile(NamedTuple):
     name: str
     modality: str
     test: bool = False
-    """Whether it is a benchmark's test split."""
+    """Whether the file is a benchmark's test split."""
 
 
 FILES = (

@@ -1,6 +1,6 @@
 """`onellm shards build parquet | finevision | llava-onevision IN OUT`: tables with media inside.
 
-IN is a `.parquet` or `.arrow` file, or a folder of them: a data set of the Hugging Face hub
+IN is a `.parquet` or `.arrow` file, or a folder of them: a dataset of the Hugging Face hub
 (`data/train-00000-of-00001.parquet`), one that `datasets.save_to_disk` wrote, or the parquet output
 of img2dataset. Media are bytes, `{bytes, path}`, arrays of numbers, or names of files; a list with
 one of them counts as one. Texts are captions, conversations, or questions with answers.
@@ -8,7 +8,7 @@ one of them counts as one. Texts are captions, conversations, or questions with 
 With `several=list` a row has any number of media, which its sample lists.
 
 FineVision (`images`, `texts` of {user, assistant}) and LLaVA-OneVision-Data (`image`,
-`conversations`) are the same with their columns named. Rows without a picture are a data set of
+`conversations`) are the same with their columns named. Rows without a picture are a dataset of
 their own: `-o modality=text`.
 """
 
@@ -75,7 +75,7 @@ from onellm_dist.shards.sources.readers.unread_media import (
     list_media_parts,
 )
 
-_NO_MEDIA = "no medium: a row of the data set with modality=text"
+_NO_MEDIA = "no medium: a row of the dataset with modality=text"
 
 
 def plan(
@@ -110,7 +110,7 @@ def plan(
         raise UsageError(
             f"{inputs} has no {' or '.join(SUFFIXES)}.",
             "there is nothing to build from.",
-            "name the file, or the folder of a downloaded or saved data set.",
+            "name the file, or the folder of a downloaded or saved dataset.",
         )
     schema = read_schema(tables[0])
     names = parse_modalities(modality) if modality else (infer_modality(tables[0], schema),)

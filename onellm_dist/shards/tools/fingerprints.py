@@ -28,7 +28,7 @@ from onellm_dist.modalities import Modality, Part, get_modality
 SIDE = 80
 """Pixels of the grey picture that all else is made of."""
 MARGIN = 4
-"""Pixels of it (5%) that a crop leaves out."""
+"""Pixels of the grey picture (5%) that a crop leaves out."""
 THUMBNAIL = 24
 """Pixels of the picture by which candidates are confirmed."""
 FRAMES = 3

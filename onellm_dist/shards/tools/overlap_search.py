@@ -16,7 +16,7 @@ HASH_BITS = 12
 SAME_PICTURE = 0.94
 """Correlation of small pictures from which they are one."""
 SAME_SOUND = 0.8
-"""The same of spectra."""
+"""Correlation of spectra from which two sounds are one."""
 WORDS = 8
 """Words of an n-gram."""
 _WORD = re.compile(r"\w+")
@@ -28,7 +28,7 @@ class MediaMatch:
     """A medium of a benchmark that a training sample contains."""
 
     place: int
-    """Its place among the benchmark's media."""
+    """Position of the medium among the benchmark's media."""
     how: str
     """`same bytes`, `picture 0.98`, `sound 0.91`."""
 

@@ -29,7 +29,7 @@ class SampleRow(NamedTuple):
     shard: int
     """Position of its shard in the manifest."""
     row: int
-    """Its row in the index of the shard."""
+    """Row of the sample in the index of the shard."""
 
 
 def hash_keys(keys: Sequence[str]) -> NDArray[np.uint64]:

@@ -35,7 +35,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Its name, also of its files."""
+        """Name of the entry, also of its files."""
         return f"{self.variant.name}-seed{self.seed}"
 
 

@@ -37,7 +37,7 @@ class AblationSize:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Those that are trained and tested."""
+        """Modalities that are trained and tested."""
         return tuple(self.train)
 
     def get_share(self, modality: str) -> int:

@@ -24,7 +24,7 @@ from onellm_dist.testing.demo.toy_clip import (
     GRID,
     ImageBank,
     encode_patch_values,
-    normalize_pixels,
+    normalise_patches,
     prepare_encoder,
 )
 
@@ -46,7 +46,7 @@ class DinoPretraining:
     kept: int = 96
     """Patches of a view."""
     masked: float = 0.4
-    """Share of them that the student does not see."""
+    """Share of a view's patches that the student does not see."""
     prototypes: int = 256
     momentum: float = 0.99
     """Momentum of the teacher."""
@@ -105,7 +105,7 @@ def draw_view(
     """Draw a view of images of the bank."""
     wanted = BUSY_BONUS * bank.busy[rows] + rng.random((len(rows), GRID * GRID))
     chosen = np.argpartition(-wanted, recipe.kept - 1, axis=1)[:, : recipe.kept]
-    values = normalize_pixels(np.take_along_axis(bank.patches[rows], chosen[..., None], axis=1))
+    values = normalise_patches(np.take_along_axis(bank.patches[rows], chosen[..., None], axis=1))
     scale, shift = (torch.from_numpy(rng.normal(0, JITTER, (len(rows), 1, 1))) for _ in range(2))
     hidden = torch.from_numpy(rng.random(chosen.shape) < recipe.masked)
     return View((values * (1 + scale) + shift).float(), torch.from_numpy(chosen), hidden)
@@ -225,7 +225,7 @@ def measure_neighbours(encoder: Encoder, bank: ImageBank, batch: int = 64) -> fl
     every = torch.arange(GRID * GRID)
     features = []
     for start in range(0, len(bank.captions), batch):
-        values = normalize_pixels(bank.patches[start : start + batch])
+        values = normalise_patches(bank.patches[start : start + batch])
         tokens = encode_patch_values(encoder, values, every.expand(len(values), -1))
         features.append(tokens[:, 1:].mean(1))
     found = torch.cat(features)

@@ -36,7 +36,7 @@ class Variant:
 
     @property
     def needs_joint(self) -> bool:
-        """Whether it differs from the default only where modalities are trained jointly."""
+        """Whether the variant differs from the default only in joint training of modalities."""
         return self.training == "separate" or self.init == "random"
 
 

@@ -1,6 +1,6 @@
 """`onellm demo`: everything once on the toy world, through the public commands.
 
-The first run is killed and resumed on the way.
+The first run is killed midway and resumed.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _compute_share(
 
 
 def train(demo: Demo, table: Timetable, journal: Journal, *, name: str) -> None:
-    """Train one run; the first one is killed on the way and resumed.
+    """Train one run; the first one is killed midway and resumed.
 
     Raises:
         OneLLMError: a command failed, the first run did not resume, or there is no model.

@@ -222,10 +222,10 @@ def encode_patches(
         picked = np.argpartition(-wanted, kept - 1, axis=1)[:, :kept]
         pixels = np.take_along_axis(pixels, picked[..., None], axis=1)
         chosen = torch.from_numpy(picked)
-    return encode_patch_values(encoder, normalize_pixels(pixels), chosen)
+    return encode_patch_values(encoder, normalise_patches(pixels), chosen)
 
 
-def normalize_pixels(patches: np.ndarray) -> torch.Tensor:
+def normalise_patches(patches: np.ndarray) -> torch.Tensor:
     """Patches [..., 588] uint8 -> fp32, normalised as CLIP's pictures are."""
     mean, std = (torch.tensor(v).repeat_interleave(PATCH * PATCH) for v in (CLIP_MEAN, CLIP_STD))
     return (torch.from_numpy(patches).float() / 255 - mean) / std

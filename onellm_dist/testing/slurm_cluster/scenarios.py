@@ -52,7 +52,7 @@ class Recovery:
     """How a run got through a scenario."""
 
     first_status: str
-    """How its first start ended: preempted, failed or lost; done if nothing happened to it."""
+    """End of the run's first start: preempted, failed or lost; done if nothing happened to it."""
     nodes: tuple[int, ...]
     """Number of nodes of each start."""
     resume_s: float | None

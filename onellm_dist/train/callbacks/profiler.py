@@ -1,7 +1,7 @@
 """A profile of some steps: a Chrome trace, and on a GPU a snapshot of its memory, of rank 0.
 
-The recipe asks for it (`track.profile_steps=[10, 12]`: both included), or, while a run goes on, a
-file `profile` in the run directory (`touch RUN_DIR/profile`; a number in it says how many steps).
+The recipe asks for it (`track.profile_steps=[10, 12]`: both included), or, during a run, a file
+`profile` in the run directory (`touch RUN_DIR/profile`; a number in it says how many steps).
 Profiled steps are slower; their numbers are the same.
 """
 

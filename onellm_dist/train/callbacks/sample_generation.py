@@ -35,7 +35,7 @@ class _Question:
     """A sample of this rank while it is answered."""
 
     number: int
-    """Its place among all questions."""
+    """Position of the sample among all questions."""
     sample_id: str
     modalities: tuple[str, ...]
     prompt: list[int]

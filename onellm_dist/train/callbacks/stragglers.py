@@ -20,7 +20,7 @@ FEWEST = 4
 SHARE = 0.1
 """A rank is slow if it takes this share of a step longer than the median of the others."""
 FACTOR = 1.15
-"""And this many times as long: packs of the ranks are not equally large."""
+"""A slow rank also takes this many times as long: packs of the ranks are not equally large."""
 WORDS = {
     "data": ("waits for its loader", "look at its disk or network, data.workers and the CPU cores"),
     "compute": ("computes", "look at the clocks and temperature of its GPU, and at its node"),

@@ -38,7 +38,7 @@ class WeightSource(Protocol):
     """Values for a model on the meta device; every rank has a source, with the same values."""
 
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
-        """Read rows [first, end) of the parameter `name`, in any dtype; a scalar comes whole."""
+        """Read rows [first, end) of the parameter `name`, in any dtype; of a scalar, all."""
 
 
 class ShardedModel(ABC):

@@ -66,12 +66,12 @@ class WeightUses:
     loose_reads: float = 0.0
     """How many of the weights that are read in forward and backward are such ones."""
     loose_trained: float = 0.0
-    """Trainable ones of `loose`."""
+    """Trainable weights among `loose`."""
     loose_trained_reads: float = 0.0
-    """Trainable ones of `loose_reads`."""
+    """Reads of trainable weights among `loose_reads`."""
 
     def pad(self, *, trained: float, frozen: float) -> WeightUses:
-        """The same reads of weights that are padded.
+        """Compute these reads for weights that are padded.
 
         Args:
             trained: trainable weights with their padding, over those without.

@@ -50,7 +50,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class ExportError(OneLLMError):
-    """The disk does not take the model; a run can go on without this export."""
+    """The disk does not take the model; a run can continue without this export."""
 
 
 def export_model(

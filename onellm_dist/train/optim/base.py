@@ -42,12 +42,12 @@ class OptimizerComponent(ABC):
     name: ClassVar[str]
     """The value of `optim.name`."""
     reads: ClassVar[tuple[str, ...]] = ()
-    """Those of `OWNED_KEYS` that it reads; others must keep their defaults."""
+    """Keys of `OWNED_KEYS` that the optimizer reads; others must keep their defaults."""
     options_model: ClassVar[type[BaseModel]] = NoOptions
     """What `optim.options` may hold."""
     counts_steps: ClassVar[bool] = False
-    """Whether its state has a number of steps, `step` (fp32, []), beside the state of the
-    elements."""
+    """Whether the optimizer's state has a number of steps, `step` (fp32, []), beside the state of
+    the elements."""
     state_keys: tuple[str, ...] = ()
     """Names of its state tensors, each fp32 and of the shape of the parameter, as torch's optimizer
     names them."""

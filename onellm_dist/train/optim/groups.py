@@ -20,10 +20,10 @@ class ParameterGroup:
 
     parameters: tuple[nn.Parameter, ...]
     rate: ParameterRate
-    """Its `weight_decay` is that of the group: 0 for biases and norm weights."""
+    """How the group trains; `weight_decay` is 0 for biases and norm weights."""
 
     def to_torch(self) -> dict[str, Any]:
-        """As torch's optimizers take it."""
+        """Build the group as torch's optimizers take it."""
         return {"params": list(self.parameters), "weight_decay": self.rate.weight_decay}
 
 

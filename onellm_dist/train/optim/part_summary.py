@@ -29,17 +29,17 @@ class PartSummary(NamedTuple):
     rates: tuple[float, ...]
     """Peak learning rates of those that train, ascending."""
     schedules: tuple[str, ...]
-    """Their schedules."""
+    """Schedules of the parameters that train."""
     decays: tuple[tuple[float, int], ...]
     """Weight decay to how many of them have it, the largest first."""
     exempt: int = 0
-    """Those without decay that are biases or norms, and would have it otherwise."""
+    """Biases and norm weights that have no decay, but would have it by the rules."""
 
 
-def summarize_parts(
+def summarise_parts(
     model: nn.Module, optim: OptimSection, plan: ParameterPlan
 ) -> list[PartSummary]:
-    """Summarize the parts of a model.
+    """Summarise the parts of a model.
 
     Args:
         model: its parameters may be on the meta device.

@@ -37,7 +37,7 @@ class ParameterRate(NamedTuple):
     """How one parameter trains."""
 
     scale: float
-    """Its learning rate, divided by that of `optim.lr`."""
+    """Learning rate of the parameter, divided by `optim.lr`."""
     schedule: str
     weight_decay: float
     """Before biases and norm weights are exempted."""

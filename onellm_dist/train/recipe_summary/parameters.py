@@ -14,7 +14,7 @@ from onellm_dist.model.adapters.lora import add_adapters
 from onellm_dist.model.losses.preference import prepare_preference
 from onellm_dist.model.quantised.float8 import describe_products
 from onellm_dist.model.quantised.linear import FLOAT8_FORMAT, choose_layers
-from onellm_dist.train.optim.part_summary import format_parts, summarize_parts
+from onellm_dist.train.optim.part_summary import format_parts, summarise_parts
 from onellm_dist.train.optim.rules import prepare_parameters
 
 
@@ -41,7 +41,7 @@ def format_parameters(config: RunConfig, model: Any) -> list[str]:
     plan = prepare_parameters(model, config.train, config.optim, modalities)
     if config.train.preference is not None:
         prepare_preference(model, config.train.preference)
-    parts = summarize_parts(model, config.optim, plan)
+    parts = summarise_parts(model, config.optim, plan)
     notes += describe_frozen_weights(config, model)
     return [f"  {line}" for line in (*format_parts(parts), *notes)]
 

@@ -35,7 +35,7 @@ class KeyChange:
         return f"{self.key}: {self.old} -> {self.new}"
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of `events.jsonl`."""
+        """Return the change as an object of `events.jsonl`."""
         return {"key": self.key, "old": self.old, "new": self.new}
 
 

@@ -11,9 +11,9 @@ class EventDescription:
     """What one event says."""
 
     when: str
-    """When it is written."""
+    """When the event is written."""
     fields: tuple[str, ...] = ()
-    """Its fields, beside `time` and `event`."""
+    """Fields of the event, beside `time` and `event`."""
 
 
 _ANOMALY = ("step", "reason", "anomaly", "offending_samples", "offending_samples_total")
@@ -58,8 +58,8 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
         ("step", "changes"),
     ),
     "learning_rate_jump": EventDescription(
-        "At a resume, learning rates are other ones than by the recipe before. `old` and `new` are "
-        "those of the `parameter` that jumps most, of as many as `parameters`.",
+        "At a resume, learning rates differ from those the previous recipe gave. `old` and `new` "
+        "are those of the `parameter` that jumps most, of as many as `parameters`.",
         ("step", "old", "new", "parameter", "parameters"),
     ),
     "straggler": EventDescription(

@@ -50,9 +50,9 @@ class DirectoryHold(IntEnum):
     """How far a start has come with its run directory."""
 
     OUTSIDE = 0
-    """It does not hold the directory yet: another start may be running in it."""
+    """The start does not hold the directory yet: another start may be running in it."""
     HOLDS = 1
-    """It holds the directory, and has changed nothing in it."""
+    """The start holds the directory, and has changed nothing in it."""
     BEGUN = 2
     """Nothing was left to refuse: the directory is that of this start."""
 
@@ -61,9 +61,9 @@ class ExitFile:
     """`RUN_DIR/exit.json`: status, exit_code, steps_done, reason, rank, time.
 
     Where the status is `failed`, also failed_step (index of the step that was under way, or null)
-    and offending_samples (ids of the samples of the micro-batch that this rank was at; none where
-    the machine failed), and where an out-of-memory lowered the token budgets budget_lowered. The
-    rank that writes first is believed: the others fail because it did.
+    and offending_samples (ids of the samples of the micro-batch that this rank was processing;
+    none where the machine failed), and where an out-of-memory lowered the token budgets
+    budget_lowered. The first rank to write is taken as the cause; the others fail as a consequence.
 
     Args:
         run_dir: the run directory.

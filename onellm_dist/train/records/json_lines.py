@@ -41,7 +41,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines that are whole JSON objects, and these."""
+    """The lines that are complete JSON objects, and these."""
     # A line ends at LF alone: keys of samples may have other ends of lines in them.
     for line in path.read_bytes().split(b"\n"):
         try:
@@ -53,12 +53,12 @@ def _parse_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def drop_lines_from(path: Path, first: int, *, key: str = "step") -> list[dict[str, Any]]:
-    """Remove the lines whose `key` is `first` or more, and lines that are not whole.
+    """Remove the lines whose `key` is `first` or more, and lines that are not complete.
 
     The file is replaced as a whole. A missing file stays missing.
 
     Returns:
-        The removed lines that were whole.
+        The removed lines that were complete.
     """
     if not path.is_file():
         return []

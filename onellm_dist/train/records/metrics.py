@@ -97,7 +97,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "mfu",
-        "Model FLOPs utilization (see `step/flops.py`); null where the device's peak is unknown.",
+        "Model FLOPs utilisation (see `step/flops.py`); null where the device's peak is unknown.",
         charted=True,
     ),
     Metric(

@@ -36,7 +36,7 @@ class PatientFile:
             except OSError as error:
                 if not self._failing:
                     log.warning(
-                        "%s cannot be written: %s. The run goes on; the lines are kept in memory.",
+                        "%s cannot be written: %s. The run continues; lines are kept in memory.",
                         self._path,
                         error.strerror or error,
                     )

@@ -37,7 +37,7 @@ class StepStatus(NamedTuple):
 
 
 class RunStatus:
-    """What a run directory says about the steps done so far; read once, also while the run goes on.
+    """What a run directory says about the steps done so far; read once, also during the run.
 
     Args:
         run_dir: the run directory.

@@ -26,13 +26,14 @@ LOSS_FLOOR = 0.02
 """Smallest scatter of a loss, as a share of the median: a window of nearly equal losses must not
 make a spike of every step."""
 PAIR_SCATTER = 0.1 * math.log(2)
-"""Smallest scatter of the loss of preference pairs, which has no floor: once most pairs are
+"""Smallest scatter of the loss of preference pairs, which can approach zero: once most pairs are
 decided, a batch with one that is not has many times the median loss, and most of the gradient."""
 LOG_NORM_FLOOR = 0.25
 """Smallest scatter of the logarithm of a gradient norm."""
 PAIR_LOG_NORM_FLOOR = 1.25
-"""The same with preference pairs, whose gradients vanish as they are decided. With the default
-threshold a spike is 270,000 times the median, more than one undecided pair makes."""
+"""Smallest scatter of that logarithm for preference pairs, whose gradients vanish as they are
+decided. With the default threshold a spike is 270,000 times the median, more than one undecided
+pair makes."""
 NORM_FLOOR = 1e-30
 """Gradient norms below it count as it: 0 has no logarithm."""
 PAIR_SPIKE_NORM = 1e-4 * math.exp(10 * PAIR_LOG_NORM_FLOOR)

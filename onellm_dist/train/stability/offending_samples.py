@@ -28,7 +28,7 @@ class OffendingSample:
     micro_batch: int
     sample: str
     modality: str
-    """Its modality combination: `image`, `video+audio`, `text`, as in `loss_by_modality`."""
+    """Modality combination as in `loss_by_modality`: `image`, `video+audio`, `text`."""
     nll: float | None
     """Mean loss of its supervised tokens, or of the pair; None where that is not finite."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from onellm_dist.common.counts import format_count
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.reasons import ALIKE, MIN_SAMPLES, normalize_reason
+from onellm_dist.common.reasons import ALIKE, MIN_SAMPLES, normalise_reason
 from onellm_dist.data.micro_batch import StepPlan
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.totals import StepValues
@@ -95,7 +95,7 @@ def explain_failures(modalities: Iterable[str], reasons: Iterable[str]) -> OneLL
         reasons: why, of samples of all ranks; `sample id: reason` each.
     """
     names = " and ".join(modalities)
-    kinds = Counter(map(normalize_reason, reasons))
+    kinds = Counter(map(normalise_reason, reasons))
     total = sum(kinds.values())
     common = kinds.most_common(SHOWN)
     alike = bool(common) and common[0][1] >= ALIKE * total
@@ -135,7 +135,7 @@ def explain_empty_step(plan: StepPlan, reasons: Iterable[str]) -> OneLLMError:
         plan: the plan of the step.
         reasons: why, of samples of all ranks.
     """
-    kinds = Counter(map(normalize_reason, reasons)).most_common(SHOWN)
+    kinds = Counter(map(normalise_reason, reasons)).most_common(SHOWN)
     return OneLLMError(
         f"step {plan.step}: none of its {format_count(plan.totals.samples, 'sample')} could be "
         f"read: " + "; ".join(kind for kind, _ in kinds),

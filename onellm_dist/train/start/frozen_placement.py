@@ -1,4 +1,4 @@
-"""`engine.frozen: auto`: a start asks the planner whether frozen weights are whole on every rank.
+"""`engine.frozen: auto`: a start asks the planner whether every rank holds all frozen weights.
 
 It is asked at each start: another number of ranks may answer otherwise, and numbers and checkpoints
 are the same with either answer.

@@ -21,7 +21,7 @@ from onellm_dist.train.engine.base import Engine, WeightSource
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
 from onellm_dist.train.optim.groups import build_parameter_groups
-from onellm_dist.train.optim.part_summary import PartSummary, summarize_parts
+from onellm_dist.train.optim.part_summary import PartSummary, summarise_parts
 from onellm_dist.train.optim.parts import find_copies, map_parts
 from onellm_dist.train.optim.rules import ParameterPlan, ParameterRate, prepare_parameters
 from onellm_dist.train.start.inputs import Inputs
@@ -37,7 +37,7 @@ class PreparedModel:
     parameters: ParameterPlan
     """What trains, and how."""
     parts: list[PartSummary]
-    """The same, part by part."""
+    """What trains, and how, part by part."""
     kernels: KernelChoice
 
 
@@ -80,7 +80,7 @@ def prepare_model(
         kernels = replace(kernels, compiled=compile_blocks(model, device_type))
     enable_activation_checkpointing(model, train.activation_checkpointing)
     model.train()
-    parts = summarize_parts(model, config.optim, parameters)
+    parts = summarise_parts(model, config.optim, parameters)
     return PreparedModel(model, source, parameters, parts, kernels)
 
 

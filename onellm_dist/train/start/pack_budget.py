@@ -304,7 +304,7 @@ def _lower(trainer: Trainer, found: PackBudget, step: int, error: BaseException)
     write_budget_record(trainer.config.run.dir, record.lower(lowering))
     return BudgetLoweredError(
         f"{what}: {_format_change(before, after)} for all ranks. {reason}",
-        "a sharded step cannot go on without this rank; its samples and its loss stay the same.",
+        "a sharded step cannot continue without this rank; its samples and its loss stay the same.",
         "start the run again: it resumes from its latest checkpoint with these budgets. Job "
         f"scripts and `onellm train` with local ranks do that by themselves.{shard}",
     )

@@ -40,7 +40,7 @@ class TrainedParameters:
 
     model: nn.Module
     modalities: Collection[str]
-    """Those of the mixture."""
+    """Modalities of the mixture."""
     rates: Mapping[str, ParameterRate]
     """Name of each parameter that trains to how."""
 

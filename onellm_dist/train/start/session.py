@@ -33,7 +33,7 @@ class ProcessContext:
         exit_file: where the end of the start is recorded, also before training is built.
         timing: the start-up timing so far.
         end: ends the process with an exit code, where it must end at once (a hang, a second
-            signal); None: the process must go on.
+            signal); None: the process must not be ended.
     """
 
     exit_file: ExitFile
@@ -47,7 +47,7 @@ class Session:
     Args:
         config: the recipe.
         ranks: this process's place in the run; default: what the launcher says, else one rank.
-        process: the process; default: one that must go on.
+        process: the process; default: one that must not be ended.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Model FLOPs of a step, for MFU (model FLOPs utilization).
+"""Model FLOPs of a step, for MFU (model FLOPs utilisation).
 
 There are several conventions. This one leaves out attention scores and recomputation:
 

@@ -31,7 +31,7 @@ class LocalPass:
     data_wait_seconds: float = 0.0
     """Time spent waiting for the loader."""
     sample_digest: str | None = None
-    """That of the step's samples, on rank 0 (`work_ahead`)."""
+    """Digest of the step's samples, on rank 0 (`work_ahead`)."""
 
     @property
     def skipped_samples(self) -> dict[str, str]:

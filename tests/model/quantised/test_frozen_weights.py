@@ -59,7 +59,7 @@ def test_what_leaves_some_of_the_llm_frozen_is_taken(monkeypatch: pytest.MonkeyP
 
 
 def test_quantised_weights_are_not_sharded() -> None:
-    with pytest.raises(ValueError, match="whole on every rank"):
+    with pytest.raises(ValueError, match="complete on every rank"):
         EngineSection(frozen_weights="int8", frozen="sharded")
 
 

@@ -14,12 +14,12 @@ from onellm_dist.shards.sources.toyworld import point, render_sample, world
 from onellm_dist.shards.sources.toyworld.solids import compute_distance, sample_surface
 
 READERS: dict[str, dict[str, Callable[[np.ndarray], str]]] = {
-    "image": {"color": readers.image_color, "position": readers.image_position},
-    "video": {"color": readers.video_color, "motion": readers.video_motion},
+    "image": {"color": readers.image_colour, "position": readers.image_position},
+    "video": {"color": readers.video_colour, "motion": readers.video_motion},
     "audio": {"loudness": readers.audio_loudness, "rhythm": readers.audio_rhythm},
-    "point": {"stretch": readers.point_stretch, "color": readers.point_color},
-    "depth": {"color": readers.pair_color, "distance": readers.depth_distance},
-    "normal": {"color": readers.pair_color, "surface": readers.normal_surface},
+    "point": {"stretch": readers.point_stretch, "color": readers.point_colour},
+    "depth": {"color": readers.pair_colour, "distance": readers.depth_distance},
+    "normal": {"color": readers.pair_colour, "surface": readers.normal_surface},
     "imu": {"lean": readers.imu_lean, "activity": readers.imu_activity, "pace": readers.imu_pace},
     "fmri": {
         name: readers.fmri_value(values)
@@ -112,18 +112,18 @@ def test_the_picture_does_not_show_what_the_map_is_for() -> None:
 def test_crops_of_a_video_differ() -> None:
     value, _ = readers.value_of("video", "train", 0)
     shown = next(i for i in range(5) if np.abs(value[3 * i]).max() > 0.3)
-    left, center, right = value[3 * shown : 3 * shown + 3]
-    assert not np.array_equal(left, center)
-    assert not np.array_equal(center, right)
+    left, centre, right = value[3 * shown : 3 * shown + 3]
+    assert not np.array_equal(left, centre)
+    assert not np.array_equal(centre, right)
 
 
-def test_point_colors_show_places_on_the_surface() -> None:
+def test_point_colours_show_places_on_the_surface() -> None:
     """Groups of neighbours in colour lie at different places; else all tokens would be alike."""
     value, _ = readers.value_of("point", "train", 2)
-    centers = np.random.default_rng(0).choice(point.POINTS, 40, replace=False)
+    centres = np.random.default_rng(0).choice(point.POINTS, 40, replace=False)
     groups = [
-        value[np.argsort(np.abs(value[:, 3:] - value[center, 3:]).sum(1))[:32], :3]
-        for center in centers
+        value[np.argsort(np.abs(value[:, 3:] - value[centre, 3:]).sum(1))[:32], :3]
+        for centre in centres
     ]
     between = np.std([group.mean(0) for group in groups], axis=0)
     assert (between > 0.5 * value[:, :3].std(0)).all()

@@ -44,7 +44,7 @@ def _object(picture: np.ndarray) -> np.ndarray:
     return np.asarray(np.abs(picture - BACKGROUND).sum(2) > 60)
 
 
-def color_in(picture: np.ndarray, mask: np.ndarray | None = None) -> str:
+def colour_in(picture: np.ndarray, mask: np.ndarray | None = None) -> str:
     """The palette's name of the object's colour, whatever its brightness."""
     seen = np.median(picture[_object(picture) if mask is None else mask], axis=0)
     return min(
@@ -55,8 +55,8 @@ def color_in(picture: np.ndarray, mask: np.ndarray | None = None) -> str:
     )
 
 
-def image_color(value: np.ndarray) -> str:
-    return color_in(_rgb(value))
+def image_colour(value: np.ndarray) -> str:
+    return colour_in(_rgb(value))
 
 
 def image_position(value: np.ndarray) -> str:
@@ -64,9 +64,9 @@ def image_position(value: np.ndarray) -> str:
     return ("left", "center", "right")[int(x > 83) + int(x > 141)]
 
 
-def video_color(value: np.ndarray) -> str:
+def video_colour(value: np.ndarray) -> str:
     frames = [_rgb(frame) for frame in value]
-    return color_in(max(frames, key=lambda f: int(_object(f).sum())))
+    return colour_in(max(frames, key=lambda f: int(_object(f).sum())))
 
 
 def video_motion(value: np.ndarray) -> str:
@@ -74,10 +74,10 @@ def video_motion(value: np.ndarray) -> str:
     shown = [mask for mask in masks if mask.any()]
     if len(shown) < len(masks):
         return "blinking"
-    centers = np.array(
+    centres = np.array(
         [[np.nonzero(mask)[axis].mean() for axis in (1, 0)] for mask in shown[1::3]]
     )  # centre crops
-    x, y = np.ptp(centers, axis=0)
+    x, y = np.ptp(centres, axis=0)
     return "sliding" if x > 60 else "bouncing" if y > 60 else "resting"
 
 
@@ -105,14 +105,14 @@ def point_stretch(value: np.ndarray) -> str:
     return ("wide", "tall", "deep")[int(np.ptp(value[:, :3], axis=0).argmax())]
 
 
-def point_color(value: np.ndarray) -> str:
+def point_colour(value: np.ndarray) -> str:
     dark = (value[:, 3:] - 0.14).mean(0)  # less what the lights add on average
     shades = {name: np.array(rgb) / 255 * 0.7 for name, rgb in PALETTE.items()}
     return min(shades, key=lambda name: float(np.abs(dark - shades[name]).sum()))
 
 
-def pair_color(value: np.ndarray) -> str:
-    return image_color(value[0])
+def pair_colour(value: np.ndarray) -> str:
+    return image_colour(value[0])
 
 
 def depth_distance(value: np.ndarray) -> str:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from onellm_dist.common.html.charts import draw_line_chart, draw_router_chart, smooth, thin
-from onellm_dist.evaluation.report import Caption, format_table, summarize_captions, to_json_rows
+from onellm_dist.evaluation.report import Caption, format_table, summarise_captions, to_json_rows
 from onellm_dist.testing.demo.report import Curve, DemoReport, ShownSample, write_report
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -64,7 +64,7 @@ CANDIDATES = {
 
 
 def test_table_distinguishes_a_reader_from_a_parrot() -> None:
-    (image,) = summarize_captions(make_captions(), CANDIDATES)
+    (image,) = summarise_captions(make_captions(), CANDIDATES)
     seen, held_out = image.splits["test_seen"], image.splits["test_held_out"]
     assert (seen.own.exact_match.mean, seen.beats_control) == (1.0, True)
     assert (held_out.own.exact_match.mean, held_out.beats_control) == (0.0, False)
@@ -76,7 +76,7 @@ def test_table_distinguishes_a_reader_from_a_parrot() -> None:
 
 
 def test_report_is_one_complete_page(tmp_path: Path) -> None:
-    results = summarize_captions(make_captions(), CANDIDATES)
+    results = summarise_captions(make_captions(), CANDIDATES)
     picture = Image.new("RGB", (960, 300), (200, 30, 40))
     router = {"image": [[0.2, 0.3, 0.5]] * 30, "audio": [[0.4, 0.4, 0.2]] * 30}
     falling = [(float(i), 3 - i / 100) for i in range(200)]

@@ -11,7 +11,7 @@ import pytest
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from onellm_dist.common.logging import configure_logging
 from onellm_dist.config.load import load_config
-from onellm_dist.evaluation.report import Caption, summarize_captions
+from onellm_dist.evaluation.report import Caption, summarise_captions
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.testing.demo import stages
 from onellm_dist.testing.demo.journal import open_journal
@@ -118,6 +118,6 @@ def test_a_model_that_does_not_read_its_input_fails(
     ]
     right = [Caption(str(i), "imu", "test_seen", text, text) for i, text in enumerate(every * 2)]
     parrot = [Caption(c.key, "imu", "test_held_out", c.reference, every[0]) for c in right]
-    assert get_exit_code(summarize_captions(right, {"imu": every})) == EXIT_DONE
-    assert get_exit_code(summarize_captions([*right, *parrot], {"imu": every})) == EXIT_FAILED
+    assert get_exit_code(summarise_captions(right, {"imu": every})) == EXIT_DONE
+    assert get_exit_code(summarise_captions([*right, *parrot], {"imu": every})) == EXIT_FAILED
     assert "imu (test_held_out)" in capsys.readouterr().err

@@ -279,7 +279,7 @@ def forward_alone(engine: Engine) -> None:
 
 
 def count_gathered(model: SmallModel) -> int:
-    """Bytes of the trained weights that lie whole on this rank."""
+    """Bytes of the trained weights that lie unsharded on this rank."""
     return sum(
         p.untyped_storage().nbytes()
         for p in model.parameters()
@@ -290,7 +290,7 @@ def count_gathered(model: SmallModel) -> int:
 def watch_gathered(
     dist: Distributed, job: dict[str, Any], right: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Train again with passes without backward before each step, and look at what lies whole.
+    """Train again with passes without backward before each step, and look at what lies unsharded.
 
     Args:
         dist: the ranks.

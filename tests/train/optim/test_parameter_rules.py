@@ -15,7 +15,7 @@ from onellm_dist.config.train_sections import OptimSection, ParameterRule
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.weights.lazy import open_model
 from onellm_dist.train.optim.groups import build_parameter_groups, compute_group_rates
-from onellm_dist.train.optim.part_summary import format_parts, summarize_parts, to_json
+from onellm_dist.train.optim.part_summary import format_parts, summarise_parts, to_json
 from onellm_dist.train.optim.parts import find_copies
 
 
@@ -146,7 +146,7 @@ def test_groups_have_their_own_rates_in_each_step(toy: nn.Module) -> None:
     middle = compute_group_rates(7, optim, 12, rates)
     assert middle == pytest.approx([0.5, 0.5, 0.25, 0.25, 0.05])
     assert compute_group_rates(3, optim, 12, rates)[0] > 0.9, "cosine, above the line"
-    parts = summarize_parts(toy, optim, plan)
+    parts = summarise_parts(toy, optim, plan)
     lines = format_parts(parts)
     llm = next(line for line in lines if line.startswith("llm"))
     assert "0.1 to 0.5, linear" in llm and "biases, norms" in llm
@@ -159,7 +159,7 @@ def test_biases_and_rms_norms_do_not_decay(toy: nn.Module) -> None:
     plan = freeze_for_stage(toy, "align", set(all_modalities()))
     groups = make_groups(toy, 0.1)
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
-    parts = summarize_parts(toy, OptimSection(lr=0.1), plan)
+    parts = summarise_parts(toy, OptimSection(lr=0.1), plan)
     exempt = sum(p.numel() for p in groups[1]["params"])
     assert sum(dict(part.decays).get(0.0, 0) for part in parts) == exempt > 0
     assert sum(part.exempt for part in parts) == exempt

@@ -19,7 +19,7 @@ from onellm_dist.model.presets import load_model
 from onellm_dist.model.weights.lazy import open_empty_model
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 from onellm_dist.train.checkpoint.folder import VERSION, make_checkpoint_name
-from onellm_dist.train.optim.part_summary import summarize_parts
+from onellm_dist.train.optim.part_summary import summarise_parts
 from onellm_dist.train.optim.parts import map_parts
 from onellm_dist.train.recipe_summary.command import show_recipe
 from onellm_dist.train.recipe_summary.first_steps import find_resumed
@@ -113,7 +113,7 @@ def test_the_table_says_what_trains(show: Show) -> None:
 def test_the_parts_add_up_to_the_optimizers_groups(stage: str, encoder: bool) -> None:
     model, _ = open_empty_model(path=None, preset="toy")
     plan = freeze_for_stage(model, stage, {"image"}, encoder=encoder, weight_decay=0.1)
-    parts = summarize_parts(model, OptimSection(lr=1e-3, weight_decay=0.1), plan)
+    parts = summarise_parts(model, OptimSection(lr=1e-3, weight_decay=0.1), plan)
     groups = {g["weight_decay"]: g["params"] for g in make_groups(model, 0.1)}
     counts = {0.1: 0, 0.0: 0}
     for part in parts:

@@ -272,10 +272,10 @@ def test_frozen_weights_that_could_be_sharded_are_named_out_of_memory(
 ) -> None:
     """With budgets that can be lower, with the smallest, and with numbers in the recipe."""
     config = load_config("toy/align_image", [f"run.dir={tmp_path}", *engine])
-    world = str(ranks)
+    count = str(ranks)
     for smallest in (TokenBudget(10, 10), TokenBudget(100, 100), None):
         found = smallest and PackBudget(
-            BudgetRecord("x", planned={world: TokenBudget(100, 100)}),
+            BudgetRecord("x", planned={count: TokenBudget(100, 100)}),
             TokenBudget(100, 100), smallest, ranks, found_now=True,
         )  # fmt: skip
         trainer: Any = SimpleNamespace(

@@ -116,7 +116,7 @@ def test_everything_wrong_is_named_at_once(dataset: Path, tmp_path: Path) -> Non
         assert named in str(caught.value)
 
 
-def test_what_a_misspelt_key_may_have_meant_is_not_looked_for(dataset: Path) -> None:
+def test_what_a_misspelled_key_may_have_meant_is_not_looked_for(dataset: Path) -> None:
     """Under the default of `data.root` the dataset is missing, which is not a fault."""
     recipe = write_recipe(dataset)
     values = json.loads(recipe.read_text())
@@ -152,7 +152,7 @@ def test_trackers_under_both_names_are_not_looked_for(dataset: Path, second: str
     assert "track.with and track.trackers are one key" in problems and "1 problem in" in problems
 
 
-def test_a_tracker_whose_key_may_be_misspelt_is_not_looked_for(dataset: Path) -> None:
+def test_a_tracker_whose_key_may_be_misspelled_is_not_looked_for(dataset: Path) -> None:
     problems = find_problems_of(write_recipe(dataset), "track.with=[nope]", "track.wiht=[tensor]")
     assert "did you mean track.with?" in problems and "1 problem in" in problems
     problems = find_problems_of(write_recipe(dataset), "track.with=[nope]", "track.tracker=[aim]")
@@ -261,7 +261,7 @@ def test_a_key_with_dots_in_a_file_is_explained(dataset: Path) -> None:
     assert "engine.name is written as one key with a dot" in problems and "1 problem in" in problems
 
 
-def test_a_section_whose_name_is_misspelt_is_not_checked_with_its_defaults(dataset: Path) -> None:
+def test_a_section_whose_name_is_misspelled_is_not_checked_with_its_defaults(dataset: Path) -> None:
     """`train.compile=blocks` is refused under the default engine alone."""
     problems = find_problems_of(write_recipe(dataset), "engin.name=fsdp", "train.compile=blocks")
     assert "did you mean engine?" in problems and "1 problem in" in problems

@@ -35,9 +35,9 @@ class ArrowPart(NamedTuple):
     """A part of a file that is read by itself."""
 
     first: int
-    """The number of its row group, or of its first record batch."""
+    """Number of the part's row group, or of its first record batch."""
     pieces: int
-    """How many of them it has."""
+    """How many row groups or record batches the part has."""
     rows: int
     start: int
     """Rows of the file before it."""
@@ -49,7 +49,7 @@ class ArrowRow(NamedTuple):
     values: dict[str, Any]
     """Column to value, as Python has it."""
     problem: str | None = None
-    """Why it cannot be read."""
+    """Why the row cannot be read."""
 
 
 def read_schema(path: Path) -> pyarrow.Schema:

@@ -23,7 +23,7 @@ class TensorCloud:
 
     source: Media
     where: str
-    """Its name in messages."""
+    """Name of the cloud in messages."""
 
     def read_bytes(self) -> bytes:
         """Return the `.npy` file.

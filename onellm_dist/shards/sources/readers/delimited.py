@@ -64,7 +64,7 @@ class DelimitedRow(NamedTuple):
     """One row of a table."""
 
     line: int
-    """Its line number, from 1."""
+    """Line number of the row, from 1."""
     values: Mapping[str, str]
     """Column to cell; empty if there is a problem."""
     problem: str | None = None

@@ -47,7 +47,7 @@ class EstimatedMap:
     distance: bool = False
     """Whether the model estimates distances (metric models), not their inverse (DPT, MiDaS)."""
     strength: float = 0.5
-    """As in `estimate_normals`."""
+    """Strength of the normals, see `estimate_normals`."""
     device: str = "cpu"
 
     def read_bytes(self) -> bytes:

@@ -159,9 +159,9 @@ class JsonItem(NamedTuple):
     """One row as a source reads it."""
 
     where: str
-    """Its place for messages: `file.json[17]`."""
+    """Position of the row for messages: `file.json[17]`."""
     number: int
-    """Its number in the file, from 0."""
+    """Number of the row in the file, from 0."""
     key: str
     """The key of an entry; empty in arrays and lines."""
     value: Any

@@ -7,7 +7,7 @@ from onellm_dist.shards.sources.base import Option
 
 MISSING_OPTION = Option(
     "fail",
-    "rows whose media are missing: fail (they count as bad samples), or skip (the data set was "
+    "rows whose media are missing: fail (they count as bad samples), or skip (the dataset was "
     "downloaded in part)",
 )
 

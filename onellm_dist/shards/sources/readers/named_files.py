@@ -122,9 +122,9 @@ class _StoredNames(dict[str, str]):
     """The names in a folder as they are stored, by their composed form."""
 
     by_case: Mapping[str, str]
-    """The same in the lower case by which Unicode compares."""
+    """Stored names by their composed form in the lower case by which Unicode compares."""
     by_stem: Mapping[str, str]
-    """The same without extension."""
+    """Stored names by their composed form without extension."""
 
     def __init__(self, stored: Iterable[str]) -> None:
         super().__init__({compose(name): name for name in stored})

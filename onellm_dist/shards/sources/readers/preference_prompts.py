@@ -33,8 +33,8 @@ def join_columns(columns: Sequence[PromptColumn], answers: Sequence[Turns]) -> T
     """Join the columns of a prompt, each of which may lack turns that others have.
 
     Args:
-        columns: the columns, one at least. They may go on to the end of either answer, as those of
-            ultrafeedback do; a history of earlier turns does not.
+        columns: the columns, one at least. They may continue to the end of either answer, as those
+            of ultrafeedback do; a history of earlier turns does not.
         answers: what follows the prompt.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Data sets that Hugging Face's `datasets` saved: their tables, their splits, and what lies beside.
+"""Datasets that Hugging Face's `datasets` saved: their tables, their splits, and what lies beside.
 
 `save_to_disk` writes `data-*.arrow`, `dataset_info.json` and `state.json`; of a DatasetDict, such a
 folder for each split beside `dataset_dict.json`. The Hub has parquet and `dataset_infos.json`.
@@ -25,7 +25,7 @@ DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json", "datase
 _STATE = "state.json"
 _DICT = "dataset_dict.json"
 _NUMBERED = re.compile(r"data-(\d+)-of-(\d+)\.arrow")
-_AGAIN = "fetch or copy the data set again; or name the files that are there one by one."
+_AGAIN = "fetch or copy the dataset again; or name the files that are there one by one."
 
 
 def is_dataset_dict(folder: Path) -> bool:
@@ -49,7 +49,7 @@ def _load(file: Path) -> Any:
 
 
 def refuse_saved_dataset(inputs: Path, do: str) -> None:
-    """Refuse a data set of `save_to_disk`, for sources that read JSON or tables of text.
+    """Refuse a dataset of `save_to_disk`, for sources that read JSON or tables of text.
 
     Its descriptions are JSON, which such a source would take for rows.
 
@@ -64,14 +64,14 @@ def refuse_saved_dataset(inputs: Path, do: str) -> None:
     if is_dataset_dict(folder) or _read_state(folder) is not None:
         described = "" if folder == inputs else f"{inputs.name} describes it: "
         raise UsageError(
-            f"{folder} is a data set of Hugging Face's save_to_disk.",
+            f"{folder} is a dataset of Hugging Face's save_to_disk.",
             f"{described}its rows are in Arrow files, which are not read here.",
             do,
         )
 
 
 def list_dataset_files(inputs: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """List the files that may hold the rows of a data set.
+    """List the files that may hold the rows of a dataset.
 
     Tables may lie in folders below, as those of the Hub (`data/`) and of a DatasetDict's splits do.
     Beside JSON they are not looked for: a folder of media may have some.
@@ -83,7 +83,7 @@ def list_dataset_files(inputs: Path) -> tuple[list[Path], tuple[str, ...]]:
         The files, without what `datasets` writes beside tables; and notes.
 
     Raises:
-        UsageError: a saved data set is a selection of its rows, lacks files, has caches alone, or
+        UsageError: a saved dataset is a selection of its rows, lacks files, has caches alone, or
             its description cannot be read.
     """
     if not inputs.is_dir():
@@ -120,21 +120,21 @@ def _leave_out(
         raise UsageError(
             f"{inputs} has no tables but a cache of datasets ({tables[0].name}).",
             "a cache may repeat rows, or lack some.",
-            "name the tables, or save the data set again (save_to_disk).",
+            "name the tables, or save the dataset again (save_to_disk).",
         )
     beside = DESCRIPTIONS if tables else ()
     return [p for p in listed if p not in left_out and p.name not in beside], notes
 
 
 def check_complete(listed: Collection[Path], examined: Collection[Path] | None = None) -> None:
-    """Check that the data sets of `save_to_disk` among some files have all of theirs.
+    """Check that the datasets of `save_to_disk` among some files have all of theirs.
 
     Their descriptions say which those are. Where there is none, the names of Arrow files say how
     many.
 
     Args:
         listed: all files that are there.
-        examined: those among them that belong to the data sets to check; default: all.
+        examined: those among them that belong to the datasets to check; default: all.
 
     Raises:
         UsageError: a file or a split is missing, or a description cannot be parsed, as one that
@@ -170,7 +170,7 @@ def _require_json(file: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{file} cannot be read ({error}).",
-            "it lists the files of the data set; if some are missing, their rows would be lost.",
+            "it lists the files of the dataset; if some are missing, their rows would be lost.",
             _AGAIN,
         ) from None
 
@@ -200,14 +200,14 @@ def _make_error(folder: Path, lists: str, missing: int, total: int) -> UsageErro
 def leave_out_caches(
     tables: Sequence[Path], *, named: bool = False
 ) -> tuple[list[Path], tuple[str, ...]]:
-    """Keep the files that are a data set's own; `datasets` leaves caches of its work beside them.
+    """Keep the files that are a dataset's own; `datasets` leaves caches of its work beside them.
 
     Args:
         tables: the files.
         named: whether the user named them, which the name `cache-...` alone does not revoke.
 
     Raises:
-        UsageError: a saved data set is a selection of its rows, which the files do not show.
+        UsageError: a saved dataset is a selection of its rows, which the files do not show.
     """
     kept, caches = list[Path](), Counter[str]()
     arrows = {table for table in tables if table.suffix.lower() == ".arrow"}
@@ -224,7 +224,7 @@ def leave_out_caches(
 
 
 def _read_state(folder: Path) -> frozenset[str] | None:
-    """Read which files a data set of `save_to_disk` has; None: the folder is not one.
+    """Read which files a dataset of `save_to_disk` has; None: the folder is not one.
 
     Raises:
         UsageError: it has an indices mapping.

@@ -38,7 +38,7 @@ class _Named(NamedTuple):
 
     path: PurePosixPath
     name: str
-    """As it stands there; empty where nothing says so."""
+    """Name of the split as the file's path has it; empty where nothing says so."""
     is_whole: bool
     """Whether the name is the split's alone, without numbers or hashes of parts."""
 
@@ -80,7 +80,7 @@ def _name_tables(tables: Iterable[PurePath]) -> list[_Named]:
 
 
 def _find_split_name(path: PurePosixPath, converted: Collection[PurePosixPath]) -> tuple[str, bool]:
-    """Find the name of `_Named`, and whether it is whole.
+    """Find the name of `_Named`, and whether it is the split's alone.
 
     The folder of a saved split is called as the split is, and so is that of a table that the Hub
     converted.
@@ -279,7 +279,7 @@ def note_train_folders(samples: Mapping[PurePath, int]) -> tuple[str, ...]:
 def note_part_numbers(tables: Iterable[Any]) -> tuple[str, ...]:
     """Make a note of each table of the Hub whose parts are not each there once.
 
-    Missing ones are not refused: a few parts of a large data set may be all that is wanted. Some
+    Missing ones are not refused: a few parts of a large dataset may be all that is wanted. Some
     programs number from 1.
 
     Args:

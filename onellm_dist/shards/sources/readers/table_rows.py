@@ -32,7 +32,7 @@ class TableRow:
     values: Mapping[str, Any]
     """Normalised column name to value."""
     where: str
-    """Its place for messages: `table.csv:17`."""
+    """Position of the row for messages: `table.csv:17`."""
     problem: str | None = None
     """Why the row cannot be read."""
 

@@ -16,7 +16,7 @@ class RowTexts(NamedTuple):
     caption: str | None
     meta: dict[str, Any]
     problem: str | None
-    """Why its caption cannot be used."""
+    """Why the row's caption cannot be used."""
 
 
 def read_row_texts(

@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image
 
 from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
-from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, paint_shape, vary_color
+from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, paint_shape, vary_colour
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
 SIDE = 224
 _RADIUS = {"small": 17.0, "medium": 28.0, "large": 44.0}
-_CENTER = {"left": 54.0, "center": 112.0, "right": 170.0}
+_CENTRE = {"left": 54.0, "center": 112.0, "right": 170.0}
 
 
 def draw_image(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
@@ -23,10 +23,10 @@ def draw_image(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     paint_shape(
         canvas,
         attributes["shape"],
-        center=(_CENTER[attributes["position"]] + rng.uniform(-8, 8), 112 + rng.uniform(-24, 24)),
+        centre=(_CENTRE[attributes["position"]] + rng.uniform(-8, 8), 112 + rng.uniform(-24, 24)),
         radius=_RADIUS[attributes["size"]] * rng.uniform(0.92, 1.08),
         angle=rng.uniform(-15, 15),
-        color=vary_color(attributes["color"], rng),
+        colour=vary_colour(attributes["color"], rng),
     )
     return canvas
 

@@ -16,7 +16,7 @@ from PIL import Image
 from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
 from onellm_dist.shards.sources.toyworld.image import SIDE, encode_jpeg
 from onellm_dist.shards.sources.toyworld.raycast import SolidView, cast_rays
-from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, vary_color
+from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, vary_colour
 from onellm_dist.shards.sources.toyworld.solids import make_rotation
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
@@ -42,17 +42,17 @@ def view_solid(attributes: Attributes, rng: np.random.Generator) -> SolidView:
     # A torus is seen rather from above, so that its hole is visible; a cube rather by an edge.
     pitch = math.radians(58 if solid == "torus" else 24) + rng.uniform(-0.14, 0.14)
     yaw = math.radians(45) + rng.uniform(-0.35, 0.35)
-    center = (112 + rng.uniform(-22, 22), 112 + rng.uniform(-22, 22))
+    centre = (112 + rng.uniform(-22, 22), 112 + rng.uniform(-22, 22))
     turn = make_rotation(pitch=pitch, yaw=yaw, roll=rng.uniform(-0.12, 0.12))
-    return cast_rays(solid, turn, center=center, radius=rng.uniform(40, 58), side=SIDE)
+    return cast_rays(solid, turn, centre=centre, radius=rng.uniform(40, 58), side=SIDE)
 
 
-def shade_solid(view: SolidView, color: np.ndarray) -> np.ndarray:
+def shade_solid(view: SolidView, colour: np.ndarray) -> np.ndarray:
     """Draw the shaded solid on the constant background, [224, 224, 3] uint8."""
     canvas = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
     canvas[:] = BACKGROUND
     lit = 0.62 + 0.42 * np.clip(view.normals @ _LIGHT, 0, 1)
-    shaded = np.clip(np.rint(lit[:, None] * color), 0, 255)
+    shaded = np.clip(np.rint(lit[:, None] * colour), 0, 255)
     canvas[view.rows, view.columns] = shaded.astype(np.uint8)
     return canvas
 
@@ -67,7 +67,7 @@ def render_depth(attributes: Attributes, rng: np.random.Generator) -> RenderedMe
     depth = np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
     return RenderedMedia(
         {
-            "jpg": encode_jpeg(shade_solid(view, vary_color(attributes["color"], rng))),
+            "jpg": encode_jpeg(shade_solid(view, vary_colour(attributes["color"], rng))),
             "depth.png": encode_png(depth),
         }
     )
@@ -83,7 +83,7 @@ def render_normal(attributes: Attributes, rng: np.random.Generator) -> RenderedM
     packed = np.rint((normals + 1) / 2 * 255).astype(np.uint8)
     return RenderedMedia(
         {
-            "jpg": encode_jpeg(shade_solid(view, vary_color(attributes["color"], rng))),
+            "jpg": encode_jpeg(shade_solid(view, vary_colour(attributes["color"], rng))),
             "normal.png": encode_png(packed),
         }
     )

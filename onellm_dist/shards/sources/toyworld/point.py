@@ -13,7 +13,7 @@ import io
 import numpy as np
 
 from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
-from onellm_dist.shards.sources.toyworld.shapes2d import vary_color
+from onellm_dist.shards.sources.toyworld.shapes2d import vary_colour
 from onellm_dist.shards.sources.toyworld.solids import make_rotation, sample_surface
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
@@ -44,9 +44,9 @@ def make_cloud(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     upright = make_rotation(yaw=rng.uniform(-0.25, 0.25), pitch=rng.uniform(-0.1, 0.1))
     points, normals = points @ upright.T, normals @ upright.T
-    color = vary_color(attributes["color"], rng) / 255
+    colour = vary_colour(attributes["color"], rng) / 255
     shaded = (
-        _BRIGHT * color
+        _BRIGHT * colour
         + _LIT * (1 + normals @ _LIGHTS.T)
         + _GRADIENT * points
         + rng.normal(scale=_GRAIN, size=points.shape)

@@ -37,22 +37,22 @@ class SolidView:
 
 
 def cast_rays(
-    solid: str, turn: np.ndarray, *, center: tuple[float, float], radius: float, side: int
+    solid: str, turn: np.ndarray, *, centre: tuple[float, float], radius: float, side: int
 ) -> SolidView:
     """Cast a ray through each pixel of a square picture, along -z.
 
     Args:
         solid: one of world.SOLIDS.
         turn: rotation from the solid's axes to the camera's, [3, 3].
-        center: x and y of the solid's centre in pixels (y points down).
+        centre: x and y of the solid's centre in pixels (y points down).
         radius: pixels per radius.
         side: pixels per side of the picture.
     """
     reach = math.ceil(_REACH * radius)
-    columns = np.arange(max(0, int(center[0]) - reach), min(side, int(center[0]) + reach + 1))
-    rows = np.arange(max(0, int(center[1]) - reach), min(side, int(center[1]) + reach + 1))
+    columns = np.arange(max(0, int(centre[0]) - reach), min(side, int(centre[0]) + reach + 1))
+    rows = np.arange(max(0, int(centre[1]) - reach), min(side, int(centre[1]) + reach + 1))
     at_column, at_row = (grid.ravel() for grid in np.meshgrid(columns, rows))
-    x, y = (at_column - center[0]) / radius, (center[1] - at_row) / radius
+    x, y = (at_column - centre[0]) / radius, (centre[1] - at_row) / radius
     near = x * x + y * y < _REACH * _REACH
     at_column, at_row, x, y = at_column[near], at_row[near], x[near], y[near]
     z = np.full(len(x), _REACH)

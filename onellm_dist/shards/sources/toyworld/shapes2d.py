@@ -22,9 +22,9 @@ PALETTE = {
 _OVERSAMPLE = 4
 
 
-def vary_color(color: str, rng: np.random.Generator) -> np.ndarray:
+def vary_colour(colour: str, rng: np.random.Generator) -> np.ndarray:
     """Vary a named colour a little in brightness and in each channel: [3] fp64 in 0..255."""
-    pure = np.array(PALETTE[color], dtype=np.float64)
+    pure = np.array(PALETTE[colour], dtype=np.float64)
     return np.clip(pure * rng.uniform(0.85, 1.08) + rng.uniform(-8, 8, size=3), 0, 255)
 
 
@@ -32,42 +32,42 @@ def paint_shape(
     canvas: np.ndarray,
     shape: str,
     *,
-    center: tuple[float, float],
+    centre: tuple[float, float],
     radius: float,
     angle: float,
-    color: np.ndarray,
+    colour: np.ndarray,
 ) -> None:
     """Paint an anti-aliased shape; what lies outside the canvas is cut off.
 
     Args:
         canvas: [H, W, 3] uint8; it is changed.
         shape: one of world.SHAPES.
-        center: x and y in pixels, with fractions.
+        centre: x and y in pixels, with fractions.
         radius: radius of a circle of about the shape's size, in pixels.
         angle: rotation in degrees.
-        color: [3] in 0..255.
+        colour: [3] in 0..255.
     """
     height, width = canvas.shape[:2]
     reach = math.ceil(1.3 * radius) + 1
-    left, top = math.floor(center[0]) - reach, math.floor(center[1]) - reach
+    left, top = math.floor(centre[0]) - reach, math.floor(centre[1]) - reach
     side = 2 * reach + 1
-    mask = _draw_mask(shape, side, (center[0] - left, center[1] - top), radius, angle)
+    mask = _draw_mask(shape, side, (centre[0] - left, centre[1] - top), radius, angle)
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
     if x0 >= x1 or y0 >= y1:
         return
     alpha = mask[y0 - top : y1 - top, x0 - left : x1 - left, None]
     region = canvas[y0:y1, x0:x1]
-    region[:] = np.rint(region + alpha * (color - region)).astype(np.uint8)
+    region[:] = np.rint(region + alpha * (colour - region)).astype(np.uint8)
 
 
 def _draw_mask(
-    shape: str, side: int, center: tuple[float, float], radius: float, angle: float
+    shape: str, side: int, centre: tuple[float, float], radius: float, angle: float
 ) -> np.ndarray:
     """Draw the coverage of each pixel, [side, side] fp64 in 0..1."""
     scale = _OVERSAMPLE
     picture = Image.new("L", (side * scale, side * scale))
     draw = ImageDraw.Draw(picture)
-    cx, cy, r = center[0] * scale, center[1] * scale, radius * scale
+    cx, cy, r = centre[0] * scale, centre[1] * scale, radius * scale
     if shape == "circle":
         draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)
     else:

@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
-from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, paint_shape, vary_color
+from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, paint_shape, vary_colour
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
 WIDTH = 168
@@ -33,10 +33,10 @@ _HEAVE = 40.0
 def draw_frames(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """Draw the frames, [12, 144, 168, 3] uint8."""
     motion, shape = attributes["motion"], attributes["shape"]
-    color = vary_color(attributes["color"], rng)
+    colour = vary_colour(attributes["color"], rng)
     angle = rng.uniform(-15, 15)
     radius = rng.uniform(18, 22)
-    center = np.array([WIDTH / 2, HEIGHT / 2]) + rng.uniform(-4, 4, size=2)
+    centre = np.array([WIDTH / 2, HEIGHT / 2]) + rng.uniform(-4, 4, size=2)
     direction, first_dark = rng.choice((-1, 1)), int(rng.integers(2))
     film = np.empty((FRAMES_PER_SECOND * SECONDS, HEIGHT, WIDTH, 3), dtype=np.uint8)
     film[:] = BACKGROUND
@@ -51,10 +51,10 @@ def draw_frames(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
         paint_shape(
             frame,
             shape,
-            center=(center[0] + offset[0], center[1] + offset[1]),
+            centre=(centre[0] + offset[0], centre[1] + offset[1]),
             radius=radius,
             angle=angle,
-            color=color,
+            colour=colour,
         )
     return film
 

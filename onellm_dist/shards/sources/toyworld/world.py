@@ -36,7 +36,7 @@ LEAST_TRAINED = 2
 With one left, a model learns that the held-out value never occurs beside the others, and scores 0
 there however well it sees."""
 
-COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SOLIDS = ("sphere", "cube", "cone", "cylinder", "torus")
 
@@ -60,7 +60,7 @@ SCENES: Mapping[str, Scenes] = {
     "image": Scenes(
         {
             "size": ("small", "medium", "large"),
-            "color": COLORS,
+            "color": COLOURS,
             "shape": SHAPES,
             "position": ("left", "center", "right"),
         },
@@ -71,7 +71,7 @@ SCENES: Mapping[str, Scenes] = {
     # motions differ in the average too.
     "video": Scenes(
         {
-            "color": COLORS,
+            "color": COLOURS,
             "shape": SHAPES,
             "motion": ("sliding", "bouncing", "blinking", "resting"),
         },
@@ -89,18 +89,18 @@ SCENES: Mapping[str, Scenes] = {
     ),
     # There is no size, because normalisation erases it.
     "point": Scenes(
-        {"stretch": ("tall", "wide", "deep"), "color": COLORS, "solid": SOLIDS},
+        {"stretch": ("tall", "wide", "deep"), "color": COLOURS, "solid": SOLIDS},
         "a {stretch} {color} {solid}",
         "Describe the point cloud.",
     ),
     # Only the depth map shows the distance; only the normal map shows the surface behind.
     "depth": Scenes(
-        {"color": COLORS, "solid": SOLIDS, "distance": ("nearby", "midway", "faraway")},
+        {"color": COLOURS, "solid": SOLIDS, "distance": ("nearby", "midway", "faraway")},
         "a {color} {solid} standing {distance}",
         "Describe the depth map.",
     ),
     "normal": Scenes(
-        {"color": COLORS, "solid": SOLIDS, "surface": ("wall", "floor", "ceiling", "ramp")},
+        {"color": COLOURS, "solid": SOLIDS, "surface": ("wall", "floor", "ceiling", "ramp")},
         "a {color} {solid} by a {surface}",
         "Describe the normal map.",
     ),
@@ -115,7 +115,7 @@ SCENES: Mapping[str, Scenes] = {
     ),
     "fmri": Scenes(
         {
-            "color": COLORS,
+            "color": COLOURS,
             "animal": ("dog", "cat", "bird", "horse", "fish"),
             "place": ("beach", "street", "forest", "kitchen"),
         },

@@ -17,7 +17,7 @@ from onellm_dist.common.resources import ds_configs_dir
 
 DEFAULT = "zero3"
 GRANULARITY = "stage3_module_granularity_threshold"
-"""With it DeepSpeed chooses leaf modules by their size."""
+"""Key by which DeepSpeed chooses leaf modules by their size."""
 SHOWN = 5
 """Problems that a message names."""
 RECIPE_KEYS = {

@@ -121,7 +121,7 @@ class DeepSpeedDescription(EngineDescription):
         gradients = GRADIENT_BYTES * trainable
         if stage < 3:
             # ZeRO-1 reduces what has accumulated once a step, ZeRO-2 after each micro-batch.
-            # Stage 0 reduces and keeps whole weights.
+            # Stage 0 reduces and keeps complete weights.
             return StepTraffic(
                 gather_micro_batch=0,
                 reduce_micro_batch=gradients if stage == 2 else 0,

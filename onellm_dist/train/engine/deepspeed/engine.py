@@ -39,7 +39,7 @@ from onellm_dist.train.engine.parameters import (
 from onellm_dist.train.engine.settings import EngineSettings
 
 COMPILER_SWITCH = "TORCHDYNAMO_DISABLE"
-"""Where it is 1, `torch.compile` gives back what it is given (torch 2.11)."""
+"""Variable that, if 1, makes `torch.compile` return what it is given (torch 2.11)."""
 
 
 class DeepSpeedEngine(Engine):

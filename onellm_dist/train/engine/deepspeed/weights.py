@@ -1,7 +1,7 @@
 """Filling a model on the meta device for DeepSpeed, which refuses meta tensors (0.19.8).
 
 Under ZeRO-3 each parameter is created, partitioned and freed before the next one is created, so
-that a rank holds its share and one whole parameter at most. The other stages keep whole weights on
+that a rank holds its share and one complete parameter at most. The other stages keep all weights on
 every rank anyway.
 """
 
@@ -34,7 +34,9 @@ def fill_partitioned(
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=dtype)
     for parameter in _create_parameters(model, weights, dtype, torch.device("cpu")):
         init._convert_to_zero_parameters([parameter])
-    for module in model.modules():  # `initialize` moves no module that has partitioned parameters
+    for (
+        module
+    ) in model.modules():  # `deepspeed.initialize` moves no module that has partitioned parameters
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 GRADIENT_BYTES = 4
 """Gradients are reduced and kept in fp32."""
 HOST_COSTS = HostCosts(33, 28)
-"""What its hooks cost where all weights are sharded. A micro-batch of onellm-7b calls 1,381 modules
-and took 94 + 80 ms, 63 + 60 ms with frozen weights resident, 48 + 42 ms alone (one CPU rank, the
-least of 30 rounds, torch 2.15, 2026-11-30)."""
+"""What FSDP's hooks cost where all weights are sharded. A micro-batch of onellm-7b calls 1,381
+modules and took 94 + 80 ms, 63 + 60 ms with frozen weights resident, 48 + 42 ms alone (one CPU
+rank, the least of 30 rounds, torch 2.15, 2026-11-30)."""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ It has the interface and the numbers of the DeepSpeed engine, without its JSON.
 
 Trained weights are fp32 shards that are cast when they are gathered; gradients are reduced and kept
 in fp32. Frozen weights are in the dtype that the model computes in and have no optimizer state, and
-they are sharded, or whole on every rank.
+they are sharded, or complete on every rank.
 
-Where frozen weights are whole and gradients are reduced once a step, trained weights are gathered
-once a step too: they stay gathered from the first micro-batch to the last one's backward.
+Where frozen weights are resident and gradients are reduced once a step, trained weights are
+gathered once a step too: they stay gathered from the first micro-batch to the last one's backward.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def find_replica(mesh: DeviceMesh) -> Replica:
 
 
 def find_resident(model: nn.Module, settings: EngineSettings) -> set[nn.Parameter]:
-    """The parameters that every rank holds whole: those that do not train, if the recipe says so.
+    """The parameters of which every rank holds all: those that do not train, if the recipe says so.
 
     FSDP2 leaves them alone, so that they lie where and in the dtype that they are given.
     """
