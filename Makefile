@@ -13,6 +13,8 @@ ABLATIONS_OUT ?= ablations_run
 PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 SLOW_REPORT := --durations=10
 COVERAGE := --cov=onellm_dist --cov-report=term:skip-covered --cov-report=xml
+# Huge pages (glibc 2.35): tests fork some 1,400 processes of 700 MB, whose page tables are copied.
+export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Where it is set, every process of every test would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -105,6 +105,7 @@ def pytest_collection_finish() -> None:
     """What was imported and collected stays: no collection of garbage walks through it, ever."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(700, 10, 50)
     gc.enable()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -14,6 +15,8 @@ from onellm_dist.testing.slurm_cluster.cluster import FINISHED, Cluster
 from onellm_dist.testing.slurm_cluster.comparison import read_metrics
 
 POLL_S = 0.1
+ASK_S = 1.0
+"""Between two questions to Slurm whether the job has ended, each of which starts a program."""
 RESTART_S = 2.0
 LOG_LINES = 40
 TRAINING = "onellm_dist.train"
@@ -137,7 +140,7 @@ class RunningJob:
 
     def wait_for_end(self) -> str:
         """Wait until the job has ended for good; returns Slurm's word for how."""
-        self._wait_until(self._is_finished, "the end")
+        self._wait_until(self._is_finished, "the end", poll_s=ASK_S / 2)
         return self.cluster.show_job(self.number)["JobState"]
 
     def find_rank(self, node: str) -> int:
@@ -166,10 +169,15 @@ class RunningJob:
     def _is_finished(self) -> bool:
         return self.cluster.show_job(self.number)["JobState"] in FINISHED
 
-    def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
+    def _wait_until(
+        self, condition: Callable[[], bool], what: str, *, poll_s: float = POLL_S
+    ) -> None:
         deadline = time.monotonic() + self._patience_s
+        asked = -math.inf
         while not condition():
-            finished = what != "the end" and self._is_finished()
+            finished = False
+            if what != "the end" and time.monotonic() > asked + ASK_S:
+                finished, asked = self._is_finished(), time.monotonic()
             if (finished and not condition()) or time.monotonic() > deadline:
                 job = self.cluster.show_job(self.number)
                 raise OneLLMError(
@@ -177,7 +185,7 @@ class RunningJob:
                     self.read_log_tail(),
                     f"its log: {self.log}",
                 )
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
 
 
 def find_training_processes(pids: list[int]) -> list[tuple[int, int]]:
