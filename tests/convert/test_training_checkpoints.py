@@ -9,86 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from checkpoints import onellm, save_onellm
-from safetensors.torch import load_file, save_file
+from checkpoints import onellm, save_onellm, save_run, trained_weights
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_saver import save
 from zygote import run_ranks
 
 from onellm_dist.common.checksums import seal
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.files import sha256_file
 from onellm_dist.convert.checkpoint import ConversionOptions
 from onellm_dist.convert.conversion import convert
 from onellm_dist.convert.inspect import describe_checkpoint
 from onellm_dist.convert.opening import open_checkpoint
 
 Tensors = dict[str, torch.Tensor]
-TRAINED = ("upm.", "projectors.", "tokenizers.")
-
-
-def trained_weights() -> Tensors:
-    """Other weights for what aligns: those of another seed."""
-    return {n: p.detach() for n, p in onellm(seed=9).named_parameters() if n.startswith(TRAINED)}
-
-
-def save_run(
-    run: Path,
-    base: Path,
-    ranks: int,
-    *,
-    precision: str = "bf16",
-    first_version: bool = False,
-    rows: Tensors | None = None,
-    spans: dict[str, int] | None = None,
-    recorded_spans: dict[str, int] | None = None,
-) -> Path:
-    """A checkpoint as train/checkpoint/folder.py describes it.
-
-    Each rank holds a range of every parameter; the last ranks may hold none. `rows` trained too.
-    """
-    folder = run / "checkpoints" / "step-00000010"
-    folder.mkdir(parents=True)
-    parameters: dict[str, Any] = {}
-    files: dict[str, int] = {}
-    for rank in range(ranks):
-        held, file = {}, f"rank-{rank:05d}.safetensors"
-        for name, weight in {**trained_weights(), **(rows or {})}.items():
-            each = -(-weight.numel() // ranks)
-            start, end = min(rank * each, weight.numel()), min((rank + 1) * each, weight.numel())
-            if start == end:
-                continue
-            for key, factor in (("master", 1.0), ("exp_avg", 7.0), ("exp_avg_sq", 9.0)):
-                held[f"{name}:{start}:{key}"] = weight.flatten()[start:end] * factor
-            parameters.setdefault(name, {"shape": list(weight.shape), "pieces": []})[
-                "pieces"
-            ].append([start, end - start, file])
-        save_file(held, folder / file)
-        files[file] = (folder / file).stat().st_size
-    manifest = {
-        **(
-            {"version": 1, "step": 10, "world": ranks}
-            if first_version
-            else {"version": 2, "steps_done": 10, "world_size": ranks}
-        ),
-        "stage": "align",
-        "seed": 0,
-        "optimizer_steps": 10,
-        "plan": "0" * 8,
-        "model": {"path": str(base), "preset": None, "init_from_image": []},
-        "files": files,
-        "parameters": parameters,
-        **({} if recorded_spans is None else {"spans": recorded_spans}),
-    }
-    if not first_version:
-        manifest["sha256"] = {file: sha256_file(folder / file) for file in files}
-    (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
-    recipe = {"train": {"precision": precision}, "data": {"spans": spans or {}}}
-    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
-    (run / "metrics.jsonl").write_text(
-        '{"step": 9, "loss": 2.5, "sample_digest": "abc"}\n{"step": 10, "loss": 9}\n'
-    )
-    return folder
 
 
 @pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (3, "bf16"), (4, "fp32")])

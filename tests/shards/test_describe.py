@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from instruct_trees import instruction_tuning
 from PIL import Image
 from shard_worlds import write_tree
 from source_checks import build_source, decode_sample, get_reasons, make_npy, read_samples
-from test_source_onellm_instruct import instruction_tuning
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import get_modality

@@ -9,13 +9,13 @@ from typing import Any
 import fsspec
 import pytest
 from cc3m_worlds import parallel
+from instruct_trees import instruction_tuning
 from listed_rows import write_parquet
 from shard_worlds import contents, picture, write_tree
 from source_checks import to_json
 from test_source_coco import official, pictures
 from test_source_ego4d import recordings, window
 from test_source_nsd import tree
-from test_source_onellm_instruct import instruction_tuning
 
 from onellm_dist.shards import build_dataset, open_dataset
 from onellm_dist.shards.command import build_command

@@ -5,18 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "shards"))
-
-from source_checks import make_film, make_photo, make_tone  # it needs the path above
+from source_checks import make_film, make_photo, make_tone
 
 Files = dict[str, bytes | str]
 ROWS = 4

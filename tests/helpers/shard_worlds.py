@@ -1,4 +1,4 @@
-"""Small media and datasets for the tests of this folder."""
+"""Small media and datasets for the tests of shards and of benchmarks."""
 
 from __future__ import annotations
 
