@@ -11,7 +11,7 @@ from onellm_dist.cli.evaluate import evaluate
 from onellm_dist.shards.build.recipe import read_recipe
 from onellm_dist.shards.build.registry import all_sources, complete_options, get_source
 
-FOLDER = Path(__file__).parents[2] / "shards"
+FOLDER = Path(__file__).parents[3] / "shards"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 

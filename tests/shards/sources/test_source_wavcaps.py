@@ -21,7 +21,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.task import TooManyFailuresError
 
-RECIPE = Path(__file__).parents[2] / "shards/wavcaps.yaml"
+RECIPE = Path(__file__).parents[3] / "shards/wavcaps.yaml"
 INSIDE = "mnt/fast/nobackup/WavCaps/data/waveforms"
 """The archives keep the authors' own path."""
 

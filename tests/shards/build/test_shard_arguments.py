@@ -142,7 +142,7 @@ def test_the_help_of_every_source_explains_every_option(
 
 def test_the_page_on_sources_explains_every_option() -> None:
     """docs/reference/sources.md, with its generated part, names every source and option."""
-    docs = Path(__file__).parents[2] / "docs"
+    docs = Path(__file__).parents[3] / "docs"
     spec = importlib.util.spec_from_file_location("generate", docs / "hooks/generate.py")
     assert spec is not None and spec.loader is not None
     hook = importlib.util.module_from_spec(spec)

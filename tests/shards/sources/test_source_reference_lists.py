@@ -31,7 +31,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.task import TooManyFailuresError
 
-RECIPE = Path(__file__).parents[2] / "shards/reference_lists.yaml"
+RECIPE = Path(__file__).parents[3] / "shards/reference_lists.yaml"
 
 
 def pt() -> bytes:

@@ -27,7 +27,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.task import TooManyFailuresError
 
-RECIPES = Path(__file__).parents[2] / "shards"
+RECIPES = Path(__file__).parents[3] / "shards"
 TABLE = "Cap3D_automated_Objaverse_full.csv"
 UIDS = [f"{i:032x}" for i in range(4)]
 CAPTIONS = ["a red chair", "a car, blue", 'a "robot"', "a tree"]

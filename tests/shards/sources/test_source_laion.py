@@ -21,7 +21,7 @@ from onellm_dist.shards.build.registry import complete_options, get_source
 from onellm_dist.shards.build.task import TooManyFailuresError
 from onellm_dist.shards.sources.readers.img2dataset import choose_alt_text, read_tar_samples
 
-RECIPES = Path(__file__).parents[2] / "shards"
+RECIPES = Path(__file__).parents[3] / "shards"
 
 
 def laion_rows(first: int, count: int, **more: Any) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.task import TooManyFailuresError
 from onellm_dist.shards.sources.webvid import SOURCE, parse_duration
 
-RECIPE = Path(__file__).parents[2] / "shards/webvid.yaml"
+RECIPE = Path(__file__).parents[3] / "shards/webvid.yaml"
 HEADER = "videoid,contentUrl,duration,page_dir,name\n"
 
 
