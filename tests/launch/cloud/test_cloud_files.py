@@ -34,7 +34,7 @@ from onellm_dist.launch.cloud.node_script import NO_DECISION, START_AGAIN
 from onellm_dist.launch.cloud.skypilot import render_task
 from onellm_dist.launch.cloud.yaml_file import format_yaml
 
-SCHEMAS = Path(__file__).parents[1] / "fixtures" / "launch_schemas"
+SCHEMAS = Path(__file__).parents[2] / "fixtures" / "launch_schemas"
 JOB = CloudJob(
     recipe="tune",
     recipe_text="",

@@ -32,7 +32,7 @@ from onellm_dist.model.presets import load_model
 
 pytest_plugins = ("benchmark_fixtures",)
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REUSED = "ONELLM_LMMS_ENVIRONMENT"
 """Variable with an environment that an earlier run of these tests made."""
 PACKAGES = ("lmms-eval==0.7.3", "lm-eval==0.4.13")

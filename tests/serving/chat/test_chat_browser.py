@@ -24,9 +24,9 @@ from onellm_dist.model import OneLLMProcessor
 from onellm_dist.model.presets import load_toy_tokenizer
 
 CHROMIUM = shutil.which("chromium")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKAGES = ("gradio>=6", "playwright>=1.50")
-DRIVER = ROOT / "tests" / "helpers" / "chat_browser.py"
+DRIVER = Path(__file__).with_name("chat_browser.py")
 
 pytestmark = [
     pytest.mark.slow,

@@ -20,7 +20,7 @@ from onellm_dist.convert.names.reference import from_reference_name
 from onellm_dist.model import OneLLMForConditionalGeneration, build_meta_model, load_model
 from onellm_dist.model.presets import load_toy_tokenizer
 
-DATA = Path(__file__).parent.parent / "fixtures" / "parity"
+DATA = Path(__file__).parents[2] / "fixtures" / "parity"
 HEADS = ConversionOptions(encoder_heads=4, upm_heads=4, llm_heads=4)
 
 Tensors = dict[str, torch.Tensor]

@@ -23,7 +23,7 @@ from onellm_dist.evaluation.scorers import (
 )
 from onellm_dist.evaluation.scorers.measure import Measure
 
-RECORDED = Path(__file__).parents[1] / "fixtures" / "scorers"
+RECORDED = Path(__file__).parents[2] / "fixtures" / "scorers"
 
 
 def load(name: str) -> Any:

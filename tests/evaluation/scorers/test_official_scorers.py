@@ -22,7 +22,7 @@ from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.shards.sources.benchmark_signals import NYU_CLASSES, SUN_CLASSES, _read_rooms
 from onellm_dist.shards.sources.readers.benchmarks import BenchmarkFiles
 
-RECORDED = Path(__file__).parents[1] / "fixtures" / "scorers"
+RECORDED = Path(__file__).parents[2] / "fixtures" / "scorers"
 
 
 def load(name: str) -> Any:
