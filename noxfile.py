@@ -53,17 +53,15 @@ def list_test_tools(*without: str) -> list[str]:
 def oldest(session: nox.Session) -> None:
     """The lower bounds of setup.cfg, as uv resolves them."""
     lowest = Path(session.create_tmp()) / "lowest.txt"
-    session.run(
-        "uv", "pip", "compile", "setup.cfg", "--python-version", "3.10", "--resolution",
-        "lowest-direct", "--no-annotate", "--quiet", "--output-file", str(lowest), external=True,
-    )  # fmt: skip
+    resolve = "uv pip compile setup.cfg --python-version 3.10 --resolution lowest-direct"
+    quiet = ["--no-annotate", "--quiet", "--output-file", str(lowest)]
+    session.run(*resolve.split(), *quiet, external=True)
     # The package of the Kubernetes schemas asks for a newer pydantic than we do, trl for a newer
     # pyarrow. uv says so where versions cannot be had together; pip tries them for an hour.
     tools = list_test_tools("kubeflow-trainer-api", "trl")
-    session.run(
-        "uv", "pip", "install", "--quiet", "--python", str(Path(session.bin) / "python"),
-        "-c", str(lowest), "-e", ".", *tools, external=True,
-    )  # fmt: skip
+    python = str(Path(session.bin) / "python")
+    install = ["uv", "pip", "install", "--quiet", "--python", python, "-c", str(lowest)]
+    session.run(*install, "-e", ".", *tools, external=True)
     run_fast_tests(session)
 
 
@@ -97,10 +95,8 @@ def package(session: nox.Session) -> None:
     session.run("python", "-c", CHECK_INSTALLED)
     session.run("onellm", "--help", silent=True)
     session.run("onellm", "shards", "build", "toyworld", "toy", "-o", "train=8", "-o", "test=2")
-    session.run(
-        "onellm", "train", "toy/align_image", "data.root=toy", "train.steps=2",
-        "data.global_batch=4", "launch.ranks=1", "run.dir=run",
-    )  # fmt: skip
+    keys = "data.root=toy train.steps=2 data.global_batch=4 launch.ranks=1 run.dir=run"
+    session.run("onellm", "train", "toy/align_image", *keys.split())
     if os.getuid() == 0:
         run_doctor_as_nobody(session, empty / "nobody")
 
@@ -115,6 +111,5 @@ def run_doctor_as_nobody(session: nox.Session, home: Path) -> None:
         session.warn(f"not run as another user: only root can run {Path(python).resolve()}")
         return
     session.run(
-        *as_nobody, str(Path(session.bin) / "onellm"), "doctor",
-        external=True, success_codes=[0, 1],
-    )  # fmt: skip
+        *as_nobody, str(Path(session.bin) / "onellm"), "doctor", external=True, success_codes=[0, 1]
+    )

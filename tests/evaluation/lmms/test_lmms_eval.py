@@ -138,13 +138,11 @@ def test_both_give_the_same_answers_and_the_same_score(
     tokens = get_task("mme").max_new_tokens
     (task / "mme_local.yaml").write_text(TASK.format(data=tmp_path / "mme.parquet", tokens=tokens))
     environment.run("-c", WRITE_DATA, str(tmp_path / "rows.json"), str(tmp_path / "mme.parquet"))
-    environment.run(
-        "-m", "lmms_eval", "--model", "onellm",
-        "--model_args", f"pretrained={tmp_path / 'model'},format=raw",
-        "--tasks", "mme_local", "--include_path", str(task), "--batch_size", "4",
-        "--output_path", str(tmp_path / "theirs"), "--log_samples",
-        HF_HOME=str(tmp_path / "hub"),
-    )  # fmt: skip
+    named = ["--model", "onellm", "--model_args", f"pretrained={tmp_path / 'model'},format=raw"]
+    asked = ["--tasks", "mme_local", "--include_path", str(task), "--batch_size", "4"]
+    written = ["--output_path", str(tmp_path / "theirs"), "--log_samples"]
+    hub = str(tmp_path / "hub")
+    environment.run("-m", "lmms_eval", *named, *asked, *written, HF_HOME=hub)
     (samples,) = (tmp_path / "theirs").rglob("*_samples_mme_local.jsonl")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     said = {line["doc_id"]: line["filtered_resps"] for line in lines}
@@ -252,9 +250,14 @@ print(make_table(json.load(open(sys.argv[1]))))
 def test_results_load_in_lm_evals_own_tooling(environment: Environment, tmp_path: Path) -> None:
     questions = [BenchmarkQuestion(f"q{i}", "?", answers=["yes"]) for i in range(4)]
     settings = {
-        "task": "gqa", "split": "testdev", "prompt": "paper", "format": "raw",
-        "as_reference": False, "model": "m", "questions": 4,
-    }  # fmt: skip
+        "task": "gqa",
+        "split": "testdev",
+        "prompt": "paper",
+        "format": "raw",
+        "as_reference": False,
+        "model": "m",
+        "questions": 4,
+    }
     write_task(tmp_path / "gqa", settings, questions)
     with AnswerWriter(tmp_path / "gqa") as writer:
         said = ("yes", "Yes.", "no", "maybe")

@@ -159,6 +159,19 @@ def test_the_exit_codes_of_a_node_lead_to_the_same_actions_as_under_slurm() -> N
     assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [START_AGAIN]}
 
 
+def make_environment(records: Path, recipe: Path) -> dict[str, str]:
+    """What the first node finds, on Kubernetes or SkyPilot, and where RECORD writes."""
+    return {
+        **os.environ,
+        "RECORDS": str(records),
+        "RECIPE": str(recipe),
+        "JOB_COMPLETION_INDEX": "0",
+        "SKYPILOT_NODE_RANK": "0",
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_TASK_ID": "sky-1",
+    }
+
+
 @settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(
     target=st.sampled_from(TARGETS),
@@ -173,9 +186,14 @@ def test_the_exit_codes_of_a_node_lead_to_the_same_actions_as_under_slurm() -> N
 @example("skypilot", "`id`", "a'b", "py", "x", "y", "END_OF_RECIPE\nEND_OF_RECIPE_\n")
 @pytest.mark.seconds
 def test_every_value_arrives(
-    target: CloudTarget, override: str, folder: str, python: str, image: str, command: str,
+    target: CloudTarget,
+    override: str,
+    folder: str,
+    python: str,
+    image: str,
+    command: str,
     recipe: str,
-) -> None:  # fmt: skip
+) -> None:
     with tempfile.TemporaryDirectory() as root:
         volume, tools = f"{root}/{folder}", Path(root, "tools", python)
         tools.mkdir(parents=True)
@@ -197,15 +215,7 @@ def test_every_value_arrives(
         )
         documents = list(yaml.safe_load_all(RENDER[target](job)))
         text = get_script(target, documents).replace("sleep 1 & wait $!", "sleep 0.01")
-        env = {
-            **os.environ,
-            "RECORDS": str(records),
-            "RECIPE": str(Path(root, "recipe")),
-            "JOB_COMPLETION_INDEX": "0",
-            "SKYPILOT_NODE_RANK": "0",
-            "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
-            "SKYPILOT_TASK_ID": "sky-1",
-        }
+        env = make_environment(records, Path(root, "recipe"))
         command_line = ["bash", "-c", text]
         done = subprocess.run(command_line, env=env, capture_output=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
@@ -243,9 +253,8 @@ def test_a_text_is_a_text_for_every_reader_of_yaml(text: str) -> None:
     assert isinstance(node, yaml.MappingNode)
     value = node.value[0][1]
     if value.style is None:  # bare: it must not be a number or a truth value by any version
-        assert re.fullmatch(r"[A-Za-z/][\w./-]*", text) and text.lower() not in {
-            "y", "n", "yes", "no", "on", "off", "true", "false", "null",
-        }  # fmt: skip
+        truth = "y n yes no on off true false null"
+        assert re.fullmatch(r"[A-Za-z/][\w./-]*", text) and text.lower() not in truth.split()
 
 
 def test_a_list_that_is_used_twice_is_written_twice() -> None:
@@ -278,9 +287,12 @@ def test_what_cannot_work_in_a_container_is_refused(
 
 def make(recipe: Path, *overrides: str, **options: Any) -> CloudJob:
     given: dict[str, Any] = {
-        "target": "kubernetes", "nodes": "2", "volumes": ["shared:/data"], "gpus_per_node": 8,
+        "target": "kubernetes",
+        "nodes": "2",
+        "volumes": ["shared:/data"],
+        "gpus_per_node": 8,
         "container": "x",
-    }  # fmt: skip
+    }
     return make_cloud_job(recipe, ["run.dir=/data/run", *overrides], **(given | options))
 
 
@@ -316,16 +328,16 @@ def test_what_ends_with_its_container_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "other.yaml", *on_volume)
 
 
-LINE = [
-    "launch", "toy/align_image", "--container", "x", "--volume", "shared:/data", "--gpus-per-node",
-    "0", "--ranks-per-node", "2", "--set", "run.dir=/data/run", "--set", "data.root=/data/toy",
-]  # fmt: skip
+LINE = (
+    "launch toy/align_image --container x --volume shared:/data --gpus-per-node 0 "
+    "--ranks-per-node 2 --set run.dir=/data/run --set data.root=/data/toy"
+)
 
 
 @pytest.mark.seconds
 def test_launch_writes_the_file_that_it_prints(tmp_path: Path) -> None:
     for target, command in (("kubernetes", "kubectl apply -f"), ("skypilot", "sky jobs launch")):
-        line = [*LINE, "--to", target]
+        line = [*LINE.split(), "--to", target]
         printed = CliRunner().invoke(app, line)
         assert printed.exit_code == 0, printed.output
         out = tmp_path / "a folder" / f"{target}.yaml"
@@ -350,5 +362,5 @@ def test_launch_writes_the_file_that_it_prints(tmp_path: Path) -> None:
     ],
 )
 def test_options_without_a_meaning_are_refused(options: list[str], word: str) -> None:
-    result = CliRunner().invoke(app, [*LINE, *options])
+    result = CliRunner().invoke(app, [*LINE.split(), *options])
     assert isinstance(result.exception, UsageError) and word in str(result.exception)

@@ -129,9 +129,13 @@ def test_tasks_are_what_skypilot_reads(tmp_path: Path) -> None:
     found = subprocess.run(
         [tmp_path / "venv" / "bin" / "python", "-c", CHECK_TASKS],
         input=json.dumps([*tasks, *wrong, *broken.values()]),
-        capture_output=True, text=True, timeout=300, check=True, cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        cwd=tmp_path,
         env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    )
     faults = json.loads(found.stdout)
     assert faults[: len(tasks)] == [None] * len(tasks)
     missed = [name for name, fault in zip(broken, faults[-len(broken) :], strict=True) if not fault]

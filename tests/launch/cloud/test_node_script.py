@@ -69,9 +69,18 @@ class Nodes:
         python.write_text(TORCHRUN.format(python=sys.executable))
         python.chmod(0o755)
         self.job = CloudJob(
-            "x", "", str(self.run_dir), 2, 0, 2, "image", "x", (CloudVolume("v", str(folder)),),
-            python=str(python), grace_period_s=3,
-        )  # fmt: skip
+            recipe="x",
+            recipe_text="",
+            run_dir=str(self.run_dir),
+            nodes=2,
+            gpus_per_node=0,
+            ranks_per_node=2,
+            container="image",
+            name="x",
+            volumes=(CloudVolume("v", str(folder)),),
+            python=str(python),
+            grace_period_s=3,
+        )
         self.running: list[subprocess.Popen[str]] = []
 
     def start(self, *plans: str, patience_s: int = 20, **fields: Any) -> None:
@@ -91,9 +100,13 @@ class Nodes:
                 "SKYPILOT_TASK_ID": "sky-managed-7",
             }
             process = subprocess.Popen(
-                ["bash", "-c", text], env=env, start_new_session=True, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                ["bash", "-c", text],
+                env=env,
+                start_new_session=True,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
             self.running.append(process)
 
     def wait_for(self, *names: str) -> None:
@@ -194,6 +207,29 @@ def test_without_the_first_node_the_others_end_by_themselves(nodes: Nodes) -> No
     assert [a.status for a in read_attempts(nodes.run_dir)] == ["lost", "done"]
 
 
+def make_real_job(folder: Path) -> CloudJob:
+    """30 steps of one rank on each of two nodes, which share the folder."""
+    return make_cloud_job(
+        Path("toy/align_image"),
+        [
+            f"run.dir={folder / 'run'}",
+            f"data.root={folder / 'toy'}",
+            "train.steps=30",
+            "data.mixture=[{path: imu, weight: 1}]",
+            "data.global_batch=4",
+            "data.workers=0",
+        ],
+        target="skypilot",
+        nodes="2",
+        volumes=[f"shared:{folder}"],
+        container="x",
+        gpus_per_node=0,
+        ranks_per_node=1,
+        python=sys.executable,
+        grace_period_s=60,
+    )
+
+
 @pytest.mark.soak
 def test_two_nodes_with_real_ranks_are_evicted_and_end(tmp_path: Path) -> None:
     """The whole chain, nothing replaced: script, torchrun, ranks, checkpoint, decision, resume."""
@@ -201,15 +237,7 @@ def test_two_nodes_with_real_ranks_are_evicted_and_end(tmp_path: Path) -> None:
         tmp_path / "toy", seed=0, train_per_modality=16, test_per_modality=2, modalities=("imu",)
     )
     run_dir = tmp_path / "run"
-    job = make_cloud_job(
-        Path("toy/align_image"),
-        [
-            f"run.dir={run_dir}", f"data.root={tmp_path / 'toy'}", "train.steps=30",
-            "data.mixture=[{path: imu, weight: 1}]", "data.global_batch=4", "data.workers=0",
-        ],
-        target="skypilot", nodes="2", volumes=[f"shared:{tmp_path}"], container="x",
-        gpus_per_node=0, ranks_per_node=1, python=sys.executable, grace_period_s=60,
-    )  # fmt: skip
+    job = make_real_job(tmp_path)
     text = yaml.safe_load(render_task(job))["run"].replace("=29500", f"={find_free_port()}")
 
     def start() -> list[subprocess.Popen[str]]:
@@ -224,11 +252,13 @@ def test_two_nodes_with_real_ranks_are_evicted_and_end(tmp_path: Path) -> None:
                     "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
                     "SKYPILOT_TASK_ID": "sky-managed-8",
                 },
-                start_new_session=True, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
             for node in (0, 1)
-        ]  # fmt: skip
+        ]
 
     def end(scripts: list[subprocess.Popen[str]], code: int) -> None:
         output = [script.communicate(timeout=300)[0] for script in scripts]

@@ -43,9 +43,8 @@ printf '%s\\n' "${@:3}" >"$CALLS/train"
 
 def make(array: list[str], *overrides: str, starter: str = "srun") -> SlurmJob:
     return make_job(
-        RECIPE, overrides, nodes="1", array=array, gpus_per_node=1, starter=starter,
-        python="python",
-    )  # fmt: skip
+        RECIPE, overrides, nodes="1", array=array, gpus_per_node=1, starter=starter, python="python"
+    )
 
 
 def run_task(job: SlurmJob, folder: Path, task: str | None) -> subprocess.CompletedProcess[str]:
@@ -67,8 +66,13 @@ def run_task(job: SlurmJob, folder: Path, task: str | None) -> subprocess.Comple
     }
     return subprocess.run(
         ["bash", "-c", render(job)],
-        env=env, cwd=folder, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        env=env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 def test_every_combination_is_a_run() -> None:
@@ -122,9 +126,11 @@ def test_the_recipe_is_checked_with_the_values_of_each_run() -> None:
 def test_each_run_has_a_directory_of_its_own() -> None:
     tasks = make_sweep(RECIPE, ["run.dir=/x/s"], ["optim.lr=1e-3,2e-3", "run.seed=0,1"])
     assert [task.run_dir.name for task in tasks] == [
-        "optim.lr=1e-3_run.seed=0", "optim.lr=1e-3_run.seed=1",
-        "optim.lr=2e-3_run.seed=0", "optim.lr=2e-3_run.seed=1",
-    ]  # fmt: skip
+        "optim.lr=1e-3_run.seed=0",
+        "optim.lr=1e-3_run.seed=1",
+        "optim.lr=2e-3_run.seed=0",
+        "optim.lr=2e-3_run.seed=1",
+    ]
     for task in tasks:
         config = load_config(RECIPE, ["run.dir=/x/s", *task.overrides])
         assert config.run.dir == task.run_dir and task.run_dir.parent == Path("/x/s")
@@ -167,11 +173,8 @@ def test_a_script_without_its_task_starts_nothing(
 
 def test_the_command_writes_one_script(tmp_path: Path) -> None:
     out = tmp_path / "sweep.sbatch"
-    done = CliRunner().invoke(
-        app,
-        ["launch", str(RECIPE), "--gpus-per-node", "1", "--set", f"run.dir={tmp_path}/s",
-         "--array", "optim.lr=2e-3,3e-3", "--out", str(out)],
-    )  # fmt: skip
+    line = ["launch", str(RECIPE), "--gpus-per-node", "1", "--set", f"run.dir={tmp_path}/s"]
+    done = CliRunner().invoke(app, [*line, "--array", "optim.lr=2e-3,3e-3", "--out", str(out)])
     assert done.exit_code == 0, done.output
     text = out.read_text()
     assert "# 2 runs of recipe toy/align_image, each on 1 node with 1 rank" in text

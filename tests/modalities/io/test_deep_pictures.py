@@ -61,11 +61,17 @@ def tiff(values: np.ndarray, *tags: tuple[int, int, int], bits: int = 16) -> byt
     after = 8 + 2 + 12 * count + 4
     sizes = (258, 3, 1, bits) if bands == 1 else (258, 3, bands, after)
     entries = [
-        (256, 4, 1, values.shape[1]), (257, 4, 1, len(values)), sizes, (259, 3, 1, 1),
-        (262, 3, 1, 1 if bands == 1 else 2), (273, 4, 1, after + 8), (277, 3, 1, bands),
-        (278, 4, 1, len(values)), (279, 4, 1, len(content)),
+        (256, 4, 1, values.shape[1]),
+        (257, 4, 1, len(values)),
+        sizes,
+        (259, 3, 1, 1),
+        (262, 3, 1, 1 if bands == 1 else 2),
+        (273, 4, 1, after + 8),
+        (277, 3, 1, bands),
+        (278, 4, 1, len(values)),
+        (279, 4, 1, len(content)),
         *((tag, kind, 1, value) for tag, kind, value in tags),
-    ]  # fmt: skip
+    ]
     table = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
     head = b"II*\0" + struct.pack("<IH", 8, count) + table + struct.pack("<I", 0)
     return head + struct.pack("<4H", *[bits] * bands, *[0] * (4 - bands)) + content

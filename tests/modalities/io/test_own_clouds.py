@@ -69,8 +69,11 @@ def test_arrays_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     assert ("without colours" in said) == (3 in shape)
 
 
-@given(st.integers(1, 60), st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e38, 1e300]),
-       st.sampled_from(["npy", "ply", "pcd"]))  # fmt: skip
+@given(
+    st.integers(1, 60),
+    st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e38, 1e300]),
+    st.sampled_from(["npy", "ply", "pcd"]),
+)
 @settings(max_examples=40, deadline=None)
 def test_impossible_points_are_left_out_and_noted(bad: int, value: float, form: str) -> None:
     rng = np.random.default_rng(bad)

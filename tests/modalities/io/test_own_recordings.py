@@ -82,12 +82,15 @@ def test_columns_may_come_in_any_order_among_others() -> None:
     [
         ("t,ax (g),ay (g),az (g),gx (deg/s),gy (deg/s),gz (deg/s)", 1 / G, 180 / np.pi),
         ("t,ax_g,ay_g,az_g,gx_dps,gy_dps,gz_dps", 1 / G, 180 / np.pi),
-        ("t,acc_x [mg],acc_y [mg],acc_z [mg],gyr_x [°/s],gyr_y [°/s],gyr_z [°/s]", 1000 / G,
-         180 / np.pi),
+        (
+            "t,acc_x [mg],acc_y [mg],acc_z [mg],gyr_x [°/s],gyr_y [°/s],gyr_z [°/s]",
+            1000 / G,
+            180 / np.pi,
+        ),
         ("t,ax_mps2,ay_mps2,az_mps2,gyro_x_rad_s,gyro_y_rad_s,gyro_z_rad_s", 1.0, 1.0),
         ("t,ax,ay,az,gx (mdps),gy (mdps),gz (mdps)", 1.0, 180_000 / np.pi),
     ],
-)  # fmt: skip
+)
 def test_units_that_columns_name(names: str, accelerometer: float, gyroscope: float) -> None:
     data = imu_csv(names, accelerometer=accelerometer, gyroscope=gyroscope)
     torch.testing.assert_close(values(data), USUAL, atol=1e-5, rtol=1e-5)
@@ -194,9 +197,10 @@ def test_times_of_npy_may_be_in_seconds() -> None:
 
 
 @given(
-    st.floats(*PLAUSIBLE_HZ, exclude_max=True), st.sampled_from([1.0, 1e3, 1e6, 1e9]),
+    st.floats(*PLAUSIBLE_HZ, exclude_max=True),
+    st.sampled_from([1.0, 1e3, 1e6, 1e9]),
     st.floats(0, 1e6),
-)  # fmt: skip
+)
 @settings(max_examples=40, deadline=None)
 def test_one_unit_of_time_is_plausible(rate: float, unit: float, start: float) -> None:
     times = start * unit + np.arange(50) / rate * unit
@@ -348,7 +352,7 @@ def test_as_few_samples_as_possible_are_left_out(listed: list[float]) -> None:
         ("ax (counts),ay,az,gx,gy,gz", "unit 'counts' of the accelerometer is not known"),
         ("1.0,2.0,3.0,4.0,5.0,6.0", "first line holds numbers"),
     ],
-)  # fmt: skip
+)
 def test_refusals_say_what_is_wrong_with_the_header(header: str, message: str) -> None:
     assert message in refusal(f"{header}\n1,2,3,4,5,6,7\n".encode())
 

@@ -161,10 +161,14 @@ def build_world(root: Path) -> tuple[Path, Path]:
     """A benchmark of four pictures; training data with two of them, and words of a question."""
     question = "what is the colour of the small car behind the old wooden house"
     rows = [
-        {"question_id": i, "image_id": f"im{i}", "question": f"{question} {i}?" if i == 3 else "?",
-         "answers": ["red"] * 10}
+        {
+            "question_id": i,
+            "image_id": f"im{i}",
+            "question": f"{question} {i}?" if i == 3 else "?",
+            "answers": ["red"] * 10,
+        }
         for i in range(4)
-    ]  # fmt: skip
+    ]
     benchmark: dict[str, bytes | str] = {"TextVQA_0.5.1_val.json": json.dumps({"data": rows})}
     benchmark |= {f"train_images/im{i}.jpg": encode(make_scene(i)) for i in range(4)}
     build_dataset(

@@ -125,9 +125,21 @@ def contents_of_intact(root: Path) -> dict[str, dict[str, bytes]]:
 
 @pytest.mark.parametrize(
     "path",
-    ["../victim/shards/train-000000.tar", "shards/../../victim/shards/train-000000.tar", "/x.tar",
-     "", "shards", "shards/x.tar\0", "shards/\n.tar", ".tar", "shards//x.tar", "./x.tar", None, 3],
-)  # fmt: skip
+    [
+        "../victim/shards/train-000000.tar",
+        "shards/../../victim/shards/train-000000.tar",
+        "/x.tar",
+        "",
+        "shards",
+        "shards/x.tar\0",
+        "shards/\n.tar",
+        ".tar",
+        "shards//x.tar",
+        "./x.tar",
+        None,
+        3,
+    ],
+)
 def test_a_manifest_that_names_another_datasets_tars_changes_nothing(
     tmp_path: Path, path: object
 ) -> None:
@@ -237,9 +249,8 @@ def test_old_bytes_of_two_repairs_stay_and_the_ids_of_samples_too(tmp_path: Path
     repair_dataset(root)
     dataset = open_dataset(root)
     assert dataset.shards()[0].path == "shards/train-000000.repaired-2.tar"
-    assert dataset.shards()[0].name == first.name and list(contents(dataset)) == [
-        "k2", "k3", "k4", "k5",
-    ]  # fmt: skip
+    assert dataset.shards()[0].name == first.name
+    assert list(contents(dataset)) == ["k2", "k3", "k4", "k5"]
     kept = all_bytes(root)
     assert [kept[f"{TARS[0]}.damaged"], kept[f"{shard.path}.damaged"]] == old
     assert verify_dataset(root) == []
