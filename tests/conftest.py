@@ -68,7 +68,7 @@ LONGEST = (
     "train/test_preference_runs.py",
     "serving/server/test_serve_adapters.py",
     "planner/test_calibrate.py",
-    "common/test_worker_pool.py",
+    "common/workers/test_worker_pool.py",
     "train/engine/test_engine_runs.py",
     "convert/test_publish.py",
 )
