@@ -25,8 +25,11 @@ OPTIONAL = {
     "megatron": "Energon's reader is only compared with",
 }
 MODULES = {
-    "yaml": "pyyaml", "PIL": "pillow", "open_clip": "open_clip_torch", "google": "tensorboard",
-}  # fmt: skip
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "open_clip": "open_clip_torch",
+    "google": "tensorboard",
+}
 """Import names that are not the distribution's."""
 
 
@@ -101,9 +104,12 @@ def test_setup_says_what_went_wrong(tmp_path: Path) -> None:
         (copy / name).write_bytes((ROOT / name).read_bytes())
     done = subprocess.run(
         ["bash", str(ROOT / "launch/setup_machine.sh"), sys.executable, ".venv"],
-        cwd=copy, capture_output=True, text=True, check=False,
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=False,
         env={"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "HOME": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     assert "No matching distribution" in done.stderr and "PIP_FIND_LINKS" in done.stdout
 
@@ -123,9 +129,11 @@ def test_another_build_of_torch_is_installed_first_and_its_pins_are_left_out(
     torch = "torch torchvision --index-url https://download.pytorch.org/whl/cpu"
     subprocess.run(
         ["bash", str(ROOT / "launch/setup_machine.sh"), sys.executable, ".venv"],
-        cwd=tmp_path, check=True, capture_output=True,
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
         env={"PATH": "/usr/bin:/bin", "ONELLM_TORCH": torch, "ONELLM_EXTRAS": "remote"},
-    )  # fmt: skip
+    )
     installs = [c for c in (tmp_path / "calls").read_text().splitlines() if "pip install" in c]
     assert len(installs) == 2
     assert installs[0].endswith(torch)
@@ -141,15 +149,20 @@ def test_another_build_of_torch_is_installed_first_and_its_pins_are_left_out(
 def test_the_sdist_has_every_folder(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), "."],
-        cwd=ROOT, check=True, capture_output=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     archive = next(tmp_path.glob("*.tar.gz"))
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     wanted = subprocess.run(
         ["git", "ls-files", "launch", "ds_configs", "shards", "examples"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert set(wanted.stdout.split()) <= names
     for_the_clone = {"Makefile", "CONTRIBUTING.md", "mkdocs.yml", "noxfile.py"}
     assert not names & for_the_clone, "they speak of folders that the sdist does not have"

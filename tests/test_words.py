@@ -126,8 +126,11 @@ def tracked() -> dict[str, str]:
     """Name to text of every file of the repository that people or programs read words from."""
     listed = subprocess.run(
         ["git", "ls-files", *(f"*.{end}" for end in SUFFIXES), *(f"*{name}" for name in NAMES)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if listed.returncode:
         pytest.skip("not a git checkout: the list of files comes from git")
     names = [name for name in listed.stdout.split("\n") if name and name not in HISTORY]

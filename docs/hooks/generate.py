@@ -128,10 +128,13 @@ def modalities() -> str:
     for name, modality in all_modalities().items():
         accepted = {**modality.required_parts, **modality.optional_parts}
         rows = [
-            (f"`{part}`", ", ".join(f"`.{e}`" for e in extensions),
-             "required" if part in modality.required_parts else "optional")
+            (
+                f"`{part}`",
+                ", ".join(f"`.{e}`" for e in extensions),
+                "required" if part in modality.required_parts else "optional",
+            )
             for part, extensions in accepted.items()
-        ]  # fmt: skip
+        ]
         module = sys.modules[type(modality).__module__]
         said = (module.__doc__ or "", type(modality).__doc__ or "")
         text = "\n\n".join(inspect.cleandoc(part) for part in said if part)

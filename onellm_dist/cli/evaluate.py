@@ -113,10 +113,8 @@ def evaluate(
         if ranks is not None and ranks > 1 and found is None:
             _start_ranks(ranks, out)
             return
-        options = {
-            "split": split, "prompt": prompt, "format": prompt_format, "limit": limit,
-            "any_count": any_count, "as_reference": as_reference, "batch": batch,
-        }  # fmt: skip
+        asked = {"split": split, "prompt": prompt, "format": prompt_format, "limit": limit}
+        options = asked | {"any_count": any_count, "as_reference": as_reference, "batch": batch}
         typer.echo(_answer(model, tasks, data, out, options, found, group, named))
 
 

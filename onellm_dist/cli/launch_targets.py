@@ -114,10 +114,21 @@ def make_slurm_job(params: Mapping[str, Any]) -> SlurmJob:
 def _list_slurm_fields(params: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a Slurm job that the options set."""
     same = (
-        "gpus_per_node", "ranks_per_node", "starter", "time", "partition", "account", "qos",
-        "exclude", "cpus_per_rank", "container", "container_runtime", "max_requeues", "python",
+        "gpus_per_node",
+        "ranks_per_node",
+        "starter",
+        "time",
+        "partition",
+        "account",
+        "qos",
+        "exclude",
+        "cpus_per_rank",
+        "container",
+        "container_runtime",
+        "max_requeues",
+        "python",
         "preflight",
-    )  # fmt: skip
+    )
     return {
         "grace_period_s": params["grace_period"],
         "name": params["job_name"],

@@ -34,10 +34,19 @@ FLOAT8_PRODUCT = "aten::_scaled_mm"
 _NO_WORK = frozenset(
     f"aten::{name}"
     for name in (
-        "_unsafe_view", "detach", "alias", "lift_fresh", "t", "empty", "empty_like", "new_empty",
-        "empty_strided", "new_empty_strided", "resize_",
+        "_unsafe_view",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "t",
+        "empty",
+        "empty_like",
+        "new_empty",
+        "empty_strided",
+        "new_empty_strided",
+        "resize_",
     )
-)  # fmt: skip
+)
 """Operations that move no bytes, beside those whose schema makes them views."""
 
 

@@ -22,9 +22,14 @@ HELD_ON_GPU = 3
 HELD_ON_PROCESSORS = 2
 """The one at work, and the next one."""
 SHOWN_PARTS = {
-    "encoder": "encoder", "modality": "tokenizers and projections", "upm": "UPM", "llm": "LLM",
-    "embedding": "LLM", "head": "head and loss", GLUE: "between modules",
-}  # fmt: skip
+    "encoder": "encoder",
+    "modality": "tokenizers and projections",
+    "upm": "UPM",
+    "llm": "LLM",
+    "embedding": "LLM",
+    "head": "head and loss",
+    GLUE: "between modules",
+}
 """First word of a part's label to what the plan calls it."""
 
 

@@ -101,6 +101,9 @@ def make_speed_rows(plan: RunPlan, cluster: GpuCluster) -> Rows:
     gathered = traffic.count_gathered(plan.micro_batches)
     reduced = traffic.count_reduced(plan.micro_batches)
     times = format_count(saved.count, "time")
+    waits = f"{saved.stall:.2f} s " + (
+        "for each" if saved.asynchronous else "and its write, which is not in the hours"
+    )
     return [
         ("micro-batches a step", f"{plan.micro_batches} (largest: {pack})"),
         ("step", f"{time.total:.3f} s"),
@@ -108,17 +111,17 @@ def make_speed_rows(plan: RunPlan, cluster: GpuCluster) -> Rows:
         ("  waiting for the host", f"{time.host:.3f} s"),
         ("  communication", f"{time.communication:.3f} s, {time.exposed:.3f} s not hidden"),
         ("  optimizer and end of step", f"{time.optimizer + time.tail:.3f} s"),
-        ("traffic of a rank and step", f"{format_gb(gathered)} gathered, "
-         f"{format_gb(reduced)} reduced"),
+        (
+            "traffic of a rank and step",
+            f"{format_gb(gathered)} gathered, {format_gb(reduced)} reduced",
+        ),
         ("samples/s", f"{plan.samples_per_second:.0f} ({per_gpu:.1f} a GPU)"),
         ("MFU", f"{100 * plan.mfu:.1f}%"),
         ("loader", f"{loading.cores_per_gpu:.1f} cores a GPU, {loading.read_mb_s:.0f} MB/s a node"),
-        ("checkpoint", f"{format_gb(saved.bytes)}, {times}; training waits "
-         + (f"{saved.stall:.2f} s for each" if saved.asynchronous
-            else f"{saved.stall:.2f} s and its write, which is not in the hours")),
+        ("checkpoint", f"{format_gb(saved.bytes)}, {times}; training waits {waits}"),
         ("run", f"{plan.hours:.1f} h, {plan.gpu_hours:.0f} GPU hours"),
         *make_energy_rows(plan, cluster),
-    ]  # fmt: skip
+    ]
 
 
 def make_energy_rows(plan: RunPlan, cluster: GpuCluster) -> Rows:
@@ -126,8 +129,8 @@ def make_energy_rows(plan: RunPlan, cluster: GpuCluster) -> Rows:
     gpu = cluster.gpu
     if plan.energy_kwh is None or gpu.board_watts is None:
         return []
-    return [("energy", f"{plan.energy_kwh:.3g} kWh at most, at {gpu.board_watts:.0f} W a board "
-             f"({gpu.power_source}); hosts and cooling not counted")]  # fmt: skip
+    drawn = f"{plan.energy_kwh:.3g} kWh at most, at {gpu.board_watts:.0f} W a board"
+    return [("energy", f"{drawn} ({gpu.power_source}); hosts and cooling not counted")]
 
 
 def format_rows(title: str, rows: Rows) -> Iterator[str]:

@@ -62,9 +62,12 @@ def test_the_shell_can_complete_commands() -> None:
     command = Path(sys.executable).parent / "onellm"  # the real one
     typed = {"_ONELLM_COMPLETE": "complete_bash", "COMP_WORDS": "onellm generate --im"}
     done = subprocess.run(
-        [command], env={**os.environ, **typed, "COMP_CWORD": "2"}, capture_output=True, text=True,
+        [command],
+        env={**os.environ, **typed, "COMP_CWORD": "2"},
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert {"--image", "--imu"} <= set(done.stdout.split())
 
 
@@ -111,8 +114,12 @@ def test_a_narrow_locale_ends_no_command() -> None:
     env = {**os.environ, "PYTHONIOENCODING": "iso-8859-1"}
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "\u732b.yaml"],
-        env=env, capture_output=True, text=True, encoding="iso-8859-1", check=False,
-    )  # fmt: skip
+        env=env,
+        capture_output=True,
+        text=True,
+        encoding="iso-8859-1",
+        check=False,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "\\u732b.yaml" in done.stderr
 

@@ -187,10 +187,17 @@ def test_errors_logs_events_and_exit_files_are_masked(
 
 @pytest.mark.parametrize(
     "text",
-    ["a" * 70_000, "a-" * 35_000, "a.b://" * 12_000, "eyJ-" * 17_000, "a=" * 35_000, " " * 70_000,
-     "https://u:p" * 7000],
+    [
+        "a" * 70_000,
+        "a-" * 35_000,
+        "a.b://" * 12_000,
+        "eyJ-" * 17_000,
+        "a=" * 35_000,
+        " " * 70_000,
+        "https://u:p" * 7000,
+    ],
     ids=lambda text: text[:6],
-)  # fmt: skip
+)
 @pytest.mark.seconds
 def test_long_words_take_no_time(text: str) -> None:
     """The fuzz room found a manifest whose name of 70,000 letters took minutes to refuse."""

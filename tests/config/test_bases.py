@@ -212,9 +212,11 @@ def test_every_value_knows_its_place(write: Write) -> None:
         "second.yaml", "base: first.yaml\nmodel:\n  path: m\ndata:\n  validation: {every: 5}\n"
     )
     overrides = [
-        "train.steps=4", "track.options.wandb.mode=offline", "data.mixture=[{path: x}]",
+        "train.steps=4",
+        "track.options.wandb.mode=offline",
+        "data.mixture=[{path: x}]",
         "checkpoint={every: 3}",
-    ]  # fmt: skip
+    ]
     layers = load_recipe(second, overrides).layers
     places = {
         "run.seed": f"{first}:1",

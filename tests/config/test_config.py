@@ -59,9 +59,12 @@ def test_token_budgets_are_numbers_or_auto(tmp_path: Path) -> None:
 def test_a_masked_value_is_refused_by_its_key(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, GOOD),
-        ["data.root=s3://me:Sw0rdf1sh@bucket/x", "track.options={wandb: {api_key: abcdefgh12}}",
-         "data.mixture=[{path: a}, {path: 's3://me:Sw0rdf1sh@b/c'}]"],
-    )  # fmt: skip
+        [
+            "data.root=s3://me:Sw0rdf1sh@bucket/x",
+            "track.options={wandb: {api_key: abcdefgh12}}",
+            "data.mixture=[{path: a}, {path: 's3://me:Sw0rdf1sh@b/c'}]",
+        ],
+    )
     masked = tmp_path / "config.yaml"
     masked.write_text(config.to_yaml())
     with pytest.raises(UsageError, match="3 problems") as caught:
@@ -69,9 +72,7 @@ def test_a_masked_value_is_refused_by_its_key(tmp_path: Path) -> None:
     for key in ("data.root", "track.options.wandb.api_key", "data.mixture[1].path"):
         assert f"  - {key}: " in caught.value.what
     assert caught.value.what.count("write the value again") == 3
-    again = [
-        "data.root=s3://bucket/x", "track.options={}", "data.mixture=[{path: a}, {path: b}]",
-    ]  # fmt: skip
+    again = ["data.root=s3://bucket/x", "track.options={}", "data.mixture=[{path: a}, {path: b}]"]
     assert load_config(masked, again).data.root is not None
 
 

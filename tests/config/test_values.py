@@ -178,16 +178,32 @@ def test_integers_are_decimal(recipe: Path, override: str, value: int) -> None:
     assert load_config(recipe, [override]).train.steps == value
 
 
+TEXTS = """
+    8e42137 12345e6 1e400 1.5e999 1_000 1_0.5 007 -007 0o17 0x1f 0b11 12:30:00 1:30 2024-01-01
+    2024-01-01T00:00:00Z y n tRue << inf nan 1e 1.2.3 22_05 + = s3://bucket/x a:b 1e1e1
+"""
 FREE: dict[str, Any] = {
-    **{text: text for text in (
-        "8e42137", "12345e6", "1e400", "1.5e999", "1_000", "1_0.5", "007", "-007", "0o17", "0x1f",
-        "0b11", "12:30:00", "1:30", "2024-01-01", "2024-01-01T00:00:00Z", "y", "n", "tRue", "<<",
-        "inf", "nan", "1e", "1.2.3", "22_05", "+", "=", "1" * 1001, "s3://bucket/x", "a:b", "1e1e1",
-    )},
-    "true": True, "False": False, "null": None, "~": None, "0": 0, "-7": -7, "+7": 7, "1e3": 1e3,
-    "1e-1": 0.1, "2.5e6": 2.5e6, "100e6": 1e8, ".5": 0.5, "0.90": 0.9, "1.": 1.0, "1.10": 1.1,
-    "1.0e+300": 1e300, ".inf": float("inf"), "-.inf": float("-inf"), str(2**70): 2**70,
-}  # fmt: skip
+    **{text: text for text in (*TEXTS.split(), "1" * 1001)},
+    "true": True,
+    "False": False,
+    "null": None,
+    "~": None,
+    "0": 0,
+    "-7": -7,
+    "+7": 7,
+    "1e3": 1e3,
+    "1e-1": 0.1,
+    "2.5e6": 2.5e6,
+    "100e6": 1e8,
+    ".5": 0.5,
+    "0.90": 0.9,
+    "1.": 1.0,
+    "1.10": 1.1,
+    "1.0e+300": 1e300,
+    ".inf": float("inf"),
+    "-.inf": float("-inf"),
+    str(2**70): 2**70,
+}
 
 
 @pytest.mark.parametrize("text", FREE, ids=lambda text: text[:30])
@@ -233,14 +249,20 @@ def test_a_text_for_any_value_is_taken_whole(recipe: Path, text: str) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
-    | st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(sorted(FREE))
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs"]))
+    | st.sampled_from(sorted(FREE))
     | st.from_regex(r"[-+.0-9_exo:yn]{1,8}", fullmatch=True)
     | st.sampled_from(["yes", "No", "on", "OFF", "<<", "=", "'", '"', "# x", "- a", "a: b"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text("ab01 ~", max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text("ab01 ~", max_size=3), inner, max_size=3)
+    ),
     max_leaves=5,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import llama, onellm, save_meta, save_onellm
-from test_training_checkpoints import save_run
+from checkpoints import llama, onellm, save_meta, save_onellm, save_run
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from onellm_dist.common.checksums import SUMS, is_intact, seal

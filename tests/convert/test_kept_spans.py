@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import onellm
+from checkpoints import onellm, save_run
 from one_rank import ONE_RANK, OneRankEngine
-from test_training_checkpoints import save_run
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import ConversionOptions

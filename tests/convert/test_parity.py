@@ -47,7 +47,7 @@ def import_file(path: Path) -> Any:
     return module
 
 
-plain = import_file(TESTS / "helpers" / "plain_forward.py")
+plain = import_file(Path(__file__).with_name("plain_forward.py"))
 
 
 @pytest.fixture(scope="module")

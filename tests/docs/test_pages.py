@@ -116,9 +116,14 @@ def test_the_forked_programs_do_as_the_real_ones(tmp_path: Path) -> None:
     python = str(get_programs() / "python")
     show = "import os, sys; print(sys.argv[1:], os.getcwd(), os.environ['ASKED'], input())"
     done = subprocess.run(
-        [python, "-c", show, "a b"], input="yes\n", cwd=tmp_path, env={**os.environ, "ASKED": "x"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [python, "-c", show, "a b"],
+        input="yes\n",
+        cwd=tmp_path,
+        env={**os.environ, "ASKED": "x"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == f"['a b'] {tmp_path} x yes\n"
     for end, code in (("sys.exit(3)", 3), ("os.kill(os.getpid(), 15)", -15), ("1 / 0", 1)):
         command = [python, "-c", f"import os, sys\n{end}"]

@@ -126,9 +126,13 @@ def test_odd_rows_of_music_avqa_are_refused_in_words(
     tmp_path: Path, change: dict[str, str], message: str
 ) -> None:
     row = {
-        "type": '["Audio", "Counting"]', "question_content": "Is <A> left of <B>?",
-        "templ_values": "['x', 'y']", "video_id": 1, "question_id": 1, "anser": "yes",
-    }  # fmt: skip
+        "type": '["Audio", "Counting"]',
+        "question_content": "Is <A> left of <B>?",
+        "templ_values": "['x', 'y']",
+        "video_id": 1,
+        "question_id": 1,
+        "anser": "yes",
+    }
     (tmp_path / "avqa-test.json").write_text(json.dumps([row | change]))
     with pytest.raises(OneLLMError, match=message):
         list_samples("music-avqa", tmp_path, "test")
@@ -226,9 +230,14 @@ def test_media_that_cannot_be_read_make_a_dataset_incomplete(
     model, tokenizer = toy_model
     with pytest.raises(UsageError, match=r"vizwiz val has 2 of 4 questions"):
         evaluate_model(
-            model, tokenizer, ["vizwiz"], tmp_path / "data", tmp_path / "out",
-            EvaluationOptions(), identity="toy",
-        )  # fmt: skip
+            model,
+            tokenizer,
+            ["vizwiz"],
+            tmp_path / "data",
+            tmp_path / "out",
+            EvaluationOptions(),
+            identity="toy",
+        )
     read, opened = benchmark_data._read_questions, []
 
     def read_and_note(*sample: Any) -> Any:

@@ -32,9 +32,19 @@ QUESTIONS = {
 UNSCORED = ("mmvet", "objaverse-class")
 """Benchmarks that another model scores."""
 EXACT = (
-    "gqa", "scienceqa", "seedbench", "nextqa", "how2qa", "msvd-qa", "music-avqa", "clotho-aqa",
-    "nyuv2-depth", "nyuv2-normal", "sunrgbd-depth", "sunrgbd-normal",
-)  # fmt: skip
+    "gqa",
+    "scienceqa",
+    "seedbench",
+    "nextqa",
+    "how2qa",
+    "msvd-qa",
+    "music-avqa",
+    "clotho-aqa",
+    "nyuv2-depth",
+    "nyuv2-normal",
+    "sunrgbd-depth",
+    "sunrgbd-normal",
+)
 """Benchmarks whose score is the mean over questions that are right or wrong."""
 CEILING = {"mme": 400.0, "clotho-aqa": 100.0}
 """Best score where it is not 100: MME's fixture has two tasks of perception."""
@@ -69,9 +79,16 @@ def write_answers(
 ) -> None:
     name = folder.name
     settings = {
-        "task": name, "split": "test", "prompt": "paper", "format": "raw", "as_reference": False,
-        "model": "m", "dataset": "d", "limit": None, "questions": len(questions),
-    }  # fmt: skip
+        "task": name,
+        "split": "test",
+        "prompt": "paper",
+        "format": "raw",
+        "as_reference": False,
+        "model": "m",
+        "dataset": "d",
+        "limit": None,
+        "questions": len(questions),
+    }
     write_task(folder, settings, questions)
     with AnswerWriter(folder) as writer:
         writer.write(

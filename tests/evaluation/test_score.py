@@ -39,9 +39,13 @@ from onellm_dist.report.benchmark_scores import draw_benchmarks
 
 COUNT = 60
 SETTINGS = {
-    "split": "val", "prompt": "paper", "format": "raw", "as_reference": False, "model": "m",
+    "split": "val",
+    "prompt": "paper",
+    "format": "raw",
+    "as_reference": False,
+    "model": "m",
     "questions": 1,
-}  # fmt: skip
+}
 
 
 def write_evaluation(
@@ -59,10 +63,7 @@ def write_evaluation(
         )
         for i in range(COUNT)
     ]
-    settings = {
-        "task": task, "split": "val", "prompt": "paper", "format": "raw", "as_reference": False,
-        "model": "m", "dataset": "d", "limit": None, "questions": COUNT,
-    }  # fmt: skip
+    settings = SETTINGS | {"task": task, "dataset": "d", "limit": None, "questions": COUNT}
     write_task(out / task, settings, questions)
     drawn = np.random.default_rng(seed).random(COUNT)
     with AnswerWriter(out / task) as writer:
@@ -103,8 +104,13 @@ def test_results_have_the_form_of_lm_evaluation_harness(tmp_path: Path) -> None:
     out = write_evaluation(tmp_path, 0.5)
     results = build_results(score_folder(out))
     assert set(results) >= {
-        "results", "configs", "versions", "n-shot", "higher_is_better", "n-samples",
-    }  # fmt: skip
+        "results",
+        "configs",
+        "versions",
+        "n-shot",
+        "higher_is_better",
+        "n-samples",
+    }
     values = results["results"]["vqav2"]
     assert values["alias"] == "vqav2"
     low, high = results["intervals"]["vqav2"]["accuracy"]
@@ -231,10 +237,8 @@ def test_a_servers_file_that_is_not_written_is_said_with_what_is_missing(
 
 
 def test_objaverses_file_has_the_prompt_that_was_asked(tmp_path: Path) -> None:
-    settings = {
-        "task": "objaverse-class", "split": "val200", "prompt": "completion", "format": "raw",
-        "as_reference": False, "model": "m", "dataset": "d", "limit": None, "questions": 1,
-    }  # fmt: skip
+    asked = {"task": "objaverse-class", "split": "val200", "prompt": "completion"}
+    settings = SETTINGS | asked | {"dataset": "d", "limit": None}
     folder = tmp_path / "objaverse-class"
     write_task(folder, settings, [BenchmarkQuestion("7", extra={"object_id": "7"})])
     with AnswerWriter(folder) as writer:
@@ -289,10 +293,7 @@ def test_two_evaluations_are_compared_question_by_question(tmp_path: Path) -> No
 
 
 def test_a_split_without_references_is_exported_alone(tmp_path: Path) -> None:
-    settings = {
-        "task": "vqav2", "split": "test", "prompt": "paper", "format": "raw",
-        "as_reference": False, "model": "m", "dataset": "d", "limit": None, "questions": 1,
-    }  # fmt: skip
+    settings = SETTINGS | {"task": "vqav2", "split": "test", "dataset": "d", "limit": None}
     questions = [BenchmarkQuestion("7", "what?", extra={"question_id": 7})]
     write_task(tmp_path / "vqav2", settings, questions)
     with AnswerWriter(tmp_path / "vqav2") as writer:

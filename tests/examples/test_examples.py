@@ -37,10 +37,14 @@ def run(folder: Path, *command: str, path: Path | None = None) -> str:
     places = [str(p) for p in (path, ROOT) if p is not None]
     python = sys.executable if path is not None else str(get_programs() / "python")
     done = subprocess.run(
-        [python, *command], cwd=folder, capture_output=True, text=True, check=False,
+        [python, *command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
         timeout=600,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

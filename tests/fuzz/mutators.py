@@ -14,17 +14,81 @@ from typing import Any
 
 Mutator = Callable[[random.Random, Sequence[bytes]], bytes]
 
-NUMBERS = (0, 1, 2, 127, 128, 255, 256, 32767, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32,
-           2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
+NUMBERS = (
+    0,
+    1,
+    2,
+    127,
+    128,
+    255,
+    256,
+    32767,
+    65535,
+    65536,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 """Integers at the edges of what fields hold."""
-STRINGS = ("", " ", ".", "..", "../x", "/etc/passwd", "a/../../b", "a//b", "x\0y", "\n", "\x1b[31m",
-           "-rf", "~", "$HOME", "%s%n", "a" * 300, "a" * 70_000, "\ud83d", "\u202e", "[x]", "*",
-           "café", "cafe\u0301", "{{7*7}}", "<script>", "null", "1e999", "nan")  # fmt: skip
+STRINGS = (
+    "",
+    " ",
+    ".",
+    "..",
+    "../x",
+    "/etc/passwd",
+    "a/../../b",
+    "a//b",
+    "x\0y",
+    "\n",
+    "\x1b[31m",
+    "-rf",
+    "~",
+    "$HOME",
+    "%s%n",
+    "a" * 300,
+    "a" * 70_000,
+    "\ud83d",
+    "\u202e",
+    "[x]",
+    "*",
+    "café",
+    "cafe\u0301",
+    "{{7*7}}",
+    "<script>",
+    "null",
+    "1e999",
+    "nan",
+)
 """Texts that programs trip over."""
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 0.5, -0.0, 1e308, 1e999, float("nan"), 2**53 + 1, 2**63, 2**64,
-    -(2**63), 10**30, [], {}, [[]], [None], {"": 0}, *STRINGS,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    0.5,
+    -0.0,
+    1e308,
+    1e999,
+    float("nan"),
+    2**53 + 1,
+    2**63,
+    2**64,
+    -(2**63),
+    10**30,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": 0},
+    *STRINGS,
+)
 """JSON values that a field does not expect."""
 
 
@@ -105,9 +169,20 @@ def _splice(rng: random.Random, data: bytearray, seeds: Sequence[bytes]) -> None
 
 
 _CHANGES = (
-    _flip, _flip, _flip, _set, _write_number, _write_number, _cut, _delete, _insert, _zero,
-    _duplicate, _swap, _splice,
-)  # fmt: skip
+    _flip,
+    _flip,
+    _flip,
+    _set,
+    _write_number,
+    _write_number,
+    _cut,
+    _delete,
+    _insert,
+    _zero,
+    _duplicate,
+    _swap,
+    _splice,
+)
 
 
 def mutate_json(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
@@ -142,9 +217,9 @@ def mutate_value(rng: random.Random, value: Any) -> Any:
 
 
 def _list_places(value: Any) -> Any:
-    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(
-        value, list) else ()  # fmt: skip
-    for key, child in members:
+    if not isinstance(value, (dict, list)):
+        return
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
         yield value, key
         yield from _list_places(child)
 

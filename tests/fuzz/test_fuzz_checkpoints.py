@@ -7,21 +7,17 @@ import json
 import pickle
 import random
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import llama, onellm, save_meta, save_onellm, save_run
+from gguf_files import tensors_of, write
 from harness import fuzz
 from mutators import mutate_any, mutate_bytes, mutate_json
 from safetensors.torch import save as save_safetensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
-from checkpoints import llama, onellm, save_meta, save_onellm
-from test_gguf_files import tensors_of, write
-from test_training_checkpoints import save_run
 
 from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint
 from onellm_dist.convert.integrity import check_integrity

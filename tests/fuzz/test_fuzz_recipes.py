@@ -22,12 +22,50 @@ from onellm_dist.train.start.recipe_check import load_checked_config
 
 Surface = Callable[[bytes], None]
 ODD_YAML = (
-    "yes", "off", "~", "1_000", "0o17", "12:30:00", "8e42137", ".inf", "-.nan", "1e400", "9" * 5000,
-    "!!binary abc", "!!python/object:os.system x", "!!set {a, b}", "!!omap [a: 1]", "!!int x",
-    "!<tag:x> y", "&a [*a]", "*missing", "{<<: 3}", "{<<: [1]}", "? [a]\n: b", "|\n  x", ">-\n  x",
-    "'", '"\\x"', "[", "{a: b", "%", "@", "`", "\t", "2024-01-01", "{1: 2, [3]: 4}", "--- x", "...",
-    "&x {a: &y [1, 1], b: *y}", "[" * 60 + "]" * 60, "[" * 3000, "=", "<<", "${NOWHERE}/x", "~no/x",
-)  # fmt: skip
+    "yes",
+    "off",
+    "~",
+    "1_000",
+    "0o17",
+    "12:30:00",
+    "8e42137",
+    ".inf",
+    "-.nan",
+    "1e400",
+    "9" * 5000,
+    "!!binary abc",
+    "!!python/object:os.system x",
+    "!!set {a, b}",
+    "!!omap [a: 1]",
+    "!!int x",
+    "!<tag:x> y",
+    "&a [*a]",
+    "*missing",
+    "{<<: 3}",
+    "{<<: [1]}",
+    "? [a]\n: b",
+    "|\n  x",
+    ">-\n  x",
+    "'",
+    '"\\x"',
+    "[",
+    "{a: b",
+    "%",
+    "@",
+    "`",
+    "\t",
+    "2024-01-01",
+    "{1: 2, [3]: 4}",
+    "--- x",
+    "...",
+    "&x {a: &y [1, 1], b: *y}",
+    "[" * 60 + "]" * 60,
+    "[" * 3000,
+    "=",
+    "<<",
+    "${NOWHERE}/x",
+    "~no/x",
+)
 """Scalars and structures of YAML that a key does not expect."""
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
@@ -106,10 +144,15 @@ def make_override_surface(recipe: Path) -> Surface:
 
 
 OVERRIDES = [
-    b"train.steps=10", b"data.mixture=[{path: texts, weight: 1}, {path: b, weight: 2}]",
-    b"run.dir=/x/a b #3", b"optim.options={momentum: 0.5}", b"track.options.wandb.name=8e42137",
-    b"optim.betas=[0.9, 0.99]", b"checkpoint.resume=never", b"data.validation=",
-]  # fmt: skip
+    b"train.steps=10",
+    b"data.mixture=[{path: texts, weight: 1}, {path: b, weight: 2}]",
+    b"run.dir=/x/a b #3",
+    b"optim.options={momentum: 0.5}",
+    b"track.options.wandb.name=8e42137",
+    b"optim.betas=[0.9, 0.99]",
+    b"checkpoint.resume=never",
+    b"data.validation=",
+]
 
 
 def mutate_override(rng: random.Random, seeds: Sequence[bytes]) -> bytes:

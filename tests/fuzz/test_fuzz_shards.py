@@ -241,16 +241,42 @@ def mutate_tar(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
 
 
 _FIELDS = (
-    ("text", 0, 100), ("number", 100, 8), ("number", 124, 12), ("number", 124, 12),
-    ("number", 136, 12), ("text", 156, 1), ("type", 156, 1), ("text", 157, 100),
-    ("text", 265, 32), ("number", 329, 8), ("text", 345, 155), ("number", 386, 12),
+    ("text", 0, 100),
+    ("number", 100, 8),
+    ("number", 124, 12),
+    ("number", 124, 12),
+    ("number", 136, 12),
+    ("text", 156, 1),
+    ("type", 156, 1),
+    ("text", 157, 100),
+    ("text", 265, 32),
+    ("number", 329, 8),
+    ("text", 345, 155),
+    ("number", 386, 12),
     ("number", 483, 12),
-)  # fmt: skip
+)
 _NUMBERS = (
-    b"77777777777", b"00000000000", b"-0000000001", b"99999999999", b"\xff" * 12,
-    b"\x80" + b"\xff" * 11, b"\x80" + b"\0" * 10 + b"\x05", b"\xff" * 11 + b"\0", b"", b" 12 ",
-    b"xyz", b"L", b"K", b"x", b"g", b"S", b"1", b"2", b"5", b"00000001000",
-)  # fmt: skip
+    b"77777777777",
+    b"00000000000",
+    b"-0000000001",
+    b"99999999999",
+    b"\xff" * 12,
+    b"\x80" + b"\xff" * 11,
+    b"\x80" + b"\0" * 10 + b"\x05",
+    b"\xff" * 11 + b"\0",
+    b"",
+    b" 12 ",
+    b"xyz",
+    b"L",
+    b"K",
+    b"x",
+    b"g",
+    b"S",
+    b"1",
+    b"2",
+    b"5",
+    b"00000001000",
+)
 
 
 @contextmanager

@@ -131,9 +131,13 @@ def _start_server(folder: Path) -> None:
     with (folder / "log").open("w") as log:
         started = subprocess.run(
             [sys.executable, "-u", __file__, str(folder)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, check=True,
-            cwd=folder, env=json.loads((folder / "environment").read_text()),
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            check=True,
+            cwd=folder,
+            env=json.loads((folder / "environment").read_text()),
+        )
     pid, deadline = started.stdout.decode().strip(), time.monotonic() + 600
     while not address.exists():
         running = Path("/proc", pid).exists()
@@ -245,10 +249,15 @@ def prepare() -> None:
 
     zygote.prepare()
     for name in (
-        "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run",
-        "onellm_dist.cli", "onellm_dist.evaluation.evaluate", "onellm_dist.planner.command",
-        "onellm_dist.report", "onellm_dist.serving",
-    ):  # fmt: skip
+        "deepspeed.launcher.runner",
+        "deepspeed.launcher.launch",
+        "torch.distributed.run",
+        "onellm_dist.cli",
+        "onellm_dist.evaluation.evaluate",
+        "onellm_dist.planner.command",
+        "onellm_dist.report",
+        "onellm_dist.serving",
+    ):
         importlib.import_module(name)
     zygote.freeze()
 

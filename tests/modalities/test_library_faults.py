@@ -97,9 +97,15 @@ def test_a_library_that_does_not_fit_ends_every_door_in_words(
 
 @pytest.mark.parametrize(
     ("form", "codec"),
-    [("JPEG", "jpg"), ("PNG", "zlib"), ("WEBP", "webp"), ("TIFF", "libtiff"), ("AVIF", "avif"),
-     ("JPEG2000", "jpg_2000")],
-)  # fmt: skip
+    [
+        ("JPEG", "jpg"),
+        ("PNG", "zlib"),
+        ("WEBP", "webp"),
+        ("TIFF", "libtiff"),
+        ("AVIF", "avif"),
+        ("JPEG2000", "jpg_2000"),
+    ],
+)
 def test_a_pillow_without_a_codec_is_no_fault_of_its_pictures(
     form: str, codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

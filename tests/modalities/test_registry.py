@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from added_file import added_file
 
+from onellm_dist import modalities
 from onellm_dist.common import plugins
 from onellm_dist.common.errors import UsageError
-from onellm_dist.modalities import get_modality, registry
+from onellm_dist.modalities import Part, all_modalities, get_modality, registry
 
 THERMAL = '''
 """Thermal pictures, [64, 64] degrees Celsius."""
@@ -101,6 +105,22 @@ def run(folder: Path, *command: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_a_file_in_the_folder_is_a_modality(tmp_path: Path) -> None:
+    known = list(all_modalities())
+    stored = io.BytesIO()
+    np.save(stored, np.full((64, 64), 30.0))
+    parts = {"thermal": Part("thermal.npy", stored.getvalue())}
+    with added_file(modalities, "thermal", THERMAL, tmp_path, all_modalities.cache_clear):
+        assert list(all_modalities()) == [*known, "thermal"]
+        thermal = get_modality("thermal")
+        value = thermal.read_value(parts, {}, train=False, rng=np.random.default_rng(0))
+        assert torch.equal(value, torch.ones(1, 64, 64))
+        tokenizer = thermal.build_tokenizer(8)
+        assert tokenizer is not None
+        assert tokenizer(value[None]).shape == (1, thermal.tokens, 8)
+    assert list(all_modalities()) == known
 
 
 @pytest.mark.slow

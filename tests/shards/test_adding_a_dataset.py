@@ -1,39 +1,38 @@
-"""The source of docs/howto/source.md is built, verified, previewed and trained from."""
+"""The source of docs/howto/source.md, one file: found, built, verified, previewed, trained from."""
 
 from __future__ import annotations
 
 import re
 import shlex
-import sys
-import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from added_file import added_file
 from shard_worlds import all_bytes, write_tree
 from source_checks import decode_sample, get_reasons, make_tone, read_samples
 
 from onellm_dist.cli import main
-from onellm_dist.shards import build_dataset, open_dataset
-from onellm_dist.shards.build import registry
+from onellm_dist.shards import build_dataset, open_dataset, sources
+from onellm_dist.shards.build.registry import all_sources
 
 PAGE = Path(__file__).parents[2] / "docs/howto/source.md"
 
 
 @pytest.fixture
-def _birdsong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's source, as if it lay in shards/sources/."""
+def _birdsong(tmp_path: Path) -> Iterator[None]:
+    """The page's source is a file of shards/sources/."""
     code = re.search(
         r'```python\n(""".onellm shards build birdsong.*?)```',
         PAGE.read_text(encoding="utf-8"),
         re.DOTALL,
     )
     assert code is not None
-    module = types.ModuleType("onellm_dist.shards.sources.birdsong")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(code[1], module.__dict__)
-    known = {**registry.all_sources(), "birdsong": module.SOURCE}
-    monkeypatch.setattr(registry, "all_sources", lambda: known)
-    monkeypatch.setattr("onellm_dist.shards.build.arguments.all_sources", lambda: known)
+    known = set(all_sources())
+    with added_file(sources, "birdsong", code[1], tmp_path / "added", all_sources.cache_clear):
+        assert set(all_sources()) == {*known, "birdsong"}
+        yield
+    assert set(all_sources()) == known
 
 
 def birds(root: Path) -> Path:

@@ -175,9 +175,22 @@ GOOD = (make_member("a.txt", b"good"), b"good")
         (make_member("b.txt", type=tarfile.LNKTYPE, linkname="/etc/passwd"), b""),
         (make_member("b\0c.txt", b"x"), b"x"),
     ],
-    ids=["smaller", "larger", "negative", "huge", "parent", "nul", "sparse-0", "sparse-1",
-         "sparse-gnu", "device", "fifo", "hard-link", "nul-name"],
-)  # fmt: skip
+    ids=[
+        "smaller",
+        "larger",
+        "negative",
+        "huge",
+        "parent",
+        "nul",
+        "sparse-0",
+        "sparse-1",
+        "sparse-gnu",
+        "device",
+        "fifo",
+        "hard-link",
+        "nul-name",
+    ],
+)
 def test_a_tar_is_refused_or_read_as_tar_readers_read_it(
     tmp_path: Path, member: tuple[tarfile.TarInfo, bytes]
 ) -> None:

@@ -45,11 +45,17 @@ class Agents:
     def __init__(self, runs: Runs, name: str, nodes: str) -> None:
         conf = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
         self._command = [
-            sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}",
-            "--nproc-per-node=1", "--max-restarts=3", "--monitor-interval=0.2",
-            "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{find_free_port()}",
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={nodes}",
+            "--nproc-per-node=1",
+            "--max-restarts=3",
+            "--monitor-interval=0.2",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint=127.0.0.1:{find_free_port()}",
             f"--rdzv-id={name}",
-        ]  # fmt: skip
+        ]
         self._conf = conf
         self._training = ["--module", "onellm_dist.train", runs.recipe, *runs.overrides(name)]
         self.running: list[subprocess.Popen[str]] = []

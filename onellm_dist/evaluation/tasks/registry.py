@@ -6,13 +6,10 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.plugins import TASKS, load_plugins
 from onellm_dist.evaluation.tasks.base import Task
-
-FOLDER = str(Path(__file__).parent)
 
 
 @cache
@@ -56,7 +53,7 @@ def get_task(name: str) -> Task:
 
 def _find_in_package() -> Iterator[tuple[str, Task]]:
     """Yield place and task for every module of this folder that has a `TASK`."""
-    for info in pkgutil.iter_modules([FOLDER]):
+    for info in pkgutil.iter_modules(importlib.import_module(__package__).__path__):
         if info.name == "registry":
             continue
         module = importlib.import_module(f"{__package__}.{info.name}")

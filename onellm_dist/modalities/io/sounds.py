@@ -277,9 +277,13 @@ def choose_audio_stream(container: InputContainer) -> AudioStream:
     streams = streams or list(container.streams.audio)
     marks = av.stream.Disposition
     special = (
-        marks.comment | marks.hearing_impaired | marks.visual_impaired | marks.dependent
-        | marks.karaoke | marks.lyrics
-    )  # fmt: skip
+        marks.comment
+        | marks.hearing_impaired
+        | marks.visual_impaired
+        | marks.dependent
+        | marks.karaoke
+        | marks.lyrics
+    )
     plain = [s for s in streams if not s.disposition & special] or streams
     return next((s for s in plain if s.disposition & marks.default), plain[0])
 

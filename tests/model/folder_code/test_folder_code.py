@@ -23,7 +23,7 @@ from onellm_dist.model.folder_code import files
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.presets import load_toy_tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "helpers" / "without_package.py"
+SCRIPT = Path(__file__).with_name("without_package.py")
 
 
 def write_media(folder: Path) -> dict[str, Any]:

@@ -154,16 +154,27 @@ def test_a_left_out_pair_and_an_empty_pack_weigh_nothing() -> None:
     labels = batch.labels.clone()
     labels[: batch.text_token_counts[0]] = IGNORE
     skipped = PackedBatch(
-        batch.input_ids, labels, batch.text_token_counts, batch.modalities, batch.values,
-        torch.tensor([0.0, 1.0, 1.0]), chosen_tokens=batch.chosen_tokens,
-    )  # fmt: skip
+        batch.input_ids,
+        labels,
+        batch.text_token_counts,
+        batch.modalities,
+        batch.values,
+        torch.tensor([0.0, 1.0, 1.0]),
+        chosen_tokens=batch.chosen_tokens,
+    )
     whole, left = model(packed=batch), model(packed=skipped)
     assert float(left.loss.detach()) == pytest.approx(float(whole.nll[1:].sum()), abs=1e-5)
     values = {n: v[:0] for n, v in batch.values.items()}
     empty = PackedBatch(
-        torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), values, torch.zeros(1),
-        is_empty=True, chosen_tokens=(0,),
-    )  # fmt: skip
+        torch.tensor([1]),
+        torch.tensor([IGNORE]),
+        (1,),
+        ((),),
+        values,
+        torch.zeros(1),
+        is_empty=True,
+        chosen_tokens=(0,),
+    )
     out = model(packed=empty)
     out.loss.backward()
     assert float(out.loss.detach()) == 0.0

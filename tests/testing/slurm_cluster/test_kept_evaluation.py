@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_trees import write_benchmark
 from typer.testing import CliRunner
 
 from onellm_dist.cli import app
@@ -23,10 +23,6 @@ from onellm_dist.testing.slurm_cluster.toy_size import (
     build_toy_data,
     make_toy_overrides,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "evaluation"))
-
-from benchmark_trees import write_benchmark  # it needs the path above
 
 MISSING = requirements.find_missing(ssh=False)
 PATIENCE_S = 600.0

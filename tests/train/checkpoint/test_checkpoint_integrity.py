@@ -81,9 +81,15 @@ def test_a_flipped_bit_anywhere_is_found_before_a_resume(tmp_path: Path, name: s
 
 @pytest.mark.parametrize(
     "change",
-    [{"files": {"../other": 3}}, {"files": {}}, {"sha256": {}}, {"files": 3}, {"version": 3},
-     {"files": {f"{FILE}\0": 3}, "sha256": {f"{FILE}\0": "0"}}],
-)  # fmt: skip
+    [
+        {"files": {"../other": 3}},
+        {"files": {}},
+        {"sha256": {}},
+        {"files": 3},
+        {"version": 3},
+        {"files": {f"{FILE}\0": 3}, "sha256": {f"{FILE}\0": "0"}},
+    ],
+)
 def test_a_manifest_that_is_none_is_not_read(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = checkpoint(tmp_path, **change)
     with pytest.raises(OneLLMError, match="every checkpoint"):

@@ -202,8 +202,12 @@ def train_sharded(dist: Distributed, job: dict[str, Any]) -> dict[str, Any]:
     copies = dict(engine.full_weights(lambda name: name.startswith("reference.")))
     assert all(name.startswith("reference.") for name in copies), "others are not gathered"
     return {
-        "state": state, "masters": masters, "losses": losses, "margins": margins, "copies": copies
-    }  # fmt: skip
+        "state": state,
+        "masters": masters,
+        "losses": losses,
+        "margins": margins,
+        "copies": copies,
+    }
 
 
 def compare(found: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:

@@ -30,8 +30,12 @@ def test_what_needs_torchao_passes_with_it(tmp_path: Path) -> None:
     found = [*filter(None, [os.environ.get("PYTHONPATH")]), str(TESTS.parent), str(tmp_path)]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "--timeout", "5000", "-p", "no:cacheprovider", *FILES],
-        cwd=TESTS, env={**os.environ, "PYTHONPATH": os.pathsep.join(found)},
-        capture_output=True, text=True, timeout=6000, check=False,
-    )  # fmt: skip
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(found)},
+        capture_output=True,
+        text=True,
+        timeout=6000,
+        check=False,
+    )
     assert ran.returncode == 0, ran.stdout[-6000:]
     assert " skipped" not in ran.stdout and " passed" in ran.stdout, ran.stdout[-2000:]

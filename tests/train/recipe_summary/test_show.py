@@ -205,9 +205,12 @@ def save_checkpoint(run_dir: Path, plan: Plan, steps_done: int) -> Path:
     folder.mkdir(parents=True)
     phases = [data_phase.to_json() for data_phase in plan.data_phases]
     manifest = {
-        "version": VERSION, "steps_done": steps_done, "files": {}, "sha256": {},
+        "version": VERSION,
+        "steps_done": steps_done,
+        "files": {},
+        "sha256": {},
         "data_phases": phases,
-    }  # fmt: skip
+    }
     (folder / CHECKPOINT_MANIFEST).write_text(json.dumps(seal(manifest)))
     return folder
 

@@ -47,13 +47,23 @@ class BudgetRuns(Runs):
     ) -> tuple[list[int], str]:
         """One start; exit codes and output of its ranks."""
         keys = [
-            f"data.root={self.root / 'toy'}", f"run.dir={self.root / name}", "data.workers=0",
-            f"data.mixture={self.mixture}", "data.global_batch=12", "optim.schedule=constant",
-            "optim.warmup_steps=0", "optim.lr=1e-3", "train.precision=fp32",
-            f"train.steps={STEPS}", "checkpoint.every=2", f"model.path={get_small_model()}",
+            f"data.root={self.root / 'toy'}",
+            f"run.dir={self.root / name}",
+            "data.workers=0",
+            f"data.mixture={self.mixture}",
+            "data.global_batch=12",
+            "optim.schedule=constant",
+            "optim.warmup_steps=0",
+            "optim.lr=1e-3",
+            "train.precision=fp32",
+            f"train.steps={STEPS}",
+            "checkpoint.every=2",
+            f"model.path={get_small_model()}",
             "model.preset=",
-            "train.callbacks=[small_memory:SmallMemory]", *engine, *more,
-        ]  # fmt: skip
+            "train.callbacks=[small_memory:SmallMemory]",
+            *engine,
+            *more,
+        ]
         plant = {"environment": {"ONELLM_CACHE": str(self.root / "cache"), "SMALL_MEMORY": memory}}
         started = get_zygote().start(ranks, keys, plant)
         return started.wait(), started.output()
@@ -141,9 +151,14 @@ def check_other_numbers_of_ranks(runs: BudgetRuns, engine: list[str]) -> None:
     assert found["encoder_tokens"] == round(after.planned["1"].encoder * after.encoder_share)
     assert len(runs.events("fsdp", "budget_lowered")) == 1  # once
     codes, output = runs.start(
-        "fsdp", 1, engine, memory, *AUTO, f"train.steps={STEPS + 2}",
+        "fsdp",
+        1,
+        engine,
+        memory,
+        *AUTO,
+        f"train.steps={STEPS + 2}",
         "train.activation_checkpointing=full",
-    )  # fmt: skip
+    )
     assert codes == [0], output
     fresh = read_budget_record(runs.root / "fsdp")
     assert fresh is not None and fresh.encoder_share == 1 and set(fresh.planned) == {"1"}
@@ -172,11 +187,20 @@ def test_budgets_that_cannot_be_lower_end_the_run(runs: BudgetRuns) -> None:
 def test_local_ranks_start_again_by_themselves(runs: BudgetRuns) -> None:
     """The command of a user: an out-of-memory in its first step, and it ends well."""
     keys = [
-        f"data.root={runs.root / 'toy'}", f"run.dir={runs.root / 'local'}", "data.workers=0",
-        f"data.mixture={runs.mixture}", "data.global_batch=12", "train.steps=2", "launch.ranks=1",
-        "train.precision=fp32", "train.callbacks=[small_memory:SmallMemory]",
-        "checkpoint.resume=never", "engine.name=fsdp", "engine.config=", *AUTO,
-    ]  # fmt: skip
+        f"data.root={runs.root / 'toy'}",
+        f"run.dir={runs.root / 'local'}",
+        "data.workers=0",
+        f"data.mixture={runs.mixture}",
+        "data.global_batch=12",
+        "train.steps=2",
+        "launch.ranks=1",
+        "train.precision=fp32",
+        "train.callbacks=[small_memory:SmallMemory]",
+        "checkpoint.resume=never",
+        "engine.name=fsdp",
+        "engine.config=",
+        *AUTO,
+    ]
     env = {
         **os.environ,
         "ONELLM_CACHE": str(runs.root / "cache"),
@@ -198,9 +222,11 @@ def test_local_ranks_start_again_by_themselves(runs: BudgetRuns) -> None:
 def test_a_device_without_constants_is_refused(runs: BudgetRuns, tmp_path: Path) -> None:
     plant = {"environment": {"ONELLM_CACHE": str(tmp_path)}}
     keys = [
-        f"data.root={runs.root / 'toy'}", f"run.dir={tmp_path / 'run'}",
-        f"data.mixture={runs.mixture}", *AUTO,
-    ]  # fmt: skip
+        f"data.root={runs.root / 'toy'}",
+        f"run.dir={tmp_path / 'run'}",
+        f"data.mixture={runs.mixture}",
+        *AUTO,
+    ]
     started = get_zygote().start(1, keys, plant)
     assert started.wait() == [2]
     assert "the planner has no constants for" in started.output()
@@ -225,11 +251,11 @@ def test_what_was_learned_holds_for_the_same_kernels_and_numbers_alone(key: str)
 
 def test_what_was_learned_holds_for_the_same_reference_of_pairs_alone() -> None:
     """A copy takes memory; adapters that are off take none."""
+    lora = {"adapter": "{rank: 2}", "copy": "null"}
     adapter, copy = (
-        load_config("dpo", ["train.lora={rank: 2}" if name == "adapter" else "train.lora=null",
-                            f"train.dpo.reference={name}"])
-        for name in ("adapter", "copy")
-    )  # fmt: skip
+        load_config("dpo", [f"train.lora={value}", f"train.dpo.reference={name}"])
+        for name, value in lora.items()
+    )
     copy = copy.model_copy(
         update={"train": copy.train.model_copy(update={"lora": adapter.train.lora})}
     )
@@ -276,8 +302,11 @@ def test_frozen_weights_that_could_be_sharded_are_named_out_of_memory(
     for smallest in (TokenBudget(10, 10), TokenBudget(100, 100), None):
         found = smallest and PackBudget(
             BudgetRecord("x", planned={count: TokenBudget(100, 100)}),
-            TokenBudget(100, 100), smallest, ranks, found_now=True,
-        )  # fmt: skip
+            TokenBudget(100, 100),
+            smallest,
+            ranks,
+            found_now=True,
+        )
         trainer: Any = SimpleNamespace(
             config=config,
             budget=found,
