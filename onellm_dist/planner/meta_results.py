@@ -6,7 +6,7 @@ its blocks, so most operations have run before with the same arguments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,13 @@ class _Shape(NamedTuple):
     dtype: torch.dtype
 
 
+class _Shapes(NamedTuple):
+    """Several tensors."""
+
+    kind: type[list[torch.Tensor]] | type[tuple[torch.Tensor, ...]]
+    shapes: list[_Shape]
+
+
 class MetaResults:
     """Runs operations, and remembers the shapes of their results.
 
@@ -34,7 +41,7 @@ class MetaResults:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, Sequence[_Shape] | _Shape | None] = {}
+        self._known: dict[Any, _Shapes | _Shape | None] = {}
 
     def run(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return what `func(*args, **kwargs)` returns: tensors without values, with new storages.
@@ -49,18 +56,18 @@ class MetaResults:
         key = _make_key(args), _make_key(tuple(sorted(kwargs.items())))
         if _UNKNOWN in key:
             return func(*args, **kwargs)
-        known = self._known.get((func, key), _UNKNOWN)
-        if known is _UNKNOWN:
+        if (func, key) not in self._known:
             out = func(*args, **kwargs)
             if len(self._known) >= _LIMIT:
                 self._known.clear()
             self._known[func, key] = _describe(out, _list_storages((args, *kwargs.values())))
             return out
+        known = self._known[func, key]
         if known is None:
             return func(*args, **kwargs)
         if isinstance(known, _Shape):
             return _make(known)
-        return type(known)(map(_make, known))
+        return known.kind(_make(each) for each in known.shapes)
 
 
 def _make_key(value: Any) -> Any:
@@ -87,19 +94,23 @@ def _list_storages(value: Any) -> set[int]:
     return set()
 
 
-def _describe(out: Any, storages: set[int]) -> Sequence[_Shape] | _Shape | None:
+def _describe(out: Any, storages: set[int]) -> _Shapes | _Shape | None:
     """The shapes of a result; None if it must be computed each time."""
     if isinstance(out, torch.Tensor):
-        is_new = out.is_meta and out.untyped_storage()._cdata not in storages
-        is_whole = is_new and type(out) is torch.Tensor and _fills_storage(out)
-        return _Shape(tuple(out.shape), out.stride(), out.dtype) if is_whole else None
-    if type(out) not in (list, tuple):
+        return _describe_tensor(out, storages)
+    if not isinstance(out, list | tuple) or not all(isinstance(x, torch.Tensor) for x in out):
         return None
-    found = [_describe(each, storages) for each in out]
-    owners = {each.untyped_storage()._cdata for each in out if isinstance(each, torch.Tensor)}
-    if len(owners) < len(out) or not all(isinstance(each, _Shape) for each in found):
+    found = [shape for each in out if (shape := _describe_tensor(each, storages)) is not None]
+    if len(found) < len(out) or len(set().union(*map(_list_storages, out))) < len(out):
         return None
-    return type(out)(found)
+    return _Shapes(list if isinstance(out, list) else tuple, found)
+
+
+def _describe_tensor(tensor: torch.Tensor, storages: set[int]) -> _Shape | None:
+    is_new = tensor.is_meta and tensor.untyped_storage()._cdata not in storages
+    if not is_new or type(tensor) is not torch.Tensor or not _fills_storage(tensor):
+        return None
+    return _Shape(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def _fills_storage(tensor: torch.Tensor) -> bool:

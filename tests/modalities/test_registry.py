@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import subprocess
-import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from added_file import added_file
+from forked_python import get_programs
 
 from onellm_dist import modalities
 from onellm_dist.common import plugins
@@ -96,7 +96,7 @@ def install(folder: Path, name: str, points: str) -> None:
 def run(folder: Path, *command: str) -> str:
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, *command],
+        [str(get_programs() / "python"), *command],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
