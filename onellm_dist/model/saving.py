@@ -45,9 +45,10 @@ class KeepsSums:
             return parent.save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         with renew_sums(folder):
-            if self.code_map:
-                given = dict(self.code_map) if self.can_give_code() else None
-                vars(self)["auto_map"] = given
+            if self.can_give_code():
+                vars(self)["auto_map"] = dict(self.code_map)
+            elif self.code_map:  # null would be a map without classes to transformers
+                vars(self).pop("auto_map", None)
             before = {name: stamp_file(folder / name) for name in WEIGHTS}
             found = parent.save_pretrained(save_directory, *args, **kwargs)
             _remove_old_weights(folder, before)

@@ -109,4 +109,6 @@ def test_code_of_other_packages_is_not_given_away(
     config.modalities = ["imu", "thermal"]
     config.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert not json.loads((tmp_path / "config.json").read_text()).get("auto_map")
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    OneLLMProcessor(load_toy_tokenizer()).save_pretrained(tmp_path)
+    assert OneLLMProcessor.from_pretrained(tmp_path).tokenizer.eos_token
