@@ -45,14 +45,13 @@ NAMES = {
 }
 """Names of libraries and of their keys, in lower case, that stand alone."""
 QUOTED = {
-    "docs/howto/data.md": {"dataset": "rewritten on another branch"},
     "onellm_dist/evaluation/tasks/grading.py": {
         "analyse": "the paper's prompt",
         "colour": "the paper's prompt",
     },
     "onellm_dist/shards/sources/toyworld/tokenizer.py": {"colour": "text that it was trained on"},
-    "tests/shards/test_source_conversations.py": {"colour": "a question of a dataset"},
-    "tests/shards/test_source_vqa.py": {"colour": "a question of a dataset"},
+    "tests/shards/sources/test_source_conversations.py": {"colour": "a question of a dataset"},
+    "tests/shards/sources/test_source_vqa.py": {"colour": "a question of a dataset"},
 }
 """File -> spelling -> why it stays."""
 

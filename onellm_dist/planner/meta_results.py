@@ -26,7 +26,7 @@ class _Shape(NamedTuple):
     dtype: torch.dtype
 
 
-class _Shapes(NamedTuple):
+class _Results(NamedTuple):
     """Several tensors."""
 
     kind: type[list[torch.Tensor]] | type[tuple[torch.Tensor, ...]]
@@ -41,7 +41,7 @@ class MetaResults:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, _Shapes | _Shape | None] = {}
+        self._known: dict[Any, _Results | _Shape | None] = {}
 
     def run(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return what `func(*args, **kwargs)` returns: tensors without values, with new storages.
@@ -94,7 +94,7 @@ def _list_storages(value: Any) -> set[int]:
     return set()
 
 
-def _describe(out: Any, storages: set[int]) -> _Shapes | _Shape | None:
+def _describe(out: Any, storages: set[int]) -> _Results | _Shape | None:
     """The shapes of a result; None if it must be computed each time."""
     if isinstance(out, torch.Tensor):
         return _describe_tensor(out, storages)
@@ -103,7 +103,7 @@ def _describe(out: Any, storages: set[int]) -> _Shapes | _Shape | None:
     found = [shape for each in out if (shape := _describe_tensor(each, storages)) is not None]
     if len(found) < len(out) or len(set().union(*map(_list_storages, out))) < len(out):
         return None
-    return _Shapes(list if isinstance(out, list) else tuple, found)
+    return _Results(list if isinstance(out, list) else tuple, found)
 
 
 def _describe_tensor(tensor: torch.Tensor, storages: set[int]) -> _Shape | None:

@@ -102,7 +102,7 @@ def assemble_trainer(
 def _build_checks(
     config: RunConfig, inputs: Inputs, *, sample_log: SampleLog, dist: Distributed
 ) -> tuple[StabilityMonitor, EarlyStopping]:
-    """Build what judges the steps, and what judges the validations."""
+    """Build what watches the steps, and what watches the validations."""
     monitor = setup.build_monitor(
         config.stability, data=config.data, inputs=inputs, sample_log=sample_log
     )
