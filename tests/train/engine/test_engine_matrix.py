@@ -77,6 +77,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
         job("offload", 2, SHORT, "encoder"),
         job("fsdp_once", 4, SHORT, "joint", optimizer="lion"),
         job("zero3", 2, SHORT, "lora"),
+        *(job(engine, 2, SHORT) for engine in ("zero3", "fsdp")),
         *(job(engine, 2, SHORT, bf16=True) for engine in ("zero3", "fsdp")),
         job("zero3_leaves", 2, SHORT, "tune", recompute="selective", layers=4),
         job("fsdp_resident", None, SHORT),
