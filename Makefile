@@ -14,7 +14,7 @@ PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 SLOW_REPORT := --durations=10
 COVERAGE := --cov=onellm_dist --cov-report=term:skip-covered --cov-report=xml
 # Huge pages (glibc 2.35): tests fork some 1,400 processes of 700 MB, whose page tables are copied.
-export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
+test test-fast: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Where it is set, every process of every test would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -64,14 +64,14 @@ lint: $(STAMP)  ## style, formatting, and the contracts of the import graph
 	$(BIN)/lint-imports --no-logo
 
 types: $(STAMP)  ## static types, strict
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 format: $(STAMP)  ## apply the formatter
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 docs: $(STAMP)  ## the documentation site, in site/ (no network needed)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would hide warnings from --strict
 
 integration: $(STAMP)  ## real media, real SmolLM2-135M, ViT-L/14 shapes, ZeRO-3 on 2 ranks (up to an hour on 2 cores)
 	$(BIN)/python -m onellm_dist.testing.integration --out $(INTEGRATION_OUT)

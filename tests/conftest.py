@@ -13,7 +13,7 @@ import pytest
 from forked_python import open_folder
 from hypothesis import settings
 
-gc.disable()  # until pytest_collection_finish
+gc.disable()  # until pytest_collection ends
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -96,8 +96,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     """The lines that imports run are measured by one of the processes that run tests."""
     worker = getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"]
-    with pause_coverage(session.config, worker != "gw0"):
-        return (yield)
+    try:
+        with pause_coverage(session.config, worker != "gw0"):
+            return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
@@ -106,7 +109,6 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(700, 10, 50)
-    gc.enable()
 
 
 @contextlib.contextmanager

@@ -59,8 +59,8 @@ def train(
         typer.Option(
             "--show",
             help="Start nothing: print every key with its value and where that comes from, the "
-            "table of parameters, the samples of the first steps, and what a run needs. "
-            "The exit code is 2 if a start would be refused.",
+            "table of parameters, the samples of the first steps, what a run needs and how long it "
+            "takes. The exit code is 2 if a start would be refused.",
         ),
     ] = False,
     keys: Annotated[

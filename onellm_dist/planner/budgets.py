@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.packing import TokenBudget
 from onellm_dist.data.token_budget import UNLIMITED
 from onellm_dist.planner.command import PlanOptions, make_config_planner, with_budget
+from onellm_dist.planner.counting import RESULTS
 from onellm_dist.planner.frozen import Placement, decide_placement
 from onellm_dist.planner.hardware import GpuKind, find_kind
 from onellm_dist.planner.search import search_budget
@@ -43,7 +47,8 @@ def find_budget(
             "numbers.",
         )
     options = _make_options(kind, nodes, ranks_per_node, text_tokens)
-    return search_budget(make_config_planner(with_budget(config, UNLIMITED), options), least)
+    with _forgetting():
+        return search_budget(make_config_planner(with_budget(config, UNLIMITED), options), least)
 
 
 def find_placement(
@@ -68,7 +73,17 @@ def find_placement(
     if kind is None:
         return None
     options = _make_options(kind, nodes, ranks_per_node, text_tokens)
-    return decide_placement(make_config_planner(config, options), config)
+    with _forgetting():
+        return decide_placement(make_config_planner(config, options), config)
+
+
+@contextmanager
+def _forgetting() -> Iterator[None]:
+    """Leave nothing of a plan in the process, which trains next."""
+    try:
+        yield
+    finally:
+        RESULTS.forget()
 
 
 def _make_options(kind: GpuKind, nodes: int, ranks_per_node: int, text_tokens: int) -> PlanOptions:

@@ -51,6 +51,7 @@ _NO_WORK = frozenset(
 
 
 RESULTS = MetaResults()
+"""Of all counts of this process, until a training that has planned its start forgets them."""
 
 
 class OperationKey(NamedTuple):

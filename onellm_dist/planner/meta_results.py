@@ -43,6 +43,10 @@ class MetaResults:
     def __init__(self) -> None:
         self._known: dict[Any, _Results | _Shape | None] = {}
 
+    def forget(self) -> None:
+        """Free what is remembered."""
+        self._known.clear()
+
     def run(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return what `func(*args, **kwargs)` returns: tensors without values, with new storages.
 

@@ -12,11 +12,15 @@ from typing import Any
 from onellm_dist.common.counts import format_count
 from onellm_dist.common.html.charts import draw_line_chart
 from onellm_dist.common.html.page import build_html_page, build_html_table
+from onellm_dist.common.logging import get_logger
 from onellm_dist.config.yaml_text import dump_inline
 from onellm_dist.report.curves import get_points, smooth_points
 from onellm_dist.report.facts import RunFacts, load_facts
 from onellm_dist.report.records import MARKERS
 from onellm_dist.report.summary import RunSummary, build_summary
+from onellm_dist.train.records.old_runs import OldRunError
+
+logger = get_logger(__name__)
 
 PLACES = ("run.dir",)
 """Keys that always differ."""
@@ -69,16 +73,26 @@ def is_run(folder: Path) -> bool:
 
 
 def load_runs(folder: Path) -> list[ComparedRun]:
-    """Read the runs of a folder, the best first.
+    """Read the runs of a folder, the best first; those of 0.1.0 are left out, with a warning.
 
     Args:
         folder: a folder with run directories, such as that of a sweep.
+
+    Raises:
+        OldRunError: there are none but those of 0.1.0.
     """
-    found = []
+    found, old = [], list[OldRunError]()
     for path in list_run_directories(folder):
-        facts = load_facts(path)
+        try:
+            facts = load_facts(path)
+        except OldRunError as error:
+            old.append(error)
+            logger.warning("%s is left out: it is a run of onellm_dist 0.1.0", path)
+            continue
         settings = dict(_flatten(facts.records.config))
         found.append(ComparedRun(path.name, facts, build_summary(facts), settings))
+    if old and not found:
+        raise old[0]
     return sorted(found, key=lambda run: (run.rank_key, run.name))
 
 

@@ -32,7 +32,8 @@ def load_facts(directory: Path, *, now: float | None = None) -> RunFacts:
         now: the current time in seconds since 1970; default: the clock's.
 
     Raises:
-        UsageError: the folder is not a run directory, or one of 0.1.0.
+        UsageError: the folder is not a run directory.
+        OldRunError: it is one of 0.1.0.
     """
     check_run_directory(directory)
     records = read_records(directory, now=now)

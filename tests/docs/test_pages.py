@@ -53,6 +53,7 @@ def onellm() -> Iterator[Any]:
         all_modalities.cache_clear()
         add_modality_options()
         yield typer.main.get_command(app)
+    sys.modules.pop("thermal_package", None)
     all_modalities.cache_clear()
     add_modality_options()
 

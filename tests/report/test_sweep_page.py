@@ -12,6 +12,9 @@ from recorded_runs import RecordedRun
 from onellm_dist.common import run_files
 from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.report.command import COMPARISON, run_report
+from onellm_dist.train.records.old_runs import RENAMED_FILES
+
+OLD_FOLDER = next(iter(RENAMED_FILES))
 
 
 @pytest.fixture
@@ -59,3 +62,20 @@ def test_the_same_as_json(sweep: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         run_report(tmp_path, None, as_json=False)
+
+
+def test_runs_of_0_1_0_are_left_out_of_a_comparison(
+    sweep: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_report(sweep, None, as_json=True)
+    alone = tmp_path_factory.mktemp("alone")
+    for folder in (sweep, alone):
+        (folder / "earlier" / OLD_FOLDER).mkdir(parents=True)
+        (folder / "earlier" / run_files.METRICS).write_text("")
+        (folder / "earlier" / run_files.CONFIG).write_text("{}")
+    assert run_report(sweep, None, as_json=False) == EXIT_DONE
+    assert "earlier is left out: it is a run of onellm_dist 0.1.0" in caplog.text
+    page = (sweep / COMPARISON).read_text()
+    assert "earlier" not in page and "2.0e-05" in page
+    with pytest.raises(UsageError, match=f"{OLD_FOLDER} is called samples/ now"):
+        run_report(alone, None, as_json=False)

@@ -97,7 +97,7 @@ def find_raw_samples(
     folders, left = (
         ({}, ())
         if table is not None or modalities == ()
-        else find_split_folders(inputs, lambda f: find_table(f, *columns, lists=lists) is not None)
+        else find_split_folders(inputs, lambda folder: _has_table(folder, *columns, lists=lists))
     )
     if not folders:
         found = _find_in_folder(root, root, table, modalities, options)
@@ -105,16 +105,36 @@ def find_raw_samples(
         unsplit = note_train_folders(_count_folders(found[1], media)) if split is None else ()
         return found[0], {None: found[1]}, [*found[2], *unsplit]
     samples = dict[str | None, list[RawSample]]()
-    notes = [f"{name}/ has neither media nor a table: nothing is read from it" for name in left]
+    notes = [
+        f"{name}/ has no media, and no table or several: nothing is read from it" for name in left
+    ]
     for name, several in folders.items():
         for folder in several:
             table = find_table(folder, *columns, lists=lists)
             modalities, some, said = _find_in_folder(folder, root, table, modalities, options)
             samples.setdefault(name, []).extend(some)
+            said.extend(_note_files_elsewhere(folder, table, some))
             notes += [f"{folder.name}/ (split {name}): {line}" for line in said]
         if len(several) > 1 and split is None:
             notes.append(note_joined_split(name, [f"{folder.name}/" for folder in several]))
     return modalities or (), _renumber_keys(samples), notes
+
+
+def _has_table(folder: Path, *columns: str | None, lists: bool) -> bool:
+    """Whether a folder without media has the table of a split; several may be results."""
+    try:
+        return find_table(folder, *columns, lists=lists) is not None
+    except UsageError:
+        return False
+
+
+def _note_files_elsewhere(
+    folder: Path, table: Path | None, samples: Sequence[RawSample]
+) -> Iterator[str]:
+    """Say so if the table of a split folder names no file in it: it may be a list of results."""
+    files = [part for sample in samples for part in sample.parts.values() if isinstance(part, Path)]
+    if table is not None and files and not any(folder in file.parents for file in files):
+        yield f"all files that {table.name} names lie elsewhere; is it a list of results?"
 
 
 def _count_folders(samples: Sequence[RawSample], root: Path) -> dict[PurePath, int]:

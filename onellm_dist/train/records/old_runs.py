@@ -39,11 +39,15 @@ RENAMED_ENTRIES: Mapping[str, str] = {
 """Entry of a checkpoint manifest of 0.1.0 -> its name today."""
 
 
+class OldRunError(UsageError):
+    """A run directory is of 0.1.0."""
+
+
 def check_run_directory(run_dir: Path) -> None:
     """Refuse a run directory of 0.1.0.
 
     Raises:
-        UsageError: the directory has files, keys or checkpoints of 0.1.0; the message has the old
+        OldRunError: the directory has files, keys or checkpoints of 0.1.0; the message has the old
             and the new names.
     """
     found = [
@@ -55,11 +59,11 @@ def check_run_directory(run_dir: Path) -> None:
     for path in sorted((run_dir / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*/{CHECKPOINT_MANIFEST}")):
         found += find_old_entries(_read_json(path))
     if found:
-        raise UsageError(
+        raise OldRunError(
             f"{run_dir} is a run of onellm_dist 0.1.0:\n"
             + "\n".join(f"  - {text}" for text in dict.fromkeys(found)),
             "this version would not find its records and could not resume it exactly.",
-            "finish it with onellm_dist 0.1.0; or start a new run: another run.dir, and "
+            "finish or report it with onellm_dist 0.1.0; or start a new run: another run.dir, and "
             "model.path set to the model that it exported.",
         )
 

@@ -30,11 +30,13 @@ imagefolder)."""
 DATA_FOLDER = "data"
 """Where a repository of the Hub may have its splits."""
 _NOTES = frozenset(
-    {".txt", ".md", ".rst", ".html", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".toml"}
-    | {".cfg", ".ini", ".log", ".py", ".pyc", ".ipynb", ".sh"}
+    {".txt", ".md", ".rst", ".html", ".pdf", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml"}
+    | {".yml", ".toml", ".cfg", ".ini", ".log", ".py", ".pyc", ".ipynb", ".sh", ".c", ".h", ".cpp"}
+    | {".cu"}
 )
 """Suffixes of programs, notes and results. A folder beside the splits with anything else in it
 (archives, pictures in a format that nothing reads) may be a split that cannot be read."""
+_NOTE_NAMES = frozenset({"Dockerfile", "LICENSE", "Makefile", "README"})
 
 
 def find_split_folders(
@@ -91,7 +93,9 @@ def _holds_media(path: Path) -> bool:
 
 
 def _holds_notes_alone(folder: Path) -> bool:
-    return all(os.path.splitext(name)[1].lower() in _NOTES for name in _walk(folder))
+    return all(
+        os.path.splitext(name)[1].lower() in _NOTES or name in _NOTE_NAMES for name in _walk(folder)
+    )
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -33,8 +33,19 @@ def test_a_split_folder_without_media_is_passed_over_with_a_note(tmp_path: Path,
     report, dataset = build(tmp_path, files)
     assert [dataset.samples(split) for split in ("train", "val")] == [1, 1]
     assert dataset.splits == ("train", "val")
-    said = f"{name}/ has neither media nor a table: nothing is read from it"
+    said = f"{name}/ has no media, and no table or several: nothing is read from it"
     assert report.notes == (said,)
+
+
+def test_programs_and_several_results_are_no_split(tmp_path: Path) -> None:
+    results = "file,caption\ntrain/0.png,a cat\n"
+    files = {f"eval/{name}": "all:" for name in ("Makefile", "LICENSE", "run.cu", "paper.pdf")}
+    results_of_two = {"eval/a.csv": results, "eval/b.csv": results}
+    report, dataset = build(tmp_path, {**make_pairs("train", "val"), **files, **results_of_two})
+    assert dataset.splits == ("train", "val")
+    assert [note.split(":")[0] for note in report.notes] == [
+        "eval/ has no media, and no table or several"
+    ]
 
 
 @pytest.mark.parametrize("name", ["val.zip", "cat.heic", "val-0.parquet", "shard"])
@@ -55,6 +66,9 @@ def test_a_split_folder_may_be_a_link_or_a_table_of_files_elsewhere(tmp_path: Pa
     report, dataset = build(tmp_path, table, follow=str(held_out))
     assert captions(dataset, "val") == {"val/images/7": "seven"}
     assert [*captions(dataset, "test").values()] == ["zero"]
+    assert "test/ (split test): all files that metadata.csv names lie elsewhere" in str(
+        report.notes
+    )
     assert not any("nothing is read" in note for note in report.notes)
 
 
