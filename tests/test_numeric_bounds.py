@@ -28,7 +28,7 @@ Bound = tuple[str, Any]
 
 def read_number(node: ast.AST) -> int | float | None:
     try:
-        value = ast.literal_eval(node)  # type: ignore[arg-type]  # any other node is refused
+        value = ast.literal_eval(node)
     except (ValueError, TypeError):
         return None
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
