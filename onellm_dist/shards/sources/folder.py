@@ -133,7 +133,9 @@ def _note_files_elsewhere(
 ) -> Iterator[str]:
     """Say so if the table of a split folder names no file in it: it may be a list of results."""
     files = [part for sample in samples for part in sample.parts.values() if isinstance(part, Path)]
-    if table is not None and files and not any(folder in file.parents for file in files):
+    own = Path(os.path.normpath(folder))
+    inside = (own in Path(os.path.normpath(file)).parents for file in files)  # ../train/7.png
+    if table is not None and files and not any(inside):
         yield f"all files that {table.name} names lie elsewhere; is it a list of results?"
 
 

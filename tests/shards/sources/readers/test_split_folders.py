@@ -37,6 +37,15 @@ def test_a_split_folder_without_media_is_passed_over_with_a_note(tmp_path: Path,
     assert report.notes == (said,)
 
 
+@pytest.mark.parametrize("name", ["train/0.png", "../train/0.png"])
+def test_a_split_whose_table_names_files_elsewhere_is_noted(tmp_path: Path, name: str) -> None:
+    table = {"eval/a.csv": f"file,caption\n{name},x\n"}
+    report, dataset = build(tmp_path, {**make_pairs("train"), **table})
+    assert {*dataset.splits} == {"train", "test"}
+    said = "eval/ (split test): all files that a.csv names lie elsewhere"
+    assert [note for note in report.notes if note.startswith(said)]
+
+
 def test_programs_and_several_results_are_no_split(tmp_path: Path) -> None:
     results = "file,caption\ntrain/0.png,a cat\n"
     files = {f"eval/{name}": "all:" for name in ("Makefile", "LICENSE", "run.cu", "paper.pdf")}
